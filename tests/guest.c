@@ -1,0 +1,551 @@
+#include "guest.h"
+
+guest g;
+bool  guest_use_map;
+
+
+// ---- Memory ----------------------------------------------------------------
+
+static size_t host_offset(uint64_t gpa) {
+    if (gpa < SEAM) {
+        return (size_t)gpa;
+    }
+    if (gpa < RAM_END) {
+        return (size_t)gpa + GAP;
+    }
+    return (size_t)(gpa - HIGH) + RAM_END + 2 * GAP;
+}
+
+static bool is_ram(uint64_t gpa) {
+    return gpa < RAM_END || gpa >= HIGH;
+}
+
+uint8_t *at(uint64_t gpa) {
+    if (!is_ram(gpa)) {
+        fprintf(stderr, "test bug: %#" PRIx64 " is no guest memory\n", gpa);
+        abort();
+    }
+    return g.ram + host_offset(gpa);
+}
+
+void put(uint64_t gpa, const void *src, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint8_t byte = ((const uint8_t *)src)[i];
+        *at(gpa + i) = byte;
+        g.truth[host_offset(gpa + i)] = byte;
+    }
+}
+
+void fill(uint64_t gpa, uint8_t value, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        put(gpa + i, &value, 1);
+    }
+}
+
+static void put_le(uint64_t gpa, uint64_t value, unsigned bytes) {
+    for (unsigned i = 0; i < bytes; i++) {
+        uint8_t b = (uint8_t)(value >> 8 * i);
+        put(gpa + i, &b, 1);
+    }
+}
+
+void put16(uint64_t gpa, uint16_t value) {
+    put_le(gpa, value, 2);
+}
+
+void put32(uint64_t gpa, uint32_t value) {
+    put_le(gpa, value, 4);
+}
+
+void put64(uint64_t gpa, uint64_t value) {
+    put_le(gpa, value, 8);
+}
+
+uint16_t get16(uint64_t gpa) {
+    return (uint16_t)(*at(gpa) | *at(gpa + 1) << 8);
+}
+
+uint32_t get32(uint64_t gpa) {
+    return get16(gpa) | (uint32_t)get16(gpa + 2) << 16;
+}
+
+uint64_t alloc(size_t n, size_t align) {
+    g.bump = (g.bump + align - 1) / align * align;
+    uint64_t gpa = g.bump;
+    g.bump += n;
+    if (g.bump > RAM_END) {
+        fprintf(stderr, "test bug: out of guest memory\n");
+        abort();
+    }
+    return gpa;
+}
+
+void mark(uint64_t gpa, uint64_t n, uint8_t bits) {
+    for (uint64_t i = 0; i < n && is_ram(gpa + i); i++) {
+        g.mark[host_offset(gpa + i)] |= bits;
+        if (bits & OFFERED) {
+            g.offers[host_offset(gpa + i)]++;
+        }
+    }
+}
+
+void rewritable(uint64_t gpa) {
+    g.writes[host_offset(gpa)] = 0;
+}
+
+static bool in_hole(uint64_t gpa, uint64_t n) {
+    return g.hole_bytes && n && gpa < g.hole + g.hole_bytes &&
+           g.hole < gpa + n;
+}
+
+static bool refused(uint64_t gpa, uint64_t n) {
+    g.accesses++;
+    if (g.fail_access > 0 && --g.fail_access == 0) {
+        g.fail_access = g.keep_failing ? 1 : 0;
+        return true;
+    }
+    return in_hole(gpa, n);
+}
+
+static void remember(bool write, uint64_t gpa, uint64_t n) {
+    guest_access *a = &g.trace[g.traced++ % COUNT(g.trace)];
+    a->write = write;
+    a->gpa = gpa;
+    a->n = n;
+}
+
+static int mem_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    if (refused(gpa, n) || m.read(m.user, gpa, dst, n)) {
+        return -1;
+    }
+    if (dst) {
+        remember(false, gpa, n);
+        for (uint64_t i = 0; i < n; i++) { // SPLIT-04
+            uint8_t bits = g.mark[host_offset(gpa + i)];
+            g.broken_rule |= bits & OFFERED && !(bits & READABLE);
+        }
+    }
+    return 0;
+}
+
+static int mem_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    if (refused(gpa, n) || m.write(m.user, gpa, src, n)) {
+        return -1;
+    }
+    if (src) {
+        remember(true, gpa, n);
+        for (uint64_t i = 0; i < n; i++) {
+            g.writes[host_offset(gpa + i)]++;
+        }
+    }
+    return 0;
+}
+
+static void *mem_map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    uint64_t hole = g.hole;
+    if (refused(gpa, 1)) {
+        return NULL;
+    }
+    if (g.hole_bytes && gpa < hole && hole - gpa < *n) {
+        *n = hole - gpa;
+    }
+    return m.map(m.user, gpa, n, writable);
+}
+
+
+// ---- Disk ------------------------------------------------------------------
+
+static bool call_fails(char what, uint64_t offset, const vblk_seg *seg,
+                       unsigned segs) {
+    guest_op *op = &g.op[g.calls++ % COUNT(g.op)];
+    op->what = what;
+    op->offset = offset;
+    op->segs = segs;
+    op->bytes = 0;
+    for (unsigned i = 0; i < segs; i++) {
+        op->bytes += seg[i].n;
+        g.broken_rule |= seg[i].n == 0 || !seg[i].ptr;
+    }
+    uint64_t end = g.dev.o.capacity * 512;
+    g.broken_rule |= offset > end || op->bytes > end - offset;
+    g.broken_rule |= what != 'f' && op->bytes == 0;
+    if (g.fail_call > 0 && --g.fail_call == 0) {
+        g.fail_call = g.keep_failing_calls ? 1 : 0;
+        return true;
+    }
+    return false;
+}
+
+static int64_t move(uint64_t offset, const vblk_seg *seg, unsigned segs,
+                    bool in) {
+    uint64_t most = g.most ? g.most : UINT64_MAX;
+    uint64_t done = 0;
+    for (unsigned i = 0; i < segs; i++) {
+        for (size_t k = 0; k < seg[i].n; k++, done++) {
+            if (offset + done >= g.backing || done == most ||
+                (!in && g.stuck && g.moved == g.stuck)) {
+                return (int64_t)done;
+            }
+            g.moved += !in;
+            if (in) {
+                seg[i].ptr[k] = g.disk[offset + done];
+            } else {
+                g.disk[offset + done] = seg[i].ptr[k];
+            }
+        }
+    }
+    return (int64_t)done;
+}
+
+static int64_t disk_read(void *user, uint64_t offset, const vblk_seg *seg,
+                         unsigned segs) {
+    (void)user;
+    return call_fails('r', offset, seg, segs) ? -5
+                                              : move(offset, seg, segs, true);
+}
+
+static int64_t disk_write(void *user, uint64_t offset, const vblk_seg *seg,
+                          unsigned segs) {
+    (void)user;
+    return call_fails('w', offset, seg, segs)
+               ? -28
+               : move(offset, seg, segs, false);
+}
+
+static int disk_flush(void *user) {
+    (void)user;
+    g.flushes++;
+    return call_fails('f', 0, NULL, 0) ? -5 : 0;
+}
+
+static uint64_t disk_size(void *user) {
+    (void)user;
+    return g.backing;
+}
+
+
+// ---- Hooks -----------------------------------------------------------------
+
+static void on_interrupt(void *user, bool fire) {
+    (void)user;
+    g.fired += fire;
+    g.lowered += !fire;
+}
+
+static void on_event(void *user, const vblk_event *event) {
+    (void)user;
+    g.events[event->code]++;
+    g.last = *event;
+}
+
+
+// ---- Bring-up --------------------------------------------------------------
+
+void guest_init(void) {
+    memset(&g, 0, sizeof g);
+    memset(g.ram, DIRT, sizeof g.ram);
+    memset(g.ram + SEAM, CANARY, GAP);
+    memset(g.ram + RAM_END + GAP, CANARY, GAP);
+    memcpy(g.truth, g.ram, sizeof g.ram);
+    for (size_t i = 0; i < sizeof g.disk; i++) {
+        g.disk[i] = (uint8_t)(i / 512 * 7 + i * 3 + 1);
+    }
+    g.backing = sizeof g.disk;
+    g.bump = 0x1000;
+    g.mapped = guest_use_map;
+    vblk_region regions[3] = {
+        {SEAM, RAM_END - SEAM, g.ram + SEAM + GAP},
+        {0, SEAM, g.ram},
+        {HIGH, HIGH_SIZE, g.ram + RAM_END + 2 * GAP},
+    };
+    memcpy(g.region, regions, sizeof regions);
+    g.vram.region = g.region;
+    g.vram.regions = 3;
+    g.o.memory.read = mem_read;
+    g.o.memory.write = mem_write;
+    g.o.memory.map = g.mapped ? mem_map : NULL;
+    g.o.memory.user = &g.vram;
+    g.o.backend.read = disk_read;
+    g.o.backend.write = disk_write;
+    g.o.backend.flush = disk_flush;
+    g.o.backend.size = disk_size;
+    g.o.id = "disk-0";
+    g.o.interrupt = on_interrupt;
+    g.o.event = on_event;
+}
+
+uint32_t rd(uint32_t offset) {
+    return (uint32_t)vblk_mmio_read(&g.dev, offset, 4);
+}
+
+int wr(uint32_t offset, uint32_t value) {
+    return vblk_mmio_write(&g.dev, offset, 4, value);
+}
+
+void wr_drain(uint32_t offset, uint32_t value) {
+    int queue = wr(offset, value);
+    while (vblk_drain(&g.dev, queue, 0).state == VBLK_MORE) {
+    }
+}
+
+void reset(void) {
+    wr(VBLK_REG_STATUS, 0);
+    memset(g.queue, 0, sizeof g.queue);
+}
+
+void guest_make(void) {
+    int err = vblk_init(&g.dev, &g.o);
+    CHECK_EQ(VBLK_OK, err);
+}
+
+void guest_negotiate(uint64_t declined) {
+    wr(VBLK_REG_STATUS, 0);
+    wr(VBLK_REG_STATUS, 1);
+    wr(VBLK_REG_STATUS, 3);
+    g.features = 0;
+    for (uint32_t sel = 0; sel < 2; sel++) {
+        wr(VBLK_REG_DEVICE_FEATURES_SEL, sel);
+        g.features |= (uint64_t)rd(VBLK_REG_DEVICE_FEATURES) << 32 * sel;
+    }
+    g.features &= ~declined;
+    for (uint32_t sel = 0; sel < 2; sel++) {
+        wr(VBLK_REG_DRIVER_FEATURES_SEL, sel);
+        wr(VBLK_REG_DRIVER_FEATURES, (uint32_t)(g.features >> 32 * sel));
+    }
+    wr(VBLK_REG_STATUS, 0xb);
+}
+
+void guest_queue_up(unsigned queue, uint32_t size) {
+    guest_queue *q = &g.queue[queue];
+    memset(q, 0, sizeof *q);
+    q->size = size;
+    q->desc = alloc(16 * (size_t)size, 16);
+    q->avail = alloc(6 + 2 * (size_t)size, 2);
+    q->used = alloc(6 + 8 * (size_t)size, 4);
+    fill(q->desc, 0, 16 * (size_t)size);
+    fill(q->avail, 0, 6 + 2 * (size_t)size);
+    fill(q->used, 0, 6 + 8 * (size_t)size);
+    mark(q->desc, 16 * (uint64_t)size, READABLE);
+    mark(q->avail, 6 + 2 * (uint64_t)size, READABLE);
+    mark(q->used, 6 + 8 * (uint64_t)size, RING);
+    wr(VBLK_REG_QUEUE_SEL, queue);
+    wr(VBLK_REG_QUEUE_NUM, size);
+    wr(VBLK_REG_QUEUE_DESC_LOW, (uint32_t)q->desc);
+    wr(VBLK_REG_QUEUE_DESC_HIGH, (uint32_t)(q->desc >> 32));
+    wr(VBLK_REG_QUEUE_DRIVER_HIGH, (uint32_t)(q->avail >> 32)); // M8
+    wr(VBLK_REG_QUEUE_DRIVER_LOW, (uint32_t)q->avail);
+    wr(VBLK_REG_QUEUE_DEVICE_LOW, (uint32_t)q->used);
+    wr(VBLK_REG_QUEUE_DEVICE_HIGH, (uint32_t)(q->used >> 32));
+    wr(VBLK_REG_QUEUE_READY, 1);
+}
+
+void guest_go(void) {
+    wr_drain(VBLK_REG_STATUS, 0xf);
+}
+
+void guest_up_without(uint64_t declined) {
+    guest_make();
+    guest_negotiate(declined);
+    for (unsigned i = 0;; i++) {
+        wr(VBLK_REG_QUEUE_SEL, i);
+        uint32_t size = rd(VBLK_REG_QUEUE_NUM_MAX);
+        if (size == 0) {
+            break;
+        }
+        guest_queue_up(i, size);
+    }
+    wr(VBLK_REG_QUEUE_SEL, 0);
+    guest_go();
+    CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+}
+
+// Flag-based notifications unless a test asks for EVENT_IDX.
+void guest_up(void) {
+    guest_up_without(VBLK_F_EVENT_IDX);
+}
+
+void guest_up_standard(void) {
+    g.o.profile = VBLK_STANDARD;
+    guest_up();
+}
+
+
+// ---- Rings -----------------------------------------------------------------
+
+void put_desc(uint64_t table, unsigned i, part p, uint16_t next) {
+    uint64_t d = table + 16 * (uint64_t)i;
+    put64(d, p.gpa);
+    put32(d + 8, p.n);
+    put16(d + 12, p.flags);
+    put16(d + 14, next);
+    if (p.flags & INDIRECT) {
+        return;
+    }
+    mark(p.gpa, p.n, p.flags & WRITE ? OFFERED : READABLE);
+}
+
+uint16_t put_chain(unsigned queue, const part *p, unsigned n) {
+    guest_queue *q = &g.queue[queue];
+    uint16_t head = q->next_desc;
+    for (unsigned i = 0; i < n; i++) {
+        part d = p[i];
+        uint16_t here = q->next_desc;
+        q->next_desc = (uint16_t)((here + 1) % q->size);
+        d.flags |= i + 1 < n ? NEXT : 0;
+        put_desc(q->desc, here, d, q->next_desc);
+    }
+    return head;
+}
+
+uint64_t put_table(const part *p, unsigned n) {
+    uint64_t table = alloc(16 * (size_t)n, 16);
+    mark(table, 16 * (uint64_t)n, READABLE);
+    for (unsigned i = 0; i < n; i++) {
+        part d = p[i];
+        d.flags |= i + 1 < n ? NEXT : 0;
+        put_desc(table, i, d, (uint16_t)(i + 1));
+    }
+    return table;
+}
+
+void offer(unsigned queue, uint16_t head) {
+    guest_queue *q = &g.queue[queue];
+    put16(q->avail + 4 + 2 * (uint64_t)(q->avail_idx % q->size), head);
+    put16(q->avail + 2, ++q->avail_idx);
+}
+
+uint16_t submit(unsigned queue, const part *p, unsigned n) {
+    uint16_t head = put_chain(queue, p, n);
+    offer(queue, head);
+    return head;
+}
+
+uint64_t put_header(uint32_t type, uint64_t sector) {
+    uint64_t gpa = alloc(16, 1);
+    put32(gpa, type);
+    put32(gpa + 4, 0xffffffff); // reserved: ignored
+    put64(gpa + 8, sector);
+    return gpa;
+}
+
+req prepare(uint32_t type, uint64_t sector, uint32_t bytes) {
+    req r = {0, 0, 0, bytes, 0};
+    r.header = put_header(type, sector);
+    r.data = alloc(bytes + 2, 1) + 1; // a byte of dirt on either side
+    r.status = alloc(3, 1) + 1;
+    fill(r.status, 0xff, 1);
+    return r;
+}
+
+uint16_t send(unsigned queue, const req *r) {
+    uint32_t type = get32(r->header);
+    part p[3] = {
+        {r->header, 16, 0},
+        {r->data, r->bytes, type == VBLK_T_OUT ? 0 : WRITE},
+        {r->status, 1, WRITE},
+    };
+    if (r->bytes == 0) {
+        p[1] = p[2];
+        return submit(queue, p, 2);
+    }
+    return submit(queue, p, 3);
+}
+
+req request(uint32_t type, uint64_t sector, uint32_t bytes) {
+    req r = prepare(type, sector, bytes);
+    r.head = send(0, &r);
+    return r;
+}
+
+void again(const req *r) {
+    mark(r->data, r->bytes, OFFERED);
+    mark(r->status, 1, OFFERED);
+}
+
+uint8_t status_of(const req *r) {
+    return *at(r->status);
+}
+
+uint8_t run(uint32_t type, uint64_t sector, uint32_t bytes) {
+    req r = request(type, sector, bytes);
+    kick(0);
+    return status_of(&r);
+}
+
+vblk_outcome drain(unsigned queue) {
+    vblk_outcome out;
+    do {
+        out = vblk_drain(&g.dev, (int)queue, 0);
+    } while (out.state == VBLK_MORE);
+    return out;
+}
+
+vblk_outcome kick(unsigned queue) {
+    vblk_outcome out = {VBLK_EMPTY, 0};
+    int which = wr(VBLK_REG_QUEUE_NOTIFY, queue);
+    return which == VBLK_NO_QUEUE ? out : drain((unsigned)which);
+}
+
+unsigned used_count(unsigned queue) {
+    guest_queue *q = &g.queue[queue];
+    return (uint16_t)(get16(q->used + 2) - q->used_idx);
+}
+
+bool used_next(unsigned queue, uint32_t *id, uint32_t *len) {
+    guest_queue *q = &g.queue[queue];
+    if (used_count(queue) == 0) {
+        return false;
+    }
+    uint64_t e = q->used + 4 + 8 * (uint64_t)(q->used_idx++ % q->size);
+    *id = get32(e);
+    *len = get32(e + 4);
+    return true;
+}
+
+uint32_t used_len(unsigned queue) {
+    uint32_t id, len;
+    return used_next(queue, &id, &len) ? len : UINT32_MAX;
+}
+
+vblk_counts counts(void) {
+    return vblk_counters(&g.dev);
+}
+
+
+// ---- What always holds -----------------------------------------------------
+
+void guest_check(void) {
+    CHECK(!g.broken_rule); // backend asked outside the disk, or SPLIT-04
+    for (size_t i = 0; i < sizeof g.ram; i++) {
+        if (!(g.mark[i] & (OFFERED | RING)) && g.ram[i] != g.truth[i]) {
+            char text[80];
+            snprintf(text, sizeof text,
+                     "host offset %#zx changed and was not offered", i);
+            test_fail(__FILE__, __LINE__, text);
+            break;
+        }
+    }
+    for (size_t i = 0; i < sizeof g.ram; i++) {
+        if (!(g.mark[i] & RING) && g.writes[i] > g.offers[i]) {
+            char text[80];
+            snprintf(text, sizeof text,
+                     "host offset %#zx: written %u times, offered %u", i,
+                     g.writes[i], g.offers[i]);
+            test_fail(__FILE__, __LINE__, text);
+            break;
+        }
+    }
+    for (unsigned i = 0; i < COUNT(g.queue); i++) {
+        if (g.queue[i].size) {
+            uint16_t done = get16(g.queue[i].used + 2);
+            CHECK((uint16_t)(g.queue[i].avail_idx - done) <= 0x8000);
+        }
+    }
+    if (g.dev.o.profile == VBLK_STANDARD && g.dev.o.queues) { // MMIO-19
+        CHECK_EQ(rd(VBLK_REG_INTERRUPT_STATUS) != 0,
+                 vblk_interrupt_line(&g.dev));
+    }
+}

@@ -1,0 +1,102 @@
+// The one test binary: vblk_test [-l] [-s SEED] [part of a name]
+#define VBLK_IMPLEMENTATION_THREADED
+#include "../vblk.h"
+
+#include "guest.h"
+#include "tests.h"
+#include <time.h>
+
+int      test_failed;
+uint64_t test_seed = 1;
+
+static uint64_t random_state;
+
+void test_fail(const char *file, int line, const char *text) {
+    test_failed++;
+    if (test_failed <= 10) {
+        printf("  %s:%d: %s\n", file, line, text);
+    }
+}
+
+// splitmix64
+uint32_t test_random(void) {
+    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)(z >> 32);
+}
+
+uint32_t test_below(uint32_t n) {
+    return (uint32_t)((uint64_t)test_random() * n >> 32);
+}
+
+// How a test wants to run: with a guest, with map and without; or once.
+enum { GUEST, ONCE };
+
+static const struct test {
+    const char *name;
+    void (*run)(void);
+    int how;
+} tests[] = {
+#define X(name, how) {#name, name, how},
+    TESTS(X)
+#undef X
+};
+
+static bool run_one(const struct test *t, bool map) {
+    test_failed = 0;
+    random_state = test_seed;
+    guest_use_map = map;
+    if (t->how == GUEST) {
+        guest_init();
+    }
+    t->run();
+    if (t->how == GUEST) {
+        guest_check();
+    }
+    if (test_failed) {
+        printf("FAILED %s%s (seed %" PRIu64 ")\n", t->name,
+               t->how == ONCE ? "" : map ? " with map" : " without map",
+               test_seed);
+    }
+    return test_failed == 0;
+}
+
+int main(int argc, char **argv) {
+    const char *filter = "";
+    bool list = false;
+    int passed = 0, failed = 0;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "-l")) {
+            list = true;
+        } else if (!strcmp(argv[i], "-s") && i + 1 < argc) {
+            test_seed = strtoull(argv[++i], NULL, 0);
+        } else if (argv[i][0] == '-') {
+            fprintf(stderr, "usage: %s [-l] [-s SEED] [part of a name]\n",
+                    argv[0]);
+            return 2;
+        } else {
+            filter = argv[i];
+        }
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    for (size_t i = 0; i < COUNT(tests); i++) {
+        if (!strstr(tests[i].name, filter)) {
+            continue;
+        }
+        if (list) {
+            printf("%s\n", tests[i].name);
+            continue;
+        }
+        bool ok = run_one(&tests[i], true);
+        if (tests[i].how == GUEST) {
+            ok = run_one(&tests[i], false) && ok;
+        }
+        passed += ok;
+        failed += !ok;
+    }
+    if (!list) {
+        printf("%d passed, %d failed\n", passed, failed);
+    }
+    return failed || (!list && passed == 0);
+}

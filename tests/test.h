@@ -1,0 +1,61 @@
+// The harness: checks that print what they saw, and the counters behind them.
+#ifndef TEST_H
+#define TEST_H
+
+#include <inttypes.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern int      test_failed; // checks that failed in the running test
+extern uint64_t test_seed;
+
+void test_fail(const char *file, int line, const char *text);
+
+#define CHECK(cond)                                                            \
+    do {                                                                       \
+        if (!(cond)) {                                                         \
+            test_fail(__FILE__, __LINE__, #cond);                              \
+        }                                                                      \
+    } while (0)
+
+#define CHECK_EQ(want, got)                                                    \
+    do {                                                                       \
+        uint64_t want_ = (uint64_t)(want), got_ = (uint64_t)(got);             \
+        if (want_ != got_) {                                                   \
+            char text_[256];                                                   \
+            snprintf(text_, sizeof text_,                                      \
+                     "%s: want %" PRIu64 " (%#" PRIx64 "), got %" PRIu64       \
+                     " (%#" PRIx64 ")",                                        \
+                     #got, want_, want_, got_, got_);                          \
+            test_fail(__FILE__, __LINE__, text_);                              \
+        }                                                                      \
+    } while (0)
+
+#define CHECK_MEM(want, got, n)                                                \
+    do {                                                                       \
+        if (memcmp(want, got, n) != 0) {                                       \
+            test_fail(__FILE__, __LINE__, #got " differs from " #want);        \
+        }                                                                      \
+    } while (0)
+
+// What row of a table a failure belongs to.
+#define ROW(...)                                                               \
+    do {                                                                       \
+        if (test_failed != row_before_) {                                      \
+            printf("    in row: ");                                            \
+            printf(__VA_ARGS__);                                               \
+            printf("\n");                                                      \
+        }                                                                      \
+    } while (0)
+#define ROW_BEGIN() int row_before_ = test_failed
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
+// Reproducible: the same seed gives the same run.
+uint32_t test_random(void);
+uint32_t test_below(uint32_t n);
+
+#endif

@@ -1,0 +1,778 @@
+// Groups X (execution), B (backends), the request interface, the options.
+#include "guest.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <unistd.h>
+
+void x1_one_vectored_call_for_a_request(void) {
+    guest_up();
+    req r = prepare(VBLK_T_OUT, 10, 1536);
+    for (uint32_t i = 0; i < 1536; i++) {
+        uint8_t byte = (uint8_t)(i * 11);
+        put(r.data + i, &byte, 1);
+    }
+    part p[5] = {{r.header, 16, 0}, {r.data, 600, 0}, {r.data + 600, 500, 0},
+                 {r.data + 1100, 436, 0}, {r.status, 1, WRITE}};
+    submit(0, p, 5);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(1, g.calls);
+    CHECK_EQ(g.mapped ? 3 : 1, g.op[0].segs);
+    CHECK_EQ(10 * 512, g.op[0].offset);
+    CHECK_EQ(1536, g.op[0].bytes);
+    CHECK_MEM(at(r.data), g.disk + 5120, 1536);
+}
+
+void x1_a_segment_across_a_seam_becomes_two(void) {
+    guest_up();
+    for (uint32_t type = 0; type < 2; type++) {
+        req r = prepare(type, 3, 1024);
+        r.data = SEAM - 300;
+        fill(r.data, 0x3c, 1024);
+        g.calls = 0;
+        send(0, &r);
+        kick(0);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        CHECK_EQ(1, g.calls);
+        CHECK_EQ(g.mapped ? 2 : 1, g.op[0].segs);
+        for (uint64_t i = 0; i < 1024; i++) {
+            CHECK_EQ(g.disk[3 * 512 + i], *at(r.data + i));
+        }
+    }
+}
+
+// A map that hands out one page at a time: more pieces than fit, so the
+// accessors take over; fewer, so all have pointers.
+static void *map_pages(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    uint64_t left = 4096 - gpa % 4096;
+    *n = *n < left ? *n : left;
+    return m.map(m.user, gpa, n, writable);
+}
+
+void x1_more_pieces_than_fit(void) {
+    if (!g.mapped) {
+        return;
+    }
+    g.o.memory.map = map_pages;
+    guest_up_without(VBLK_F_EVENT_IDX | VBLK_F_SIZE_MAX);
+    static const uint32_t pages[] = {1, 17, 140, 160, 200};
+    for (size_t i = 0; i < COUNT(pages); i++) {
+        uint64_t bump = g.bump;
+        req r = request(VBLK_T_IN, 0, pages[i] * 4096);
+        g.calls = 0;
+        kick(0);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        uint8_t *data = malloc(pages[i] * 4096u);
+        for (uint64_t k = 0; k < pages[i] * 4096u; k++) {
+            data[k] = *at(r.data + k);
+        }
+        CHECK_MEM(g.disk, data, pages[i] * 4096u);
+        free(data);
+        CHECK_EQ(pages[i] * 4096 + 1, used_len(0));
+        g.bump = bump;
+    }
+    CHECK(g.calls > 1); // the last went through the buffer
+}
+
+void x1_larger_than_the_scratch_buffer(void) {
+    guest_up();
+    uint32_t bytes = VBLK_SCRATCH * 3 + 512;
+    req r = request(VBLK_T_IN, 1, bytes);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_MEM(g.disk + 512, at(r.data), bytes);
+    CHECK_EQ(g.mapped ? 1 : 4, g.calls);
+    r = prepare(VBLK_T_OUT, 100, bytes);
+    put(r.data, g.disk, bytes);
+    send(0, &r);
+    kick(0);
+    CHECK_MEM(g.disk, g.disk + 51200, bytes);
+}
+
+// X2: wherever the backing ends, the rest reads as zeroes.
+void x2_a_backing_shorter_than_the_capacity(void) {
+    static const uint32_t cut[] = {0, 1, 511, 512, 513, 4095, 4096, 5000,
+                                   8191, 8192};
+    for (size_t i = 0; i < COUNT(cut); i++) {
+        for (int most = 0; most < 2; most++) {
+            guest_init();
+            g.o.capacity = 16;
+            g.backing = cut[i];
+            g.most = most ? 700 : 0;
+            guest_up();
+            req r = prepare(VBLK_T_IN, 0, 8192);
+            part p[4] = {{r.header, 16, 0}, {r.data, 1000, WRITE},
+                         {r.data + 1000, 7192, WRITE}, {r.status, 1, WRITE}};
+            submit(0, p, 4);
+            kick(0);
+            ROW_BEGIN();
+            CHECK_EQ(VBLK_S_OK, status_of(&r));
+            CHECK_EQ(8193, used_len(0));
+            CHECK_EQ(cut[i], counts().bytes_read);
+            CHECK_EQ(1, counts().reads);
+            uint8_t want[8192] = {0};
+            memcpy(want, g.disk, cut[i]);
+            CHECK_MEM(want, at(r.data), 8192);
+            guest_check();
+            ROW("backing of %u bytes", cut[i]);
+        }
+    }
+}
+
+void x3_partial_transfers_are_continued(void) {
+    static const uint64_t most[] = {1, 100, 511, 512, 513, 1000, 4095};
+    for (size_t i = 0; i < COUNT(most); i++) {
+        guest_init();
+        g.most = most[i];
+        guest_up();
+        for (uint32_t type = 0; type < 2; type++) {
+            req r = prepare(type, 5, 2048);
+            fill(r.data, 0x99, 2048);
+            part p[5] = {{r.header, 16, 0},
+                         {r.data, 3, type ? 0 : WRITE},
+                         {r.data + 3, 1000, type ? 0 : WRITE},
+                         {r.data + 1003, 1045, type ? 0 : WRITE},
+                         {r.status, 1, WRITE}};
+            submit(0, p, 5);
+            kick(0);
+            ROW_BEGIN();
+            CHECK_EQ(VBLK_S_OK, status_of(&r));
+            CHECK_MEM(at(r.data), g.disk + 5 * 512, 2048);
+            ROW("type %u, %" PRIu64 " bytes a call", type, most[i]);
+        }
+        CHECK_EQ(2048, counts().bytes_read);
+        CHECK_EQ(2048, counts().bytes_written);
+        guest_check();
+    }
+}
+
+void x3_backend_errors(void) {
+    for (uint32_t type = 0; type < 2; type++) {
+        guest_init();
+        guest_up();
+        g.fail_call = 1;
+        req r = request(type, 0, 512);
+        kick(0);
+        CHECK_EQ(VBLK_S_IOERR, status_of(&r));
+        CHECK_EQ(1, used_len(0));
+        CHECK_EQ(1, counts().io_errors);
+        CHECK_EQ(0, counts().reads + counts().writes);
+        CHECK_EQ(1, g.events[VBLK_EV_BACKEND_FAILED]);
+        CHECK_EQ(type, g.last.a);
+        CHECK_EQ(type ? 28 : 5, g.last.b);
+        CHECK_EQ(VBLK_S_OK, run(type, 0, 512));
+    }
+}
+
+void x3_an_error_after_a_part(void) {
+    for (uint32_t type = 0; type < 2; type++) {
+        guest_init();
+        guest_up();
+        g.most = 512;
+        g.fail_call = 2;
+        CHECK_EQ(VBLK_S_IOERR, run(type, 0, 2048));
+        CHECK_EQ(1, counts().io_errors);
+        CHECK_EQ(0, counts().bytes_read + counts().bytes_written);
+    }
+}
+
+void x3_a_write_without_progress(void) {
+    guest_up();
+    g.stuck = 700;
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 2048));
+    CHECK_EQ(1, g.events[VBLK_EV_BACKEND_STUCK]);
+    CHECK_EQ(1, counts().io_errors);
+    CHECK_EQ(0, counts().writes);
+}
+
+void x4_flush(void) {
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(0, g.flushes); // writeback: not before the FLUSH
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ(1, g.flushes);
+    g.fail_call = 1;
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ(1, counts().io_errors);
+    CHECK_EQ(1, counts().flushes);
+}
+
+// BDUR-02: the driver declined FLUSH, so each write is durable before it
+// completes; a failed sync is a failed write.
+void x4_write_through_when_flush_is_declined(void) {
+    guest_up_without(VBLK_F_FLUSH | VBLK_F_EVENT_IDX);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(2, g.calls);
+    CHECK_EQ('w', g.op[0].what);
+    CHECK_EQ('f', g.op[1].what);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(1, g.flushes);
+    CHECK_EQ(0, counts().flushes);
+    g.fail_call = 2;
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(1, counts().writes);
+    vblk_request r;
+    request(VBLK_T_OUT, 0, 512);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK(r.durable);
+    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 0));
+    reset();
+    guest_negotiate(VBLK_F_EVENT_IDX); // the next driver accepts it
+    guest_queue_up(0, 16);
+    guest_go();
+    g.flushes = 0;
+    run(VBLK_T_OUT, 0, 512);
+    CHECK_EQ(0, g.flushes);
+}
+
+void x4_unsafe_never_flushes(void) {
+    g.o.cache = VBLK_CACHE_UNSAFE;
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(0, g.flushes);
+}
+
+// X5, ROB-12: nothing of a write reaches the disk if any of it is bad.
+void x5_one_bad_segment_among_good_ones(void) {
+    for (uint32_t type = 0; type < 2; type++) {
+        guest_init();
+        guest_up();
+        req r = prepare(type, 0, 16384);
+        uint16_t dir = type ? 0 : WRITE;
+        part p[4] = {{r.header, 16, 0}, {r.data, 16384 - 512, dir},
+                     {RAM_END + 512, 512, dir}, {r.status, 1, WRITE}};
+        submit(0, p, 4);
+        kick(0);
+        CHECK_EQ(VBLK_S_IOERR, status_of(&r));
+        CHECK_EQ(0, g.calls);
+        CHECK_EQ(1, counts().io_errors);
+        CHECK_EQ(DIRT, *at(r.data));
+        CHECK_EQ(VBLK_S_OK, run(type, 0, 512));
+    }
+}
+
+// Without map, guest memory may refuse after it agreed.
+void x5_memory_that_changes_its_mind(void) {
+    if (g.mapped) {
+        return;
+    }
+    for (uint32_t type = 0; type < 2; type++) {
+        guest_init();
+        guest_up();
+        request(type, 0, 512);
+        vblk_request r;
+        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+        uint8_t buffer[512];
+        g.hole = r.seg[0].gpa;
+        g.hole_bytes = 1;
+        CHECK(type ? !vblk_get(&g.dev, &r, 0, buffer, 512)
+                   : !vblk_put(&g.dev, &r, 0, buffer, 512));
+        if (type == VBLK_T_IN) { // the padding is refused: IOERR
+            vblk_complete(&g.dev, &r, VBLK_S_OK, 0);
+            CHECK_EQ(VBLK_S_IOERR, *at(r.status_gpa));
+            CHECK_EQ(1, counts().io_errors);
+        }
+    }
+}
+
+void x5_status_byte_refused_at_the_end(void) {
+    if (g.mapped) {
+        return;
+    }
+    guest_up();
+    request(VBLK_T_FLUSH, 0, 0);
+    vblk_request r;
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    g.hole = r.status_gpa;
+    g.hole_bytes = 1;
+    vblk_complete(&g.dev, &r, VBLK_S_OK, 0);
+    vblk_publish(&g.dev, 0);
+    CHECK_EQ(0, used_count(0)); // V17
+    CHECK_EQ(1, counts().io_errors);
+    CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
+}
+
+void x6_counters(void) {
+    g.o.queues = 2;
+    guest_up();
+    for (unsigned q = 0; q < 2; q++) {
+        static const struct {
+            uint32_t type, bytes;
+        } rows[] = {{VBLK_T_IN, 1024}, {VBLK_T_OUT, 512}, {VBLK_T_FLUSH, 0},
+                    {VBLK_T_GET_ID, 20}, {VBLK_T_IN, 100}};
+        for (size_t i = 0; i < COUNT(rows); i++) {
+            req r = prepare(rows[i].type, 0, rows[i].bytes);
+            send(q, &r);
+            kick(q);
+        }
+    }
+    wr(VBLK_REG_STATUS, 0);
+    vblk_counts c = counts();
+    CHECK_EQ(2, c.reads);
+    CHECK_EQ(2048, c.bytes_read);
+    CHECK_EQ(2, c.writes);
+    CHECK_EQ(1024, c.bytes_written);
+    CHECK_EQ(2, c.flushes);
+    CHECK_EQ(2, c.io_errors);
+    CHECK_EQ(0, c.throttled + c.currently_throttled + c.invalid_avail_idx);
+}
+
+
+// ---- The request interface --------------------------------------------------
+
+void next_and_complete_in_any_order(void) {
+    enum { N = 20 };
+    guest_up();
+    req r[N];
+    vblk_request under_way[N], none;
+    for (unsigned i = 0; i < N; i++) {
+        r[i] = request(i & 1 ? VBLK_T_OUT : VBLK_T_IN, i * 2, 1024);
+    }
+    for (unsigned i = 0; i < N; i++) {
+        CHECK_EQ(VBLK_REQUEST,
+                 vblk_next(&g.dev, 0, 0, &under_way[i]).state);
+        CHECK_EQ(i & 1, under_way[i].type);
+        CHECK_EQ(i * 1024, under_way[i].offset);
+        CHECK_EQ(1024, under_way[i].bytes);
+        CHECK_EQ(g.mapped, under_way[i].direct);
+    }
+    CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, 0, 0, &none).state);
+    for (unsigned n = N; n > 0; n--) { // backwards, with a hop
+        unsigned i = (n * 7) % N;
+        uint8_t buffer[1024];
+        memset(buffer, (int)i, sizeof buffer);
+        if (!(i & 1)) {
+            CHECK(vblk_put(&g.dev, &under_way[i], 0, buffer, 1024));
+        }
+        CHECK(vblk_complete(&g.dev, &under_way[i],
+                            i == 3 ? VBLK_S_IOERR : VBLK_S_OK, 1024));
+    }
+    CHECK_EQ(0, used_count(0));
+    g.fired = 0;
+    vblk_publish(&g.dev, 0);
+    vblk_publish(&g.dev, 0);
+    CHECK_EQ(1, g.fired);
+    CHECK_EQ(N, used_count(0));
+    for (unsigned n = N; n > 0; n--) {
+        unsigned i = (n * 7) % N;
+        uint32_t id, len;
+        CHECK(used_next(0, &id, &len));
+        CHECK_EQ(r[i].head, id);
+        CHECK_EQ(i & 1 ? 1 : 1025, len);
+        CHECK_EQ(i == 3 ? VBLK_S_IOERR : VBLK_S_OK, status_of(&r[i]));
+        if (!(i & 1)) {
+            CHECK_EQ(i, *at(r[i].data + 1023));
+        }
+    }
+    CHECK_EQ(N / 2, counts().reads);
+    CHECK_EQ(N / 2 - 1, counts().writes);
+    CHECK_EQ(1, counts().io_errors);
+}
+
+// RST-02, -03: what was under way at a reset is recognised, and nothing of it
+// reaches the new session's memory.
+void complete_after_a_reset_is_thrown_away(void) {
+    guest_up();
+    vblk_request old, none;
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &old).state);
+    for (int bound = 0; bound < 2; bound++) {
+        reset();
+        if (bound) {
+            guest_negotiate(VBLK_F_EVENT_IDX);
+            guest_queue_up(0, 256);
+            guest_go();
+            request(VBLK_T_IN, 0, 512);
+            CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &none).state);
+        }
+        unsigned accesses = g.accesses;
+        vblk_counts before = counts();
+        CHECK(!vblk_complete(&g.dev, &old, VBLK_S_OK, 0));
+        CHECK(!vblk_complete(&g.dev, &old, VBLK_S_IOERR, 0));
+        if (!bound) {
+            vblk_publish(&g.dev, 0);
+        }
+        vblk_counts after = counts();
+        CHECK_EQ(accesses, g.accesses);
+        CHECK_MEM(&before, &after, sizeof before);
+        CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+        CHECK_EQ(0xff, *at(old.status_gpa));
+    }
+    CHECK(vblk_complete(&g.dev, &none, VBLK_S_OK, 0)); // the new one counts
+}
+
+void get_and_put_cover_any_part(void) {
+    guest_up();
+    req r = prepare(VBLK_T_IN, 0, 1024);
+    part p[5] = {{r.header, 16, 0}, {r.data, 10, WRITE},
+                 {r.data + 10, 600, WRITE}, {r.data + 610, 414, WRITE},
+                 {r.status, 1, WRITE}};
+    submit(0, p, 5);
+    vblk_request q;
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &q).state);
+    uint8_t data[1024];
+    for (size_t i = 0; i < sizeof data; i++) {
+        data[i] = (uint8_t)(i * 13);
+    }
+    for (size_t at_ = 0, n; at_ < 1024; at_ += n) {
+        n = 1 + test_below(300);
+        n = n < 1024 - at_ ? n : 1024 - at_;
+        CHECK(vblk_put(&g.dev, &q, at_, data + at_, n));
+    }
+    CHECK_MEM(data, at(r.data), 1024);
+    vblk_complete(&g.dev, &q, VBLK_S_OK, 1024);
+}
+
+// Memory that comes after the driver (W9): one event, nothing lost.
+void w9_memory_later(void) {
+    vblk_memory later = g.o.memory;
+    memset(&g.o.memory, 0, sizeof g.o.memory);
+    guest_make();
+    for (int i = 0; i < 2; i++) {
+        guest_negotiate(VBLK_F_EVENT_IDX);
+        guest_queue_up(0, 16);
+        guest_go();
+        req r = request(VBLK_T_IN, 0, 512);
+        kick(0);
+        kick(0);
+        CHECK_EQ(i + 1, g.events[VBLK_EV_NO_MEMORY]);
+        CHECK_EQ(0xff, status_of(&r));
+        vblk_set_memory(&g.dev, later);
+        kick(0);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        reset();
+        vblk_memory none = {NULL, NULL, NULL, NULL};
+        vblk_set_memory(&g.dev, none);
+    }
+}
+
+
+// ---- Options ----------------------------------------------------------------
+
+void options_defaults(void) {
+    guest_make();
+    CHECK_EQ(256, g.dev.o.queue_size);
+    CHECK_EQ(VBLK_MAX_SEGS, g.dev.o.seg_max);
+    CHECK_EQ(1 << 20, g.dev.o.size_max);
+    CHECK_EQ(1, g.dev.o.queues);
+    CHECK_EQ(VBLK_STRICT, g.dev.o.profile);
+    static const struct {
+        uint32_t queue_size, seg_max;
+    } rows[] = {{1, 1}, {2, 1}, {4, 2}, {16, 14}, {128, 126}, {32768, 128}};
+    for (size_t i = 0; i < COUNT(rows); i++) { // BCFG-20
+        g.o.queue_size = rows[i].queue_size;
+        guest_make();
+        CHECK_EQ(rows[i].seg_max, g.dev.o.seg_max);
+    }
+}
+
+static int64_t no_read(void *user, uint64_t offset, const vblk_seg *seg,
+                       unsigned segs) {
+    (void)user, (void)offset, (void)seg, (void)segs;
+    return -1;
+}
+
+static uint64_t huge_size(void *user) {
+    (void)user;
+    return UINT64_MAX;
+}
+
+void options_refused_with_a_code_and_nothing_half_set_up(void) {
+    for (int i = 0; i < 16; i++) {
+        vblk_options o = g.o;
+        int want = VBLK_OK;
+        switch (i) {
+        case 0:  o.memory.read = NULL;  want = VBLK_ERR_MEMORY;        break;
+        case 1:  o.memory.write = NULL; want = VBLK_ERR_MEMORY;        break;
+        case 2:  o.backend.read = NULL; want = VBLK_ERR_BACKEND;       break;
+        case 3:  o.backend.size = NULL; want = VBLK_ERR_CAPACITY;      break;
+        case 4:  o.capacity = UINT64_C(1) << 54;
+                 want = VBLK_ERR_CAPACITY;                             break;
+        case 5:  o.backend.size = huge_size; want = VBLK_ERR_CAPACITY; break;
+        case 6:  o.cache = (vblk_cache)2; want = VBLK_ERR_CACHE;       break;
+        case 7:  o.profile = (vblk_profile)2; want = VBLK_ERR_PROFILE; break;
+        case 8:  o.queues = VBLK_MAX_QUEUES + 1; want = VBLK_ERR_QUEUES;
+                 break;
+        case 9:  o.queue_size = 3;      want = VBLK_ERR_QUEUE_SIZE;    break;
+        case 10: o.queue_size = 65536;  want = VBLK_ERR_QUEUE_SIZE;    break;
+        case 11: o.seg_max = VBLK_MAX_SEGS + 1; want = VBLK_ERR_SEG_MAX;
+                 break;
+        case 12: o.size_max = 511;      want = VBLK_ERR_SIZE_MAX;      break;
+        case 13: o.features_off = VBLK_F_VERSION_1;
+                 want = VBLK_ERR_FEATURES;                             break;
+        case 14: o.features_off = VBLK_F_FLUSH;
+                 want = VBLK_ERR_FEATURES;                             break;
+        default: o.memory.read = NULL;
+                 o.memory.write = NULL;
+                 o.memory.map = g.o.memory.map; // nothing at all is fine
+                 want = o.memory.map ? VBLK_ERR_MEMORY : VBLK_OK;      break;
+        }
+        vblk_dev before, dev;
+        memset(&dev, 0x5a, sizeof dev);
+        before = dev;
+        ROW_BEGIN();
+        CHECK_EQ((uint64_t)want, (uint64_t)vblk_init(&dev, &o));
+        if (want) {
+            CHECK_MEM(&before, &dev, sizeof dev);
+            CHECK(strlen(vblk_strerror(want)) > 20);
+            CHECK(strcmp(vblk_strerror(want), "unknown error code") != 0);
+        }
+        ROW("option case %d", i);
+    }
+    vblk_options least = {0}; // no more than it takes
+    least.backend.read = no_read;
+    least.capacity = 1;
+    CHECK_EQ(VBLK_OK, vblk_init(&g.dev, &least));
+    CHECK_EQ(VBLK_F_RO, g.dev.offered & VBLK_F_RO);
+    wr(VBLK_REG_STATUS, 0); // no hooks, no memory: nothing is called
+    vblk_needs_reset(&g.dev);
+    memset(&g.dev.o, 0, sizeof g.dev.o);
+}
+
+void every_error_and_event_has_a_sentence(void) {
+    for (int i = 0; i < VBLK_EV_COUNT; i++) {
+        const char *text = vblk_event_text((vblk_event_code)i);
+        CHECK(strcmp(text, "unknown event code") != 0);
+        for (int k = 0; k < i; k++) {
+            CHECK(strcmp(text, vblk_event_text((vblk_event_code)k)) != 0);
+        }
+    }
+    CHECK_EQ(0, strcmp("unknown event code",
+                       vblk_event_text(VBLK_EV_COUNT)));
+    for (int i = VBLK_ERROR_LAST; i <= 0; i++) {
+        CHECK(strcmp(vblk_strerror(i), "unknown error code") != 0);
+    }
+    CHECK_EQ(0, strcmp("unknown error code",
+                       vblk_strerror(VBLK_ERROR_LAST - 1)));
+    CHECK_EQ(0, strcmp("unknown error code", vblk_strerror(1)));
+}
+
+// "When strict refuses what standard accepts, the event says so."
+void events_of_strict_rules_name_the_standard_profile(void) {
+    static const vblk_event_code codes[] = {
+        VBLK_EV_STATUS_NO_ACK,       VBLK_EV_STATUS_FRAMING,
+        VBLK_EV_HEADER_FRAMING,      VBLK_EV_SEGMENT_LONG_STRICT,
+        VBLK_EV_DATA_MISSING,        VBLK_EV_DATA_UNWANTED,
+        VBLK_EV_ID_SHORT,            VBLK_EV_REG_QUEUE_FROZEN,
+    };
+    unsigned named = 0;
+    for (size_t i = 0; i < COUNT(codes); i++) {
+        CHECK(strstr(vblk_event_text(codes[i]), "standard profile") != NULL);
+    }
+    for (int i = 0; i < VBLK_EV_COUNT; i++) {
+        named += strstr(vblk_event_text((vblk_event_code)i),
+                        "standard profile") != NULL;
+    }
+    CHECK_EQ(COUNT(codes), named);
+}
+
+
+// ---- Backends ---------------------------------------------------------------
+
+void b1_without_write_the_disk_is_read_only(void) {
+    g.o.backend.write = NULL;
+    g.o.backend.flush = NULL;
+    guest_up();
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+}
+
+void b4_capacity_is_rounded_down_to_sectors(void) {
+    g.backing = 5 * 512 + 511;
+    guest_up();
+    CHECK_EQ(5, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(0, g.events[VBLK_EV_CAPACITY_ZERO]);
+}
+
+// The same traffic over each backend that comes with the library.
+static void over_backend(vblk_backend b) {
+    guest_init();
+    g.o.backend = b;
+    guest_up();
+    CHECK_EQ(64, vblk_mmio_read(&g.dev, 0x100, 8));
+    for (uint32_t i = 0; i < 16; i++) {
+        req r = prepare(VBLK_T_OUT, i * 4, 2048);
+        fill(r.data, (uint8_t)(i + 1), 2048);
+        send(0, &r);
+        kick(0);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+    }
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+    for (uint32_t i = 0; i < 16; i++) {
+        req r = prepare(VBLK_T_IN, i * 4, 2048);
+        part p[4] = {{r.header, 16, 0}, {r.data, 700, WRITE},
+                     {r.data + 700, 1348, WRITE}, {r.status, 1, WRITE}};
+        submit(0, p, 4);
+        kick(0);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        CHECK_EQ(i + 1, *at(r.data));
+        CHECK_EQ(i + 1, *at(r.data + 2047));
+    }
+    guest_check();
+}
+
+static void read_only_backend(vblk_backend b) {
+    uint8_t byte = 0;
+    vblk_seg seg = {&byte, 1, 0};
+    CHECK(b.write(b.user, 0, &seg, 1) < 0); // B5: by itself too
+    guest_init();
+    g.o.backend = b;
+    guest_up();
+    CHECK_EQ(VBLK_F_RO, g.dev.offered & VBLK_F_RO);
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+}
+
+void b2_memory_disk(void) {
+    static uint8_t data[64 * 512];
+    vblk_memdisk disk = {data, sizeof data, false};
+    over_backend(vblk_memdisk_backend(&disk));
+    disk.read_only = true;
+    read_only_backend(vblk_memdisk_backend(&disk));
+    uint8_t tail[32];
+    vblk_seg seg[2] = {{tail, 16, 0}, {tail + 16, 16, 0}};
+    vblk_backend b = vblk_memdisk_backend(&disk);
+    CHECK_EQ(20, b.read(b.user, sizeof data - 20, seg, 2));
+    CHECK_EQ(0, b.read(b.user, sizeof data, seg, 2));
+    CHECK_EQ(0, b.read(b.user, sizeof data + 512, seg, 2));
+}
+
+static void make_file(char *path, off_t bytes) {
+    strcpy(path, "/tmp/vblk_test_XXXXXX");
+    int fd = mkstemp(path);
+    CHECK(fd >= 0 && ftruncate(fd, bytes) == 0);
+    close(fd);
+}
+
+void b2_file(void) {
+    char path[64];
+    vblk_file file;
+    make_file(path, 64 * 512 + 100);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    over_backend(vblk_file_backend(&file));
+    CHECK(ftruncate(file.fd, 1000) == 0); // X2 with a real file
+    guest_init();
+    g.o.backend = vblk_file_backend(&file);
+    g.o.capacity = 64;
+    guest_up();
+    req r = request(VBLK_T_IN, 1, 1024);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(488, counts().bytes_read);
+    CHECK_EQ(1, *at(r.data));
+    CHECK_EQ(0, *at(r.data + 488));
+    vblk_file_close(&file);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, true));
+    read_only_backend(vblk_file_backend(&file));
+    vblk_file_close(&file);
+    remove(path);
+}
+
+void b2_file_under_a_lock(void) {
+    char path[64];
+    vblk_file file;
+    vblk_locked locked;
+    make_file(path, 64 * 512);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    CHECK_EQ(VBLK_OK, vblk_locked_init(&locked, vblk_file_backend(&file)));
+    over_backend(vblk_locked_backend(&locked));
+    vblk_locked_end(&locked);
+    vblk_file_close(&file);
+    remove(path);
+}
+
+void b2_a_file_that_cannot_be_opened(void) {
+    vblk_file file;
+    errno = 0;
+    CHECK_EQ((uint64_t)VBLK_ERR_FILE,
+             (uint64_t)vblk_file_open(&file, "/nonexistent/image", true));
+    CHECK_EQ(ENOENT, errno);
+    int fd[2]; // a pipe has no size
+    CHECK_EQ(0, pipe(fd));
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd[0]);
+    CHECK_EQ((uint64_t)VBLK_ERR_FILE,
+             (uint64_t)vblk_file_open(&file, path, true));
+    CHECK_EQ(ESPIPE, errno);
+    close(fd[0]);
+    close(fd[1]);
+}
+
+// After a failed fdatasync the kernel may say OK to the next, though the data
+// is gone: the backend does not.
+void b2_a_failed_flush_is_not_forgotten(void) {
+    char path[64];
+    vblk_file file;
+    make_file(path, 4096);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    vblk_backend b = vblk_file_backend(&file);
+    CHECK_EQ(0, b.flush(b.user));
+    int real = file.fd;
+    int fd[2];
+    CHECK_EQ(0, pipe(fd));
+    file.fd = fd[1]; // fdatasync of a pipe fails
+    CHECK_EQ((uint64_t)-EINVAL, (uint64_t)b.flush(b.user));
+    file.fd = real;
+    CHECK_EQ((uint64_t)-EINVAL, (uint64_t)b.flush(b.user));
+    close(fd[0]);
+    close(fd[1]);
+    vblk_file_close(&file);
+    remove(path);
+}
+
+void b2_file_errors_reach_the_guest(void) {
+    char path[64];
+    vblk_file file;
+    make_file(path, 64 * 512);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    g.o.backend = vblk_file_backend(&file);
+    guest_up();
+    vblk_file_close(&file);
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(EBADF, g.last.b);
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ(3, counts().io_errors);
+    remove(path);
+}
+
+// Two threads that would tear a counter without the lock.
+static uint64_t torn;
+
+static int64_t count_slowly(void *user, uint64_t offset, const vblk_seg *seg,
+                            unsigned segs) {
+    (void)user, (void)offset, (void)seg, (void)segs;
+    volatile uint64_t *p = &torn;
+    *p = *p + 1;
+    return 512;
+}
+
+static void *call_often(void *arg) {
+    const vblk_backend *b = arg;
+    vblk_seg seg = {NULL, 512, 0};
+    for (int i = 0; i < 20000; i++) {
+        b->read(b->user, 0, &seg, 1);
+    }
+    return NULL;
+}
+
+void b2_the_lock_admits_one_call_at_a_time(void) {
+    vblk_backend inner = {count_slowly, NULL, NULL, NULL, true, NULL};
+    vblk_locked locked;
+    pthread_t thread[2];
+    torn = 0;
+    CHECK_EQ(VBLK_OK, vblk_locked_init(&locked, inner));
+    vblk_backend b = vblk_locked_backend(&locked);
+    CHECK(!b.write && !b.flush && !b.size && b.read_only);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(0, pthread_create(&thread[i], NULL, call_often, &b));
+    }
+    for (int i = 0; i < 2; i++) {
+        pthread_join(thread[i], NULL);
+    }
+    CHECK_EQ(40000, torn);
+    vblk_locked_end(&locked);
+}

@@ -1,0 +1,156 @@
+// Every test, in the order it runs: its name, and whether it wants a guest
+// (it runs with map and without) or runs once. The ids in the names are those
+// of the RULES and PROFILES in vblk.h: M registers, F features and status, P
+// profiles, R reset, Q queue, V validation, X execution, B backends, W worker.
+#ifndef TESTS_H
+#define TESTS_H
+
+#define TESTS(X)                                                               \
+    X(m1_identity, GUEST)                                                      \
+    X(m2_registers_are_32_bits_wide, GUEST)                                    \
+    X(m3_config_any_width_and_alignment, GUEST)                                \
+    X(m3_config_is_not_writable, GUEST)                                        \
+    X(m4_device_features_by_page, GUEST)                                       \
+    X(m5_driver_features_window, GUEST)                                        \
+    X(m6_queues_that_do_not_exist, GUEST)                                      \
+    X(m7_queue_registers_have_a_window, GUEST)                                 \
+    X(m7_queue_sizes, GUEST)                                                   \
+    X(m7_queue_ready_is_frozen_when_live, GUEST)                               \
+    X(m8_address_halves_in_either_order, GUEST)                                \
+    X(m8_rings_above_4_gib, GUEST)                                             \
+    X(m9_interrupt_status_and_ack, GUEST)                                      \
+    X(m10_notify_before_driver_ok_takes_nothing, GUEST)                        \
+    X(m10_notify_of_no_queue_is_ignored, GUEST)                                \
+    X(m10_queue_that_is_not_ready_is_not_touched, GUEST)                       \
+    X(m11_config_generation, GUEST)                                            \
+    X(m12_unknown_registers, GUEST)                                            \
+    X(f1_features_follow_from_the_options, GUEST)                              \
+    X(f2_status_steps_strict, GUEST)                                           \
+    X(p2_status_steps_standard, GUEST)                                         \
+    X(f3_features_ok_needs_version_1_and_a_subset, GUEST)                      \
+    X(f4_writing_the_same_status_is_nothing, GUEST)                            \
+    X(f5_failed_is_stored_and_nothing_else_happens, GUEST)                     \
+    X(f6_writing_0_resets_from_every_state, GUEST)                             \
+    X(f7_needs_reset_belongs_to_the_device, GUEST)                             \
+    X(f8_event_idx_only_if_negotiated, GUEST)                                  \
+    X(p8_queue_ready_0_stops_a_queue_and_it_starts_over, GUEST)                \
+    X(p8_a_ready_queue_is_not_reconfigured_live, GUEST)                        \
+    X(p8_enabling_a_live_queue_names_it, GUEST)                                \
+    X(r1_reset_clears_what_belongs_to_the_driver, GUEST)                       \
+    X(r1_reset_clears_poison, GUEST)                                           \
+    X(r2_reset_twice_is_harmless, GUEST)                                       \
+    X(r3_bind_again_any_number_of_times, GUEST)                                \
+    X(q1_a_poisoned_queue_is_left_alone, GUEST)                                \
+    X(q2_what_arrives_during_a_drain_is_not_stranded, GUEST)                   \
+    X(q2_the_switch_without_event_idx_is_no_notify, GUEST)                     \
+    X(q2_no_notify_is_set_while_draining, GUEST)                               \
+    X(q2_the_switch_with_event_idx_is_avail_event, GUEST)                      \
+    X(q3_switching_on_fails, GUEST)                                            \
+    X(q4_avail_idx_jumps_ahead, GUEST)                                         \
+    X(q4_avail_idx_moves_back, GUEST)                                          \
+    X(q4_a_full_ring_is_fine, GUEST)                                           \
+    X(q4_head_beyond_the_queue, GUEST)                                         \
+    X(q4_avail_ring_outside_memory, GUEST)                                     \
+    X(q4_avail_entry_outside_memory, GUEST)                                    \
+    X(q4_used_element_outside_memory, GUEST)                                   \
+    X(q4_used_idx_outside_memory, GUEST)                                       \
+    X(q4_misplaced_rings, GUEST)                                               \
+    X(q4_a_queue_without_a_size, GUEST)                                        \
+    X(q4_only_the_queue_at_fault_stops, GUEST)                                 \
+    X(q4_chain_faults_strict, GUEST)                                           \
+    X(q4_chain_faults_standard, GUEST)                                         \
+    X(q4_descriptor_outside_memory, GUEST)                                     \
+    X(q4_indirect_tables, GUEST)                                               \
+    X(q4_more_under_way_than_entries, GUEST)                                   \
+    X(q4_the_same_head_twice, GUEST)                                           \
+    X(q5_publish_order, GUEST)                                                 \
+    X(q6_positions_wrap, GUEST)                                                \
+    X(q7_interrupt_by_flags_strict, GUEST)                                     \
+    X(p7_interrupt_by_flags_standard, GUEST)                                   \
+    X(q7_interrupt_by_used_event, GUEST)                                       \
+    X(q7_fires_if_the_question_cannot_be_read, GUEST)                          \
+    X(q8_errors_interrupt_like_successes, GUEST)                               \
+    X(q9_used_lengths, GUEST)                                                  \
+    X(q10_what_waits_at_driver_ok_is_served, GUEST)                            \
+    X(q11_a_drain_is_bounded_by_the_queue_size, GUEST)                         \
+    X(q11_next_is_bounded_too, GUEST)                                          \
+    X(q12_the_line_is_high_until_the_status_reads_0, GUEST)                    \
+    X(q12_ring_then_bit_then_interrupt, GUEST)                                 \
+    X(q13_overlaps_do_no_harm, GUEST)                                          \
+    X(q13_regions_touch_begin_at_0_and_end_at_the_top, GUEST)                  \
+    X(q13_buffers_that_leave_memory, GUEST)                                    \
+    X(q_spurious_kicks, GUEST)                                                 \
+    X(v1_chain_limit_strict, GUEST)                                            \
+    X(v1_chain_limit_standard, GUEST)                                          \
+    X(v2_no_place_for_the_status, GUEST)                                       \
+    X(v2_strict_wants_the_status_last, GUEST)                                  \
+    X(v3_short_header, GUEST)                                                  \
+    X(v3_strict_wants_the_header_first, GUEST)                                 \
+    X(v3_a_longer_header_descriptor_is_fine, GUEST)                            \
+    X(v4_header_outside_memory, GUEST)                                         \
+    X(v4_header_across_a_seam, GUEST)                                          \
+    X(v5_size_max, GUEST)                                                      \
+    X(p3_size_max_binds_who_accepted_it, GUEST)                                \
+    X(v6_no_data, GUEST)                                                       \
+    X(p4_no_data_standard, GUEST)                                              \
+    X(v7_flush_with_data, GUEST)                                               \
+    X(v8_no_multiple_of_512, GUEST)                                            \
+    X(v9_write_to_a_read_only_disk, GUEST)                                     \
+    X(v10_flush_of_a_read_only_disk, GUEST)                                    \
+    X(v11_unknown_types, GUEST)                                                \
+    X(v11_flush_is_unknown_where_it_is_not_offered, GUEST)                     \
+    X(v12_wrong_direction, GUEST)                                              \
+    X(v13_beyond_the_disk, GUEST)                                              \
+    X(v13_a_disk_of_no_sectors, GUEST)                                         \
+    X(v13_data_of_4_gib, GUEST)                                                \
+    X(v14_empty_descriptors_among_others, GUEST)                               \
+    X(v15_long_status_descriptor, GUEST)                                       \
+    X(v16_get_id, GUEST)                                                       \
+    X(p4_get_id_standard, GUEST)                                               \
+    X(v16_get_id_outside_memory, GUEST)                                        \
+    X(v17_status_outside_memory, GUEST)                                        \
+    X(v18_what_changes_after_the_first_look_does_not_count, GUEST)             \
+    X(v18_each_descriptor_and_header_is_read_once, GUEST)                      \
+    X(p1_any_framing, GUEST)                                                   \
+    X(p1_a_header_in_sixteen_descriptors, GUEST)                               \
+    X(p1_empty_descriptors_after_the_status, GUEST)                            \
+    X(p6_used_length_of_failures, GUEST)                                       \
+    X(x1_one_vectored_call_for_a_request, GUEST)                               \
+    X(x1_a_segment_across_a_seam_becomes_two, GUEST)                           \
+    X(x1_more_pieces_than_fit, GUEST)                                          \
+    X(x1_larger_than_the_scratch_buffer, GUEST)                                \
+    X(x2_a_backing_shorter_than_the_capacity, GUEST)                           \
+    X(x3_partial_transfers_are_continued, GUEST)                               \
+    X(x3_backend_errors, GUEST)                                                \
+    X(x3_an_error_after_a_part, GUEST)                                         \
+    X(x3_a_write_without_progress, GUEST)                                      \
+    X(x4_flush, GUEST)                                                         \
+    X(x4_write_through_when_flush_is_declined, GUEST)                          \
+    X(x4_unsafe_never_flushes, GUEST)                                          \
+    X(x5_one_bad_segment_among_good_ones, GUEST)                               \
+    X(x5_memory_that_changes_its_mind, GUEST)                                  \
+    X(x5_status_byte_refused_at_the_end, GUEST)                                \
+    X(x6_counters, GUEST)                                                      \
+    X(next_and_complete_in_any_order, GUEST)                                   \
+    X(complete_after_a_reset_is_thrown_away, GUEST)                            \
+    X(get_and_put_cover_any_part, GUEST)                                       \
+    X(w9_memory_later, GUEST)                                                  \
+    X(options_defaults, GUEST)                                                 \
+    X(options_refused_with_a_code_and_nothing_half_set_up, GUEST)              \
+    X(b1_without_write_the_disk_is_read_only, GUEST)                           \
+    X(b4_capacity_is_rounded_down_to_sectors, GUEST)                           \
+    X(b2_memory_disk, GUEST)                                                   \
+    X(b2_file, GUEST)                                                          \
+    X(b2_file_under_a_lock, GUEST)                                             \
+    X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
+    X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
+    X(b2_file_errors_reach_the_guest, GUEST)                                   \
+    X(b2_the_lock_admits_one_call_at_a_time, GUEST)                            \
+    X(every_error_and_event_has_a_sentence, ONCE)                              \
+    X(events_of_strict_rules_name_the_standard_profile, ONCE)
+
+#define X(name, how) void name(void);
+TESTS(X)
+#undef X
+
+#endif

@@ -1,0 +1,2724 @@
+/*
+    vblk.h - v0.1.0 - the device side of virtio-blk in one C99 header
+
+    In exactly one source file:
+
+        #define VBLK_IMPLEMENTATION
+        #include "vblk.h"
+
+    and a plain #include everywhere else. No other files, no allocation, no
+    clock, no I/O: guest memory, the disk and the time come from you.
+
+    On Linux, VBLK_IMPLEMENTATION_THREADED in place of VBLK_IMPLEMENTATION
+    adds file backends. Units that only call those define VBLK_THREADED
+    before including.
+
+    Written against VIRTIO 1.2 (1.3 and 1.4 agree for this device). A number
+    in brackets, [2.7.8], is a section of that document.
+
+
+    CONTENTS
+
+        Quick start          the smallest disk that works
+        You provide          guest memory, a backend, an interrupt, options
+        Request life         from the driver's ring to the used ring
+        Time                 what now_ns is, and when 0 will do
+        Other hosts          asynchronous I/O
+        Threads              who may call what, when
+        Errors               three kinds, three channels
+        Rules                what is refused, and how it ends
+        Profiles             strict and standard
+        Hostile guests       what any guest can and cannot do
+        Limits               what is fixed, what is not done
+        Compile-time options
+        History              newest first
+        License              at the end of the file
+
+
+    QUICK START
+
+        static uint8_t ram[64 << 20];                 // guest memory at 0
+        static uint8_t disk[1 << 20];
+
+        static const vblk_region region = {0, sizeof ram, ram};
+        static const vblk_ram    guest  = {&region, 1};
+        static vblk_memdisk      image  = {disk, sizeof disk, false};
+        static vblk_dev          dev;
+
+        static void interrupt(void *user, bool fire) {
+            if (fire) {
+                inject_irq(user);
+            }
+        }
+
+        vblk_options o = {0};
+        o.memory    = vblk_ram_memory(&guest);
+        o.backend   = vblk_memdisk_backend(&image);
+        o.interrupt = interrupt;
+        int err = vblk_init(&dev, &o);
+        if (err) {
+            fprintf(stderr, "disk: %s\n", vblk_strerror(err));
+        }
+
+    Where the guest loads from the 0x200-byte register window:
+
+        value = vblk_mmio_read(&dev, offset, bytes);
+
+    and where it stores to it:
+
+        int queue = vblk_mmio_write(&dev, offset, bytes, value);
+        while (vblk_drain(&dev, queue, 0).state == VBLK_MORE) {
+        }
+
+    vblk_mmio_write() says which queue has work, vblk_drain() does the work.
+    Tell the guest where the window is and which interrupt belongs to it: a
+    "virtio,mmio" node in its device tree, or virtio_mmio.device= on the
+    command line of Linux. examples/demo.c is all this, complete, with a
+    driver.
+
+
+    YOU PROVIDE
+
+    Guest memory is a vblk_memory: two functions, read and write, that copy
+    between guest-physical addresses and a buffer and refuse what is not
+    guest memory; and, where the host can reach guest memory by pointer, a
+    third, map. With map, rings are looked up once and data moves without a
+    copy. For plain RAM in one or several pieces, vblk_ram_memory() gives all
+    three from a table of regions.
+
+    A backend is a vblk_backend: read, write, flush and size over scattered
+    memory. vblk_memdisk_backend() is one over an array; the Linux part has
+    files. What the guest is offered follows from it: without write the disk
+    is read-only, without flush there is no FLUSH.
+
+    The interrupt function is called with true to fire. An edge (an irqfd, a
+    message) needs no more. For a level line, ignore the argument and, under
+    your own lock, set the line to vblk_interrupt_line(): the function is
+    called whenever that may have changed.
+
+    Options are one struct. Zero is the sensible default in every field, so
+    start from {0} and name what differs.
+
+
+    REQUEST LIFE
+
+        driver's ring -> vblk_next() -> request -> you -> vblk_complete()
+                      -> vblk_publish() -> used ring, interrupt
+
+    vblk_next() takes a chain, validates it whole, and hands out a request:
+    a byte range of the disk and the guest memory it goes to or comes from.
+    What the device can answer alone (a bad request, GET_ID, an empty read)
+    never shows. vblk_drain() is a loop around these three and the backend.
+
+    Every chain that is taken ends in exactly one way: completed once,
+    dropped by rule V1, V2 or V17, or NEEDS_RESET.
+
+
+    TIME
+
+    now_ns is any clock that does not go backwards, in nanoseconds. Nothing
+    looks at it unless a limit is set; pass 0.
+
+
+    OTHER HOSTS
+
+    For io_uring, a thread pool or an event loop: call vblk_next() until it
+    does not say VBLK_REQUEST, start each, and call vblk_complete() as they
+    end, in any order, then vblk_publish() once for the lot. A vblk_request
+    may be copied. A reset in between is no danger: a request of an earlier
+    driver session is recognised by vblk_complete() and thrown away. But its
+    memory belongs to the guest again, so cancel or wait out what still moves
+    data before you forward the guest's write of 0 to Status. A request with
+    `durable` set must be on stable storage before it is completed.
+
+
+    THREADS
+
+    The device starts none and takes no lock. Three kinds of call:
+
+        registers   vblk_mmio_write, vblk_set_memory
+        draining    vblk_next, vblk_complete, vblk_publish, vblk_drain,
+                    vblk_get, vblk_put
+        any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
+                    vblk_needs_reset
+
+    Register calls: one at a time for a device. Draining calls: one at a time
+    for a queue; different queues may be drained by different threads. A
+    register call may overlap draining calls, except those that start or stop
+    a queue: a Status of 0, and QueueReady after DRIVER_OK. For those two the
+    draining threads must be outside. Distinct devices share nothing.
+
+    Callbacks run inside the call that caused them and must not call back
+    into the same device, vblk_interrupt_line() and vblk_counters() excepted.
+
+
+    ERRORS
+
+    The caller's mistakes fail vblk_init() with a negative VBLK_ERR_ code, in
+    which case nothing was set up, and assert elsewhere. The backend's become
+    the status byte the guest reads, a counter and an event. The guest's never
+    assert: they are events and, by the rules below, a status byte, a dropped
+    chain, or DEVICE_NEEDS_RESET.
+
+    An event is a code, a queue, a head and two numbers; vblk_event_text()
+    makes a sentence of the code. Print them to stderr at first: "my guest
+    does not find its disk" is usually answered by the first line.
+
+
+    RULES
+
+    IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
+    returned (standard: returned with length 0). Each counts one io_error.
+
+        V1   a chain of more than seg_max + 2 descriptors, one that
+             loops or leaves its table, a bad indirect table       dropped
+        V2   no writable byte for the status at the end            dropped
+        V3   no 16-byte header at the start                        IOERR
+        V4   header outside guest memory                           IOERR
+        V5   a data descriptor longer than size_max                IOERR
+        V6   IN, OUT or GET_ID without data                        IOERR
+        V7   FLUSH with data                                       IOERR
+        V8   IN or OUT of no multiple of 512 bytes                 IOERR
+        V9   OUT on a read-only disk                               IOERR
+        V11  unknown type (no io_error)                            UNSUPP
+        V12  data in the wrong direction                           IOERR
+        V13  a range that is not wholly on the disk                IOERR
+        V16  GET_ID with less than 20 bytes in its first buffer    IOERR
+        V17  status byte outside guest memory        dropped in any profile
+        X3   the backend failed                                    IOERR
+        X5   data outside guest memory                             IOERR
+        Q4   an avail.idx more than the queue size ahead, a head
+             beyond the queue, an unreadable or misplaced ring   NEEDS_RESET
+
+
+    PROFILES
+
+    VBLK_STRICT refuses whatever a well-behaved Linux driver never sends.
+    VBLK_STANDARD takes all that the standard lets a driver do, and what
+    firmware really does. It differs in these points alone:
+
+        P1  any framing: the header is the first 16 readable bytes, the
+            status the last writable one, data what lies between
+        P2  DRIVER is taken without ACKNOWLEDGE (U-Boot 2023.01)
+        P3  size_max binds only a driver that accepted SIZE_MAX
+        P4  an empty IN or OUT succeeds, FLUSH ignores data, GET_ID copies
+            what fits
+        P5  what strict drops by V1 and V2 is returned with length 0
+        P6  the used length never counts bytes that were not written:
+            0 for a failed read
+        P7  a completion whose interrupt the driver suppressed leaves
+            InterruptStatus alone
+        P8  QueueReady may be cleared while the device is live; that queue
+            starts again from position 0
+
+    Where strict refuses what standard would take, the event's text says so.
+
+
+    HOSTILE GUESTS
+
+    Every number from the guest is checked before it is used, and each is
+    read once. Whatever a guest writes to its memory and to the registers,
+    also while a request is under way, the device reads and writes only guest
+    memory through your functions and the disk within its capacity, does
+    bounded work per call, and goes on serving its other queues. The one
+    exception is yours to close: data may change under a backend while it is
+    written out, as with any device that does not copy.
+
+
+    LIMITS
+
+    Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
+    VBLK_MAX_QUEUES queues. IN, OUT, FLUSH, GET_ID. Not done: packed rings,
+    DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
+
+
+    COMPILE-TIME OPTIONS
+
+        VBLK_STATIC            all functions static
+        VBLKDEF                or your own linkage; default extern
+        VBLK_MAX_QUEUES        queues in a vblk_dev; default 8
+        VBLK_MAX_SEGS          largest seg_max; default 128
+        VBLK_QUEUE_SIZE        default of options.queue_size; default 256
+        VBLK_SCRATCH           bytes of stack that replace map; default 4096
+        VBLK_SINGLE_THREADED   no atomics: one thread, guest included
+        VBLK_ASSERT(x)         default assert
+        VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
+
+
+    HISTORY
+
+        0.1.0  (2026-11-20)  first release
+*/
+#ifndef VBLK_H
+#define VBLK_H
+
+#if defined(VBLK_IMPLEMENTATION_THREADED)
+#ifndef VBLK_IMPLEMENTATION
+#define VBLK_IMPLEMENTATION
+#endif
+#ifndef VBLK_THREADED
+#define VBLK_THREADED
+#endif
+#endif
+
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE // preadv; has an effect if nothing was included before
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#ifdef VBLK_THREADED
+#include <pthread.h>
+#endif
+
+#ifndef VBLKDEF
+#if defined(VBLK_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#define VBLKDEF static __attribute__((unused))
+#elif defined(VBLK_STATIC)
+#define VBLKDEF static
+#else
+#define VBLKDEF extern
+#endif
+#endif
+
+#define VBLK_VERSION_MAJOR 0 // breaks source or behaviour
+#define VBLK_VERSION_MINOR 1 // adds
+#define VBLK_VERSION_PATCH 0 // repairs
+
+#ifndef VBLK_MAX_QUEUES
+#define VBLK_MAX_QUEUES 8
+#endif
+#ifndef VBLK_MAX_SEGS
+#define VBLK_MAX_SEGS 128
+#endif
+#ifndef VBLK_QUEUE_SIZE
+#define VBLK_QUEUE_SIZE 256
+#endif
+#ifndef VBLK_SCRATCH
+#define VBLK_SCRATCH 4096
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+
+// ---- Constants of the standard ---------------------------------------------
+
+// Feature bits [5.2.3, 6].
+#define VBLK_F_SIZE_MAX      (UINT64_C(1) << 1)
+#define VBLK_F_SEG_MAX       (UINT64_C(1) << 2)
+#define VBLK_F_RO            (UINT64_C(1) << 5)
+#define VBLK_F_BLK_SIZE      (UINT64_C(1) << 6)
+#define VBLK_F_FLUSH         (UINT64_C(1) << 9)
+#define VBLK_F_MQ            (UINT64_C(1) << 12)
+#define VBLK_F_INDIRECT_DESC (UINT64_C(1) << 28)
+#define VBLK_F_EVENT_IDX     (UINT64_C(1) << 29)
+#define VBLK_F_VERSION_1     (UINT64_C(1) << 32)
+
+// Device status [2.1].
+#define VBLK_STATUS_ACKNOWLEDGE 0x01u
+#define VBLK_STATUS_DRIVER      0x02u
+#define VBLK_STATUS_DRIVER_OK   0x04u
+#define VBLK_STATUS_FEATURES_OK 0x08u
+#define VBLK_STATUS_NEEDS_RESET 0x40u
+#define VBLK_STATUS_FAILED      0x80u
+
+// InterruptStatus [4.2.2].
+#define VBLK_INTERRUPT_USED   1u
+#define VBLK_INTERRUPT_CONFIG 2u
+
+// Request types and status bytes [5.2.6].
+#define VBLK_T_IN     0u
+#define VBLK_T_OUT    1u
+#define VBLK_T_FLUSH  4u
+#define VBLK_T_GET_ID 8u
+#define VBLK_S_OK     0
+#define VBLK_S_IOERR  1
+#define VBLK_S_UNSUPP 2
+
+#define VBLK_SECTOR   512u // bytes, whatever the block size
+#define VBLK_ID_BYTES 20u
+
+// Register offsets [4.2.2].
+#define VBLK_REG_MAGIC_VALUE         0x000u
+#define VBLK_REG_VERSION             0x004u
+#define VBLK_REG_DEVICE_ID           0x008u
+#define VBLK_REG_VENDOR_ID           0x00cu
+#define VBLK_REG_DEVICE_FEATURES     0x010u
+#define VBLK_REG_DEVICE_FEATURES_SEL 0x014u
+#define VBLK_REG_DRIVER_FEATURES     0x020u
+#define VBLK_REG_DRIVER_FEATURES_SEL 0x024u
+#define VBLK_REG_QUEUE_SEL           0x030u
+#define VBLK_REG_QUEUE_NUM_MAX       0x034u
+#define VBLK_REG_QUEUE_NUM           0x038u
+#define VBLK_REG_QUEUE_READY         0x044u
+#define VBLK_REG_QUEUE_NOTIFY        0x050u
+#define VBLK_REG_INTERRUPT_STATUS    0x060u
+#define VBLK_REG_INTERRUPT_ACK       0x064u
+#define VBLK_REG_STATUS              0x070u
+#define VBLK_REG_QUEUE_DESC_LOW      0x080u
+#define VBLK_REG_QUEUE_DESC_HIGH     0x084u
+#define VBLK_REG_QUEUE_DRIVER_LOW    0x090u
+#define VBLK_REG_QUEUE_DRIVER_HIGH   0x094u
+#define VBLK_REG_QUEUE_DEVICE_LOW    0x0a0u
+#define VBLK_REG_QUEUE_DEVICE_HIGH   0x0a4u
+#define VBLK_REG_SHM_LEN_LOW         0x0b0u
+#define VBLK_REG_SHM_LEN_HIGH        0x0b4u
+#define VBLK_REG_SHM_BASE_LOW        0x0b8u
+#define VBLK_REG_SHM_BASE_HIGH       0x0bcu
+#define VBLK_REG_CONFIG_GENERATION   0x0fcu
+#define VBLK_REG_CONFIG              0x100u // config space from here on
+
+
+// ---- Errors and events -----------------------------------------------------
+
+#define VBLK_ERRORS(X)                                                         \
+    X(OK, 0, "no error")                                                       \
+    X(ERR_MEMORY, -1, "memory needs both read and write, or neither to be "    \
+      "given later by vblk_set_memory()")                                      \
+    X(ERR_BACKEND, -2, "backend.read is missing")                              \
+    X(ERR_CAPACITY, -3, "capacity is 0 and the backend has no size function, " \
+      "or it is more than 2^63 bytes; it is in sectors of 512 bytes")          \
+    X(ERR_CACHE, -4, "cache is none of the vblk_cache values")                 \
+    X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
+    X(ERR_QUEUES, -6, "queues is more than VBLK_MAX_QUEUES")                   \
+    X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
+    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS")                   \
+    X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
+    X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
+      "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
+    X(ERR_FILE, -11, "the image file cannot be opened or its size is not to "  \
+      "be had; errno says why")                                                \
+    X(ERR_LOCK, -12, "the lock cannot be made; errno says why")
+
+typedef enum vblk_error {
+#define VBLK_X(name, value, text) VBLK_##name = (value),
+    VBLK_ERRORS(VBLK_X)
+#undef VBLK_X
+    VBLK_ERROR_LAST = -12
+} vblk_error;
+
+// Code, then a sentence. The comment names the two numbers, a and b.
+#define VBLK_EVENTS(X)                                                         \
+    X(NONE, "nothing")                                                         \
+    /* capacity: a = backend's size in bytes */                                \
+    X(CAPACITY_ZERO, "the backend is smaller than one sector: the disk has "   \
+      "no sectors (B4)")                                                       \
+    /* registers: a = offset or queue, b = value or width */                   \
+    X(REG_WIDTH, "a register below 0x100 was accessed with a width other "     \
+      "than 4 bytes (M2)")                                                     \
+    X(REG_FEATURES_WINDOW, "DriverFeatures was written outside the window "    \
+      "from DRIVER to FEATURES_OK and is ignored (M5)")                        \
+    X(REG_QUEUE_WINDOW, "a queue register was written outside the window "     \
+      "from FEATURES_OK to DRIVER_OK and is ignored (M7)")                     \
+    X(REG_QUEUE_FROZEN, "QueueReady was cleared while the device is live and " \
+      "is ignored; the standard profile stops the queue (M7, P8)")             \
+    X(REG_QUEUE_SIZE, "QueueNum is 0, over QueueNumMax or no power of two "    \
+      "and is ignored (M7)")                                                   \
+    X(NOTIFY_IGNORED, "QueueNotify for a queue that does not exist, is not "   \
+      "ready, or before DRIVER_OK (M10)")                                      \
+    /* status: a = Status, b = value written */                                \
+    X(STATUS_CLEARS, "a Status write that would clear a bit is refused; only " \
+      "0 clears, and resets (F2)")                                             \
+    X(STATUS_BITS, "a Status write that adds two bits or an unknown bit is "   \
+      "refused (F2)")                                                          \
+    X(STATUS_ORDER, "a Status write out of the order ACKNOWLEDGE, DRIVER, "    \
+      "FEATURES_OK, DRIVER_OK is refused (F2)")                                \
+    X(STATUS_NO_ACK, "DRIVER without ACKNOWLEDGE is refused; the standard "    \
+      "profile takes it (F2, P2)")                                             \
+    X(STATUS_NEEDS_RESET, "the device needs a reset: Status writes other "     \
+      "than 0 are refused (F7)")                                               \
+    X(STATUS_FAILED, "the driver gave up on the device (F5)")                  \
+    /* a = features accepted, b = features offered */                          \
+    X(FEATURES_VERSION, "FEATURES_OK is refused: VERSION_1 was not accepted; " \
+      "legacy drivers are not served (F3)")                                    \
+    X(FEATURES_UNOFFERED, "FEATURES_OK is refused: a feature was accepted "    \
+      "that is not offered (F3)")                                              \
+    /* queue broken: a, b as named */                                          \
+    X(RING_SIZE, "the queue was started without a valid QueueNum (Q4)")        \
+    X(RING_PLACE, "a ring is misaligned or wraps the address space: "          \
+      "descriptors 16, driver area 2, device area 4 bytes; a = address (Q4)")  \
+    X(AVAIL_UNREADABLE, "the available ring is outside guest memory; "         \
+      "a = address (Q4)")                                                      \
+    X(AVAIL_JUMP, "avail.idx is more than the queue size ahead; a = avail.idx" \
+      ", b = device's position (Q4)")                                          \
+    X(HEAD_RANGE, "a head in the available ring is not below the queue size; " \
+      "a = head (Q4)")                                                         \
+    X(QUEUE_OVERRUN, "more chains are under way than the queue has entries; "  \
+      "a = how many (Q4)")                                                     \
+    X(USED_UNWRITABLE, "the used ring is outside guest memory; a = address "   \
+      "(Q4)")                                                                  \
+    X(NOTIFY_SWITCH, "guest notifications cannot be switched on: the used "    \
+      "ring is outside guest memory; a = address (Q3)")                        \
+    X(HOST_RESET, "the host asked for a reset of the device")                  \
+    /* chain dropped (standard: returned with length 0) */                     \
+    X(CHAIN_LONG, "a chain has more than seg_max + 2 descriptors, or loops; "  \
+      "a = limit (V1)")                                                        \
+    X(CHAIN_NEXT, "a descriptor index is outside its table; a = index, "       \
+      "b = entries (V1)")                                                      \
+    X(CHAIN_UNREADABLE, "a descriptor is outside guest memory; a = address "   \
+      "(V1)")                                                                  \
+    X(INDIRECT_OFF, "an indirect descriptor, though INDIRECT_DESC was not "    \
+      "negotiated (V1)")                                                       \
+    X(INDIRECT_NESTED, "an indirect descriptor inside an indirect table (V1)") \
+    X(INDIRECT_NEXT, "an indirect descriptor with NEXT set (V1)")              \
+    X(INDIRECT_SIZE, "an indirect table of no positive multiple of 16 bytes; " \
+      "a = bytes (V1)")                                                        \
+    X(CHAIN_ORDER, "a readable descriptor after a writable one (V2)")          \
+    X(STATUS_MISSING, "no writable byte for the status (V2)")                  \
+    X(STATUS_FRAMING, "the last of two or more descriptors does not hold the " \
+      "status; the standard profile takes the last writable byte (V2, P1)")    \
+    X(STATUS_WRAPS, "the status descriptor wraps the address space; "          \
+      "a = address (V2)")                                                      \
+    X(STATUS_UNWRITABLE, "the status byte is outside guest memory: the chain " \
+      "is not returned; a = address (V17)")                                    \
+    /* request refused */                                                      \
+    X(HEADER_SHORT, "a header of less than 16 bytes; a = bytes (V3)")          \
+    X(HEADER_FRAMING, "the first descriptor does not hold the header; the "    \
+      "standard profile takes the first 16 readable bytes (V3, P1)")           \
+    X(HEADER_UNREADABLE, "the header is outside guest memory; a = address "    \
+      "(V4)")                                                                  \
+    X(TYPE_UNKNOWN, "an unknown request type; a = type (V11)")                 \
+    X(SEGMENT_LONG, "a data descriptor longer than size_max; a = bytes, "      \
+      "b = size_max (V5)")                                                     \
+    X(SEGMENT_LONG_STRICT, "a data descriptor longer than size_max; the "      \
+      "standard profile takes it, as the driver did not accept SIZE_MAX; "     \
+      "a = bytes, b = size_max (V5, P3)")                                      \
+    X(DATA_DIRECTION, "data in the wrong direction for the type; a = type "    \
+      "(V12)")                                                                 \
+    X(DATA_MISSING, "a request without data; the standard profile lets it "    \
+      "pass; a = type (V6, P4)")                                               \
+    X(DATA_UNWANTED, "a FLUSH with data; the standard profile ignores the "    \
+      "data; a = bytes (V7, P4)")                                              \
+    X(DATA_RAGGED, "data of no multiple of 512 bytes; a = bytes (V8)")         \
+    X(DATA_LONG, "data of 4 GiB or more cannot be told in a used length; "     \
+      "a = bytes (V13)")                                                       \
+    X(DATA_UNMAPPED, "a data buffer is outside guest memory; a = address, "    \
+      "b = bytes (X5)")                                                        \
+    X(READ_ONLY, "a write to a read-only disk; a = sector (V9)")               \
+    X(OUT_OF_RANGE, "a range beyond the end of the disk; a = sector, "         \
+      "b = bytes (V13)")                                                       \
+    X(ID_SHORT, "GET_ID with less than 20 bytes in its first buffer; the "     \
+      "standard profile copies what fits; a = bytes (V16, P4)")                \
+    /* backend */                                                              \
+    X(BACKEND_FAILED, "the backend failed; a = type, b = its error number "    \
+      "(X3)")                                                                  \
+    X(BACKEND_STUCK, "the backend wrote less than asked and stopped there; "   \
+      "a = bytes written, b = bytes asked (X3)")                               \
+    X(NO_MEMORY, "a queue has work but guest memory was not given yet; the "   \
+      "work waits for vblk_set_memory() (W9)")
+
+typedef enum vblk_event_code {
+#define VBLK_X(name, text) VBLK_EV_##name,
+    VBLK_EVENTS(VBLK_X)
+#undef VBLK_X
+    VBLK_EV_COUNT
+} vblk_event_code;
+
+#define VBLK_NO_QUEUE   (-1)
+#define VBLK_ALL_QUEUES (-2)
+
+typedef struct vblk_event {
+    vblk_event_code code;
+    int             queue; // VBLK_NO_QUEUE: the device
+    uint16_t        head;  // of the chain; 0 where there is none
+    uint64_t        a, b;  // as the text of the code says
+} vblk_event;
+
+
+// ---- Types you fill in -----------------------------------------------------
+
+// Access to guest memory. The first two return 0, or anything else when a
+// byte of [gpa, gpa + n) is not guest memory, in which case nothing was
+// moved. With a NULL buffer they move nothing and only answer. Ring indices
+// are asked for with n = 2 at even addresses; where a guest runs on another
+// thread, these must be single accesses.
+typedef struct vblk_memory {
+    int (*read)(void *user, uint64_t gpa, void *dst, uint64_t n);
+    int (*write)(void *user, uint64_t gpa, const void *src, uint64_t n);
+    // Optional. A host pointer to gpa, valid for *n bytes: *n comes in as
+    // what is wanted, more than 0, and goes out as what is contiguous from
+    // there, at most that. NULL: not guest memory, or not writable and
+    // `writable` is set. Pointers stay valid until vblk_set_memory().
+    void *(*map)(void *user, uint64_t gpa, uint64_t *n, bool writable);
+    void *user; // first argument of the three
+} vblk_memory;
+
+// A piece of guest memory that takes part in a request. `ptr` is NULL where
+// the host has no pointer to it; vblk_get() and vblk_put() reach it then.
+typedef struct vblk_seg {
+    uint8_t *ptr;
+    size_t   n;   // bytes, never 0
+    uint64_t gpa;
+} vblk_seg;
+
+// The disk. `offset` is in bytes, a multiple of 512; all is within the
+// capacity. read and write return how many bytes they moved, which may be
+// less than asked: they are called again for the rest. 0 means no progress:
+// for a read, the end of the backing, and the rest reads as zeroes; for a
+// write, an error. Negative: an error number for the event.
+typedef struct vblk_backend {
+    int64_t (*read)(void *user, uint64_t offset, const vblk_seg *seg,
+                    unsigned segs);
+    // NULL: a read-only disk.
+    int64_t (*write)(void *user, uint64_t offset, const vblk_seg *seg,
+                     unsigned segs);
+    // Make every completed write durable; 0 or a negative error number.
+    // NULL: the guest is not offered FLUSH.
+    int (*flush)(void *user);
+    uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
+    bool  read_only;
+    void *user; // first argument of the four
+} vblk_backend;
+
+typedef enum vblk_cache {
+    VBLK_CACHE_WRITEBACK, // writes are durable after a FLUSH
+    VBLK_CACHE_UNSAFE     // FLUSH is not offered, nothing is ever flushed
+} vblk_cache;
+
+typedef enum vblk_profile { VBLK_STRICT, VBLK_STANDARD } vblk_profile;
+
+// What vblk_init() is told. Zero means the default in every field.
+typedef struct vblk_options {
+    vblk_memory  memory;     // or none, and vblk_set_memory() later
+    vblk_backend backend;    // .read at least
+    uint64_t     capacity;   // 512-byte sectors; default backend.size() / 512
+    const char  *id;         // copied, cut at 20 bytes; default ""
+    bool         read_only;  // or by the backend
+    vblk_cache   cache;      // default writeback
+    vblk_profile profile;    // default strict
+    unsigned     queues;     // default 1; more offer MQ
+    uint32_t     queue_size; // power of two, 1 to 32768; default 256
+    uint32_t     seg_max;    // data segments in a request; default queue_size
+                             // - 2, at least 1 and at most VBLK_MAX_SEGS
+    uint32_t     size_max;   // bytes in a segment; default 1 MiB
+    uint32_t     vendor_id;
+    uint64_t     features_off; // of those offered, bits not to offer
+    // Fire (true), or: InterruptStatus went to 0 (false). NULL: poll it.
+    void (*interrupt)(void *user, bool fire);
+    void (*event)(void *user, const vblk_event *event); // NULL: silent
+    void *user; // first argument of interrupt and event
+} vblk_options;
+
+
+// ---- Types you hold --------------------------------------------------------
+
+typedef enum vblk_state {
+    VBLK_EMPTY,   // nothing to do; the guest will notify
+    VBLK_REQUEST, // vblk_next() only: a request was handed out
+    VBLK_STALLED, // call again in wait_ns, not before
+    VBLK_MORE,    // call again: the guest adds faster than one call takes
+    VBLK_BROKEN   // this queue needs a reset
+} vblk_state;
+
+typedef struct vblk_outcome {
+    vblk_state state;
+    uint64_t   wait_ns; // with VBLK_STALLED
+} vblk_outcome;
+
+// A descriptor that crosses host regions takes a segment for each; this many
+// crossings fit before the request goes without pointers.
+#define VBLK__SPLITS 16
+
+// A validated request. Read-only to the host; may be copied.
+typedef struct vblk_request {
+    uint32_t type;    // VBLK_T_IN, VBLK_T_OUT or VBLK_T_FLUSH
+    bool     durable; // OUT: must be durable before it is completed
+    bool     direct;  // every segment has a pointer
+    uint64_t offset;  // bytes from the start of the disk
+    uint64_t bytes;   // in all segments
+    unsigned segs;
+    uint16_t queue, head;
+    // Private from here to seg.
+    uint32_t epoch;
+    bool     space; // writable bytes stand before the status byte
+    uint64_t status_gpa;
+    uint8_t *status_ptr;
+    vblk_seg seg[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+} vblk_request;
+
+typedef struct vblk_counts {
+    uint64_t reads, writes, flushes; // completed with success
+    uint64_t bytes_read;             // from the backing, padding not counted
+    uint64_t bytes_written;
+    uint64_t io_errors;
+    uint64_t throttled;              // times a request had to wait
+    uint64_t currently_throttled;    // queues that wait now
+    uint64_t invalid_avail_idx;      // times a queue broke
+} vblk_counts;
+
+// A virtqueue. Private.
+typedef struct vblk_queue {
+    // Register calls, before DRIVER_OK.
+    uint32_t size;
+    bool     ready;
+    uint64_t desc_gpa, avail_gpa, used_gpa;
+    // The drainer, from DRIVER_OK to reset. Positions are free-running.
+    bool     resolved;     // the pointers below are up to date
+    bool     poisoned;
+    bool     notify_off;   // NO_NOTIFY is set in the used ring
+    bool     switch_failed;
+    uint16_t avail_next;   // next entry to take
+    uint16_t avail_seen;   // avail.idx as last read
+    uint16_t used_next;    // next entry to fill
+    uint16_t used_shown;   // used.idx as last published
+    uint32_t under_way;    // handed out, not completed
+    uint32_t epoch;        // changes when requests of this queue go stale
+    uint8_t *desc, *avail, *used; // NULL: through the accessors
+    // Any thread reads, the drainer adds.
+    vblk_counts counts;
+} vblk_queue;
+
+// A device. Private, of any storage; must not move while a backend or the
+// guest uses it.
+typedef struct vblk_dev {
+    vblk_options o; // with defaults filled in
+    uint8_t      id[VBLK_ID_BYTES];
+    uint64_t     offered, accepted;
+    bool         event_idx, indirect, write_through; // from FEATURES_OK on
+    bool         no_memory_said;
+    uint32_t     device_features_sel, driver_features_sel, queue_sel;
+    uint32_t     generation;
+    // Atomics: set by any thread.
+    uint32_t     status;
+    uint32_t     interrupt; // InterruptStatus, and VBLK__LINE
+    vblk_queue   queue[VBLK_MAX_QUEUES];
+} vblk_dev;
+
+
+// ---- Set-up ----------------------------------------------------------------
+
+// Bring `dev` to the state a device has after power-on. `o` is copied; what
+// it points to must outlive `dev`. Returns VBLK_OK or the VBLK_ERR_ of the
+// first field at fault, in which case `dev` is untouched. There is nothing to
+// undo at the end: the device owns nothing.
+VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o);
+
+// Give the device its guest memory, or another: all pointers from the old one
+// are forgotten, ring positions stay. No draining call and no request may be
+// under way.
+VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory);
+
+// A sentence for a VBLK_ERR_ code, and for an event's code.
+VBLKDEF const char *vblk_strerror(int err);
+VBLKDEF const char *vblk_event_text(vblk_event_code code);
+
+
+// ---- Registers [4.2.2] -----------------------------------------------------
+
+// What the guest loads from `bytes` bytes (1 to 8) at byte `offset` of the
+// register window, as a little-endian number. Any offset and width is safe.
+// Any thread.
+VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
+                                unsigned bytes);
+
+// The guest stored `value` there. Any value at any offset is safe. Returns
+// what to give to vblk_drain(): the queue that was notified, VBLK_ALL_QUEUES
+// when the driver said DRIVER_OK, else VBLK_NO_QUEUE.
+VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
+                            uint64_t value);
+
+// The level of the interrupt line: high from a firing until InterruptStatus
+// reads 0. Any thread.
+VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev);
+
+// Ask the driver for a reset: Status shows DEVICE_NEEDS_RESET and, while the
+// device is live, the configuration interrupt fires [2.1.2]. For a host that
+// lost its disk. Any thread.
+VBLKDEF void vblk_needs_reset(vblk_dev *dev);
+
+
+// ---- Requests --------------------------------------------------------------
+
+// Do what waits in `queue` (or in VBLK_ALL_QUEUES, or nothing for
+// VBLK_NO_QUEUE): take requests, call the backend, complete, publish, and
+// interrupt the guest at most once per queue. Takes at most as many requests
+// as the queue has entries; VBLK_MORE then means that there are more. For
+// all queues the answer is the most pressing one: MORE, the shortest wait,
+// BROKEN, EMPTY. Thread: the queue's drainer.
+VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
+
+// Take the next request of `queue` into `req`. Anything but VBLK_REQUEST
+// means that there is none now; completions so far are published then, and
+// the guest is told to notify. Thread: the queue's drainer.
+VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
+                               vblk_request *req);
+
+// `req` has ended with `status`, VBLK_S_OK or VBLK_S_IOERR. `bytes` is what
+// an IN got from the backing; the rest is filled with zeroes. False if the
+// request is of an earlier driver session: nothing was touched. The guest
+// sees the completion after vblk_publish(). Thread: the queue's drainer.
+VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
+                           uint8_t status, uint64_t bytes);
+
+// Show completions of `queue` to the guest and interrupt it if it asked for
+// that [2.7.7.2, 2.7.8.2]. Thread: the queue's drainer.
+VBLKDEF void vblk_publish(vblk_dev *dev, int queue);
+
+// Copy `n` bytes at byte `at` of the request's data from guest memory, or to
+// it. False if guest memory refused. Only for hosts without map.
+VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                      void *dst, size_t n);
+VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                      const void *src, size_t n);
+
+// The counters, summed over all queues. They survive resets. Each is exact;
+// together they are no snapshot while a queue is drained. Any thread.
+VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
+
+
+// ---- Memory and backends ---------------------------------------------------
+
+typedef struct vblk_region {
+    uint64_t gpa;
+    uint64_t bytes; // gpa + bytes may be 2^64, regions may touch
+    void    *host;
+} vblk_region;
+
+// Flat RAM: a table of regions that do not overlap, in any order.
+typedef struct vblk_ram {
+    const vblk_region *region;
+    unsigned           regions;
+} vblk_ram;
+
+// Accessors, map included, over `ram`, which must outlive them.
+VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram);
+
+// A disk in memory. A shared mapping would not be made durable by flush.
+typedef struct vblk_memdisk {
+    void    *data;
+    uint64_t bytes;
+    bool     read_only;
+} vblk_memdisk;
+
+VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk);
+
+#ifdef VBLK_THREADED
+// An image file or a block device by positioned I/O: preadv, pwritev and
+// fdatasync. Safe from several threads.
+typedef struct vblk_file {
+    int  fd;
+    bool read_only;
+    int  flush_error; // after one failed fdatasync, all fail: the kernel
+                      // forgets which pages it could not write
+} vblk_file;
+
+// Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set. vblk_file_close()
+// after the device's last use.
+VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only);
+VBLKDEF void vblk_file_close(vblk_file *file);
+VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
+
+// A lock around a backend that is not safe from several threads: one call of
+// it at a time.
+typedef struct vblk_locked {
+    vblk_backend    inner;
+    pthread_mutex_t mutex;
+} vblk_locked;
+
+// VBLK_OK or VBLK_ERR_LOCK. vblk_locked_end() after the device's last use.
+VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner);
+VBLKDEF void vblk_locked_end(vblk_locked *locked);
+VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
+#endif // VBLK_THREADED
+
+#ifdef __cplusplus
+}
+#endif
+#endif // VBLK_H
+
+
+#if defined(VBLK_IMPLEMENTATION) && !defined(VBLK_IMPLEMENTED)
+#define VBLK_IMPLEMENTED
+
+
+// ---- Platform ---------------------------------------------------------------
+
+#if defined(VBLK_MEMCPY) != defined(VBLK_MEMSET)
+#error "vblk.h: define both of VBLK_MEMCPY and VBLK_MEMSET, or neither"
+#endif
+#ifndef VBLK_MEMCPY
+#include <string.h>
+#define VBLK_MEMCPY memcpy
+#define VBLK_MEMSET memset
+#endif
+#ifndef VBLK_ASSERT
+#include <assert.h>
+#define VBLK_ASSERT assert
+#endif
+
+// Status, InterruptStatus, the counters and the ring indices are shared with
+// threads, the guest's among them, that are running.
+#if defined(VBLK_SINGLE_THREADED)
+#define VBLK__LOAD(p)          (*(p))
+#define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
+#define VBLK__ACQUIRE(p)       (*(const volatile uint16_t *)(const void *)(p))
+#define VBLK__RELEASE(p, v)    ((void)(*(volatile uint16_t *)(void *)(p) = (v)))
+#define VBLK__OR(p, v)         ((void)(*(p) |= (v)))
+#define VBLK__CAS(p, old, new) (*(p) = (new), (void)(old), true)
+#define VBLK__FENCE()          ((void)0)
+#define VBLK__ONCE()           ((void)0)
+#elif defined(__GNUC__) || defined(__clang__)
+typedef uint16_t __attribute__((may_alias)) vblk__shared16;
+#define VBLK__LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
+#define VBLK__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
+#define VBLK__ACQUIRE(p)                                                       \
+    __atomic_load_n((const vblk__shared16 *)(const void *)(p),                 \
+                    __ATOMIC_ACQUIRE)
+#define VBLK__RELEASE(p, v)                                                    \
+    __atomic_store_n((vblk__shared16 *)(void *)(p), v, __ATOMIC_RELEASE)
+#define VBLK__OR(p, v) ((void)__atomic_fetch_or(p, v, __ATOMIC_ACQ_REL))
+#define VBLK__CAS(p, old, new)                                                 \
+    __atomic_compare_exchange_n(p, &(old), new, false, __ATOMIC_ACQ_REL,       \
+                                __ATOMIC_ACQUIRE)
+#define VBLK__FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+// What was copied from the guest before this stays copied: the compiler may
+// not fetch it again.
+#define VBLK__ONCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#else
+#error "vblk.h: no atomics for this compiler; define VBLK_SINGLE_THREADED"
+#endif
+
+
+// ---- Wire: little-endian loads and stores, layouts --------------------------
+
+#define VBLK__DESC_NEXT     1u
+#define VBLK__DESC_WRITE    2u
+#define VBLK__DESC_INDIRECT 4u
+#define VBLK__DESC_BYTES    16u
+#define VBLK__USED_BYTES    8u
+#define VBLK__HEADER_BYTES  16u
+#define VBLK__CONFIG_BYTES  36u
+#define VBLK__NO_NOTIFY     1u
+#define VBLK__NO_INTERRUPT  1u
+
+static inline uint16_t vblk__get16(const uint8_t *p) {
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+
+static inline uint32_t vblk__get32(const uint8_t *p) {
+    return vblk__get16(p) | (uint32_t)vblk__get16(p + 2) << 16;
+}
+
+static inline uint64_t vblk__get64(const uint8_t *p) {
+    return vblk__get32(p) | (uint64_t)vblk__get32(p + 4) << 32;
+}
+
+static inline void vblk__put(uint8_t *p, uint64_t value, unsigned bytes) {
+    for (unsigned i = 0; i < bytes; i++) {
+        p[i] = (uint8_t)(value >> 8 * i);
+    }
+}
+
+// A 16-bit word as it lies in memory, little-endian, from and to the host's.
+static inline uint16_t vblk__le16(uint16_t value) {
+    uint8_t b[2];
+    VBLK_MEMCPY(b, &value, 2);
+    return vblk__get16(b);
+}
+
+// The first bytes of an area of `n` at `gpa` may not be past 2^64.
+static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
+    return n > 0 && n - 1 > UINT64_MAX - gpa;
+}
+
+
+// ---- Memory: where addresses become pointers --------------------------------
+
+static inline uint8_t *vblk__map(vblk_dev *dev, uint64_t gpa, uint64_t *n,
+                                 bool writable) {
+    const vblk_memory *m = &dev->o.memory;
+    return (uint8_t *)m->map(m->user, gpa, n, writable);
+}
+
+// A pointer to all of [gpa, gpa + n), or NULL.
+static inline uint8_t *vblk__whole(vblk_dev *dev, uint64_t gpa, uint64_t n,
+                                   bool writable) {
+    uint64_t run = n;
+    if (!dev->o.memory.map) {
+        return NULL;
+    }
+    uint8_t *p = vblk__map(dev, gpa, &run, writable);
+    return run >= n ? p : NULL;
+}
+
+static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, uint64_t n) {
+    const vblk_memory *m = &dev->o.memory;
+    return !vblk__wraps(gpa, n) && m->read(m->user, gpa, dst, n) == 0;
+}
+
+static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
+                        uint64_t n) {
+    const vblk_memory *m = &dev->o.memory;
+    return !vblk__wraps(gpa, n) && m->write(m->user, gpa, src, n) == 0;
+}
+
+// Sixteen bytes, each read once: a descriptor or a header.
+static inline bool vblk__fetch16(vblk_dev *dev, const uint8_t *ptr,
+                                 uint64_t gpa, uint8_t *dst) {
+    if (!ptr) {
+        return vblk__read(dev, gpa, dst, 16);
+    }
+    VBLK_MEMCPY(dst, ptr, 16);
+    VBLK__ONCE();
+    return true;
+}
+
+// Ring words. `ptr` is the start of the area or NULL, `gpa` its address. An
+// index is loaded with acquire: what it covers is read after it. It is stored
+// with release: what it covers is visible before it.
+static inline bool vblk__load16(vblk_dev *dev, const uint8_t *ptr,
+                                uint64_t gpa, uint64_t at, uint16_t *value) {
+    uint16_t le;
+    if (ptr) {
+        le = VBLK__ACQUIRE(ptr + at);
+    } else {
+        if (!vblk__read(dev, gpa + at, &le, 2)) {
+            return false;
+        }
+        VBLK__FENCE();
+    }
+    *value = vblk__le16(le);
+    return true;
+}
+
+static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
+                                 uint64_t at, uint16_t value) {
+    uint16_t le = vblk__le16(value);
+    if (ptr) {
+        VBLK__RELEASE(ptr + at, le);
+        return true;
+    }
+    VBLK__FENCE();
+    return vblk__write(dev, gpa + at, &le, 2);
+}
+
+static void *vblk__ram_map(void *user, uint64_t gpa, uint64_t *n,
+                           bool writable) {
+    const vblk_ram *ram = (const vblk_ram *)user;
+    (void)writable;
+    for (unsigned i = 0; i < ram->regions; i++) {
+        const vblk_region *r = &ram->region[i];
+        uint64_t at = gpa - r->gpa;
+        if (gpa >= r->gpa && at < r->bytes) {
+            *n = *n < r->bytes - at ? *n : r->bytes - at;
+            return (uint8_t *)r->host + at;
+        }
+    }
+    return NULL;
+}
+
+// All or nothing: the whole range is looked up before a byte moves.
+static bool vblk__ram_has(void *user, uint64_t gpa, uint64_t n) {
+    for (uint64_t run; n > 0; gpa += run, n -= run) {
+        run = n;
+        if (!vblk__ram_map(user, gpa, &run, true)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Ring indices are single accesses.
+static bool vblk__ram_word(const uint8_t *p, uint64_t n) {
+    return n == 2 && ((uintptr_t)p & 1) == 0;
+}
+
+static int vblk__ram_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    uint8_t *to = (uint8_t *)dst;
+    if (!vblk__ram_has(user, gpa, n)) {
+        return -1;
+    }
+    for (uint64_t run; dst && n > 0; gpa += run, to += run, n -= run) {
+        run = n;
+        uint8_t *p = (uint8_t *)vblk__ram_map(user, gpa, &run, false);
+        if (vblk__ram_word(p, run)) {
+            uint16_t word = VBLK__ACQUIRE(p);
+            VBLK_MEMCPY(to, &word, 2);
+        } else {
+            VBLK_MEMCPY(to, p, (size_t)run);
+        }
+    }
+    return 0;
+}
+
+static int vblk__ram_write(void *user, uint64_t gpa, const void *src,
+                           uint64_t n) {
+    const uint8_t *from = (const uint8_t *)src;
+    if (!vblk__ram_has(user, gpa, n)) {
+        return -1;
+    }
+    for (uint64_t run; src && n > 0; gpa += run, from += run, n -= run) {
+        run = n;
+        uint8_t *p = (uint8_t *)vblk__ram_map(user, gpa, &run, true);
+        if (vblk__ram_word(p, run)) {
+            uint16_t word;
+            VBLK_MEMCPY(&word, from, 2);
+            VBLK__RELEASE(p, word);
+        } else {
+            VBLK_MEMCPY(p, from, (size_t)run);
+        }
+    }
+    return 0;
+}
+
+
+// ---- Events, counters, interrupts -------------------------------------------
+
+// Bit of dev->interrupt beside those of InterruptStatus, so that both change
+// in one atomic step: the line is high.
+#define VBLK__LINE 0x80000000u
+
+static void vblk__say(const vblk_dev *dev, int queue, vblk_event_code code,
+                      uint16_t head, uint64_t a, uint64_t b) {
+    if (dev->o.event) {
+        vblk_event event = {code, queue, head, a, b};
+        dev->o.event(dev->o.user, &event);
+    }
+}
+
+static int vblk__index(const vblk_dev *dev, const vblk_queue *q) {
+    return (int)(q - dev->queue);
+}
+
+static void vblk__tell(vblk_dev *dev, const vblk_queue *q,
+                       vblk_event_code code, uint16_t head, uint64_t a,
+                       uint64_t b) {
+    vblk__say(dev, vblk__index(dev, q), code, head, a, b);
+}
+
+// One writer, the queue's drainer, so that no locked instruction is needed.
+static inline void vblk__count(uint64_t *counter, uint64_t n) {
+    VBLK__STORE(counter, VBLK__LOAD(counter) + n);
+}
+
+// The bit before the line, both after what they announce (release).
+static void vblk__raise(vblk_dev *dev, uint32_t bit, bool fire) {
+    VBLK__OR(&dev->interrupt, bit | (fire ? VBLK__LINE : 0));
+    if (fire && dev->o.interrupt) {
+        dev->o.interrupt(dev->o.user, true);
+    }
+}
+
+// The guest may act on either the moment it sees it, so Status first.
+static void vblk__ask_reset(vblk_dev *dev) {
+    uint32_t status = VBLK__LOAD(&dev->status);
+    VBLK__OR(&dev->status, VBLK_STATUS_NEEDS_RESET);
+    if (status & VBLK_STATUS_DRIVER_OK) {
+        vblk__raise(dev, VBLK_INTERRUPT_CONFIG, true);
+    }
+}
+
+// What is under way in a broken queue ends with it.
+static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
+                         uint64_t a, uint64_t b) {
+    if (q->poisoned) {
+        return;
+    }
+    q->poisoned = true;
+    q->epoch++;
+    vblk__count(&q->counts.invalid_avail_idx, 1);
+    vblk__tell(dev, q, code, 0, a, b);
+    vblk__ask_reset(dev);
+}
+
+
+// ---- Queue: take a chain, give it back, publish, switch notifications -------
+
+// Offsets in the rings [2.7.6, 2.7.8].
+static uint64_t vblk__avail_bytes(const vblk_queue *q) {
+    return 6 + 2 * (uint64_t)q->size;
+}
+
+static uint64_t vblk__used_bytes(const vblk_queue *q) {
+    return 6 + VBLK__USED_BYTES * (uint64_t)q->size;
+}
+
+// Look at a queue for the first time since DRIVER_OK, or since the memory
+// changed. A ring without a pointer, be it outside guest memory or across a
+// seam of it, is left to the accessors.
+static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
+    uint64_t desc_bytes = VBLK__DESC_BYTES * (uint64_t)q->size;
+    if (q->size == 0) {
+        vblk__poison(dev, q, VBLK_EV_RING_SIZE, 0, 0);
+        return false;
+    }
+    if (q->desc_gpa % 16 || vblk__wraps(q->desc_gpa, desc_bytes)) {
+        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->desc_gpa, 0);
+        return false;
+    }
+    if (q->avail_gpa % 2 || vblk__wraps(q->avail_gpa, vblk__avail_bytes(q))) {
+        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->avail_gpa, 0);
+        return false;
+    }
+    if (q->used_gpa % 4 || vblk__wraps(q->used_gpa, vblk__used_bytes(q))) {
+        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->used_gpa, 0);
+        return false;
+    }
+    q->desc = vblk__whole(dev, q->desc_gpa, desc_bytes, false);
+    q->avail = vblk__whole(dev, q->avail_gpa, vblk__avail_bytes(q), false);
+    q->used = vblk__whole(dev, q->used_gpa, vblk__used_bytes(q), true);
+    if ((uintptr_t)q->avail & 1) {
+        q->avail = NULL;
+    }
+    if ((uintptr_t)q->used & 1) {
+        q->used = NULL;
+    }
+    q->resolved = true;
+    q->notify_off = true; // whatever the driver left there [2.7.10.2]
+    return true;
+}
+
+// EMPTY, MORE (there is an entry) or BROKEN.
+static vblk_state vblk__peek(vblk_dev *dev, vblk_queue *q) {
+    uint16_t idx;
+    if (q->avail_next != q->avail_seen) {
+        return VBLK_MORE;
+    }
+    if (!vblk__load16(dev, q->avail, q->avail_gpa, 2, &idx)) {
+        vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
+        return VBLK_BROKEN;
+    }
+    if ((uint16_t)(idx - q->avail_next) > q->size) {
+        vblk__poison(dev, q, VBLK_EV_AVAIL_JUMP, idx, q->avail_next);
+        return VBLK_BROKEN;
+    }
+    q->avail_seen = idx;
+    return idx == q->avail_next ? VBLK_EMPTY : VBLK_MORE;
+}
+
+// Notifications off: a hint, so a failure does not matter. With EVENT_IDX
+// they are off by themselves once avail_event is passed [2.7.10].
+static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
+    if (!dev->event_idx && !q->notify_off) {
+        vblk__store16(dev, q->used, q->used_gpa, 0, VBLK__NO_NOTIFY);
+        q->notify_off = true;
+    }
+}
+
+// Notifications on for whatever comes after avail_seen. avail.idx must be
+// looked at again afterwards, behind the full barrier at the end: either the
+// driver sees the switch, or the device sees its entry.
+static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
+    bool ok = true;
+    if (q->notify_off) {
+        ok = vblk__store16(dev, q->used, q->used_gpa, 0, 0);
+        q->notify_off = !ok;
+    }
+    if (ok && dev->event_idx) {
+        ok = vblk__store16(dev, q->used, q->used_gpa,
+                           vblk__used_bytes(q) - 2, q->avail_seen);
+    }
+    if (!ok && !q->switch_failed) {
+        vblk__tell(dev, q, VBLK_EV_NOTIFY_SWITCH, 0, q->used_gpa, 0);
+    }
+    q->switch_failed = !ok;
+    VBLK__FENCE();
+    return ok;
+}
+
+// After vblk__peek() said MORE.
+static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
+    uint64_t at = 4 + 2 * (uint64_t)(q->avail_next & (q->size - 1));
+    if (!vblk__load16(dev, q->avail, q->avail_gpa, at, head)) {
+        vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
+        return false;
+    }
+    if (*head >= q->size) {
+        vblk__poison(dev, q, VBLK_EV_HEAD_RANGE, *head, 0);
+        return false;
+    }
+    q->avail_next++;
+    return true;
+}
+
+static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
+                            uint32_t written) {
+    uint64_t at = 4 + VBLK__USED_BYTES *
+                          (uint64_t)(q->used_next & (q->size - 1));
+    uint8_t element[VBLK__USED_BYTES];
+    vblk__put(element, head, 4);
+    vblk__put(element + 4, written, 4);
+    if (q->used) {
+        VBLK_MEMCPY(q->used + at, element, sizeof element);
+    } else if (!vblk__write(dev, q->used_gpa + at, element, sizeof element)) {
+        vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + at, 0);
+        return false;
+    }
+    q->used_next++;
+    return true;
+}
+
+// Whether the driver asked for an interrupt since used.idx was `old`
+// [2.7.7.2]; yes when it cannot be read.
+static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
+    uint16_t word;
+    if (dev->event_idx) {
+        return !vblk__load16(dev, q->avail, q->avail_gpa,
+                             vblk__avail_bytes(q) - 2, &word) ||
+               (uint16_t)(q->used_next - word - 1) <
+                   (uint16_t)(q->used_next - old);
+    }
+    return !vblk__load16(dev, q->avail, q->avail_gpa, 0, &word) ||
+           !(word & VBLK__NO_INTERRUPT);
+}
+
+static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
+    uint16_t old = q->used_shown;
+    if (q->used_next == old) {
+        return;
+    }
+    if (!vblk__store16(dev, q->used, q->used_gpa, 2, q->used_next)) {
+        vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
+        return;
+    }
+    q->used_shown = q->used_next;
+    // Either the driver sees the new index when it switches interrupts on,
+    // or the device sees the switch.
+    VBLK__FENCE();
+    bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
+    if (fire || dev->o.profile == VBLK_STRICT) { // P7
+        vblk__raise(dev, VBLK_INTERRUPT_USED, fire);
+    }
+}
+
+
+// ---- Chain: descriptors to a list -------------------------------------------
+
+#define VBLK__MAX_DESCS (VBLK_MAX_SEGS + 2)
+
+typedef struct vblk__desc {
+    uint64_t gpa;
+    uint32_t n;
+} vblk__desc;
+
+// A chain as it was read, each descriptor once. Empty descriptors are not in
+// the list.
+typedef struct vblk__chain {
+    unsigned descs;      // read so far, the empty ones too
+    unsigned first;      // d[first] to d[count - 1] is what is left of it
+    unsigned count;
+    bool     first_ok;   // the first descriptor holds a header
+    bool     last_ok;    // the last descriptor holds a status byte
+    bool     mixed;      // a readable one after a writable one
+    uint64_t out_bytes;  // in all readable ones
+    uint64_t in_bytes;   // in all writable ones
+    uint64_t status_gpa;
+    vblk__desc d[VBLK__MAX_DESCS];
+} vblk__chain;
+
+// A descriptor table: the queue's own, or an indirect one.
+typedef struct vblk__table {
+    uint8_t *ptr; // or NULL
+    uint64_t gpa;
+    uint32_t entries;
+    bool     indirect;
+} vblk__table;
+
+static void vblk__append(vblk__chain *c, uint64_t gpa, uint32_t n,
+                         bool write) {
+    if (c->descs++ == 0) {
+        c->first_ok = !write && n >= VBLK__HEADER_BYTES;
+    }
+    c->last_ok = write && n > 0;
+    if (n == 0) {
+        return;
+    }
+    if (write) {
+        c->in_bytes += n;
+    } else {
+        c->mixed = c->mixed || c->in_bytes > 0;
+        c->out_bytes += n;
+    }
+    c->d[c->count].gpa = gpa;
+    c->d[c->count].n = n;
+    c->count++;
+}
+
+// Go from `t` to the indirect table at `gpa` [2.7.5.3].
+static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
+                        vblk__table *t, uint64_t gpa, uint32_t n,
+                        unsigned flags) {
+    vblk_event_code code = VBLK_EV_NONE;
+    if (!dev->indirect) {
+        code = VBLK_EV_INDIRECT_OFF;
+    } else if (t->indirect) {
+        code = VBLK_EV_INDIRECT_NESTED;
+    } else if (flags & VBLK__DESC_NEXT) {
+        code = VBLK_EV_INDIRECT_NEXT;
+    } else if (n == 0 || n % VBLK__DESC_BYTES) {
+        code = VBLK_EV_INDIRECT_SIZE;
+    } else if (vblk__wraps(gpa, n)) {
+        code = VBLK_EV_CHAIN_UNREADABLE;
+    }
+    if (code) {
+        uint64_t a = code == VBLK_EV_CHAIN_UNREADABLE ? gpa : n;
+        vblk__tell(dev, q, code, head, a, 0);
+        return false;
+    }
+    t->ptr = vblk__whole(dev, gpa, n, false);
+    t->gpa = gpa;
+    t->entries = n / VBLK__DESC_BYTES;
+    t->indirect = true;
+    return true;
+}
+
+// Follow the chain from `head`; at most seg_max + 2 descriptors, so it ends.
+static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
+                       vblk__chain *c) {
+    vblk__table t = {q->desc, q->desc_gpa, q->size, false};
+    unsigned limit = dev->o.seg_max + 2;
+    uint32_t i = head;
+    for (;;) {
+        uint8_t d[VBLK__DESC_BYTES];
+        uint64_t at = VBLK__DESC_BYTES * (uint64_t)i;
+        if (i >= t.entries) {
+            vblk__tell(dev, q, VBLK_EV_CHAIN_NEXT, head, i, t.entries);
+            return false;
+        }
+        if (c->descs == limit) {
+            vblk__tell(dev, q, VBLK_EV_CHAIN_LONG, head, limit, 0);
+            return false;
+        }
+        if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
+            vblk__tell(dev, q, VBLK_EV_CHAIN_UNREADABLE, head, t.gpa + at, 0);
+            return false;
+        }
+        uint64_t gpa = vblk__get64(d);
+        uint32_t n = vblk__get32(d + 8);
+        unsigned flags = vblk__get16(d + 12);
+        if (flags & VBLK__DESC_INDIRECT) {
+            if (!vblk__enter(dev, q, head, &t, gpa, n, flags)) {
+                return false;
+            }
+            i = 0;
+            continue;
+        }
+        vblk__append(c, gpa, n, (flags & VBLK__DESC_WRITE) != 0);
+        if (!(flags & VBLK__DESC_NEXT)) {
+            return true;
+        }
+        i = vblk__get16(d + 14);
+    }
+}
+
+// Find the status byte and take its descriptor off the list (V2, P1).
+static vblk_event_code vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
+    bool strict = dev->o.profile == VBLK_STRICT;
+    if (c->in_bytes == 0) {
+        return VBLK_EV_STATUS_MISSING;
+    }
+    if (strict && (!c->last_ok || c->descs == 1)) {
+        return c->mixed ? VBLK_EV_CHAIN_ORDER : VBLK_EV_STATUS_FRAMING;
+    }
+    if (!strict && c->mixed) {
+        return VBLK_EV_CHAIN_ORDER;
+    }
+    vblk__desc *last = &c->d[c->count - 1];
+    if (vblk__wraps(last->gpa, last->n)) {
+        return VBLK_EV_STATUS_WRAPS;
+    }
+    c->status_gpa = last->gpa + (last->n - 1);
+    uint32_t cut = strict ? last->n : 1; // V15
+    c->in_bytes -= cut;
+    last->n -= cut;
+    c->count -= last->n == 0;
+    return VBLK_EV_NONE;
+}
+
+// Read the header and take its bytes off the list (V3, V4, P1).
+static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
+                                        uint8_t *header) {
+    bool strict = dev->o.profile == VBLK_STRICT;
+    uint32_t got = 0;
+    if (strict && !c->first_ok) {
+        return c->mixed || c->out_bytes < VBLK__HEADER_BYTES
+                   ? VBLK_EV_HEADER_SHORT
+                   : VBLK_EV_HEADER_FRAMING;
+    }
+    if (c->out_bytes < VBLK__HEADER_BYTES) {
+        return VBLK_EV_HEADER_SHORT;
+    }
+    while (got < VBLK__HEADER_BYTES) {
+        vblk__desc *d = &c->d[c->first];
+        uint32_t n = VBLK__HEADER_BYTES - got;
+        n = d->n < n ? d->n : n;
+        uint8_t *p = vblk__whole(dev, d->gpa, n, false);
+        if (p && n == VBLK__HEADER_BYTES) {
+            vblk__fetch16(dev, p, 0, header);
+        } else if (!vblk__read(dev, d->gpa, header + got, n)) {
+            return VBLK_EV_HEADER_UNREADABLE;
+        }
+        got += n;
+        n = strict ? d->n : n;
+        c->out_bytes -= n;
+        d->gpa += n;
+        d->n -= n;
+        c->first += d->n == 0;
+    }
+    return VBLK_EV_NONE;
+}
+
+
+// ---- Request: list to validated request -------------------------------------
+
+enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
+
+static const struct vblk__kind {
+    uint32_t type;
+    uint8_t  data;    // direction
+    bool     sectors; // a range of the disk
+    uint64_t feature; // that must be offered
+} vblk__kinds[] = {
+    {VBLK_T_IN, VBLK__DATA_IN, true, 0},
+    {VBLK_T_OUT, VBLK__DATA_OUT, true, 0},
+    {VBLK_T_FLUSH, VBLK__NO_DATA, false, VBLK_F_FLUSH},
+    {VBLK_T_GET_ID, VBLK__DATA_IN, false, 0},
+};
+
+static const struct vblk__kind *vblk__kind_of(const vblk_dev *dev,
+                                              uint32_t type) {
+    for (size_t i = 0; i < sizeof vblk__kinds / sizeof vblk__kinds[0]; i++) {
+        const struct vblk__kind *k = &vblk__kinds[i];
+        if (k->type == type && (dev->offered & k->feature) == k->feature) {
+            return k;
+        }
+    }
+    return NULL;
+}
+
+// What a refusal's event says beside its code.
+typedef struct vblk__why {
+    vblk_event_code code;
+    uint64_t        a, b;
+} vblk__why;
+
+static vblk__why vblk__because(vblk_event_code code, uint64_t a, uint64_t b) {
+    vblk__why why = {code, a, b};
+    return why;
+}
+
+static vblk__why vblk__check_sizes(const vblk_dev *dev, const vblk__chain *c) {
+    bool binds = (dev->accepted & VBLK_F_SIZE_MAX) != 0;
+    if (!binds && dev->o.profile == VBLK_STANDARD) { // P3
+        return vblk__because(VBLK_EV_NONE, 0, 0);
+    }
+    for (unsigned i = c->first; i < c->count; i++) {
+        if (c->d[i].n > dev->o.size_max) {
+            return vblk__because(binds ? VBLK_EV_SEGMENT_LONG
+                                       : VBLK_EV_SEGMENT_LONG_STRICT,
+                                 c->d[i].n, dev->o.size_max);
+        }
+    }
+    return vblk__because(VBLK_EV_NONE, 0, 0);
+}
+
+// V5 to V9, V12, V13, V16, in the order of a reader's questions: is it the
+// right data, is there enough, may it, is it on the disk.
+static vblk__why vblk__check(const vblk_dev *dev, const vblk__chain *c,
+                             const struct vblk__kind *k, uint64_t sector) {
+    bool strict = dev->o.profile == VBLK_STRICT;
+    uint64_t bytes = c->in_bytes + c->out_bytes;
+    if (k->data == VBLK__NO_DATA) {
+        if (strict && bytes > 0) {
+            return vblk__because(VBLK_EV_DATA_UNWANTED, bytes, 0);
+        }
+        return vblk__because(VBLK_EV_NONE, 0, 0);
+    }
+    vblk__why why = vblk__check_sizes(dev, c);
+    if (why.code) {
+        return why;
+    }
+    if (k->data == VBLK__DATA_IN ? c->out_bytes : c->in_bytes) {
+        return vblk__because(VBLK_EV_DATA_DIRECTION, k->type, 0);
+    }
+    if (strict && bytes == 0) {
+        return vblk__because(VBLK_EV_DATA_MISSING, k->type, 0);
+    }
+    if (!k->sectors) {
+        if (strict && c->d[c->first].n < VBLK_ID_BYTES) {
+            return vblk__because(VBLK_EV_ID_SHORT, c->d[c->first].n, 0);
+        }
+        return vblk__because(VBLK_EV_NONE, 0, 0);
+    }
+    if (bytes % VBLK_SECTOR) {
+        return vblk__because(VBLK_EV_DATA_RAGGED, bytes, 0);
+    }
+    if (k->type == VBLK_T_OUT && dev->o.read_only) {
+        return vblk__because(VBLK_EV_READ_ONLY, sector, 0);
+    }
+    if (sector > dev->o.capacity ||
+        bytes / VBLK_SECTOR > dev->o.capacity - sector) {
+        return vblk__because(VBLK_EV_OUT_OF_RANGE, sector, bytes);
+    }
+    if (bytes >= UINT32_MAX) {
+        return vblk__because(VBLK_EV_DATA_LONG, bytes, 0);
+    }
+    return vblk__because(VBLK_EV_NONE, 0, 0);
+}
+
+static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
+                          uint64_t n) {
+    vblk_seg *s = &r->seg[r->segs++];
+    s->ptr = ptr;
+    s->n = (size_t)n;
+    s->gpa = gpa;
+    r->direct = r->direct && ptr;
+}
+
+// One descriptor to one segment, or to one for each host region it lies in.
+// `left` descriptors follow and keep their place.
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__desc d,
+                           unsigned left, bool in) {
+    if (vblk__wraps(d.gpa, d.n)) {
+        return false;
+    }
+    if (!dev->o.memory.map) {
+        vblk__add_seg(r, NULL, d.gpa, d.n);
+        return in ? vblk__write(dev, d.gpa, NULL, d.n)
+                  : vblk__read(dev, d.gpa, NULL, d.n);
+    }
+    const unsigned room = sizeof r->seg / sizeof r->seg[0] - left;
+    const unsigned start = r->segs;
+    const vblk__desc whole = d;
+    bool fits = true;
+    for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (uint32_t)run) {
+        run = d.n;
+        uint8_t *p = vblk__map(dev, d.gpa, &run, in);
+        if (!p) {
+            return false;
+        }
+        fits = fits && r->segs < room;
+        if (fits) {
+            vblk__add_seg(r, p, d.gpa, run);
+        }
+    }
+    if (!fits) { // too many pieces: the accessors can do it
+        r->segs = start;
+        vblk__add_seg(r, NULL, whole.gpa, whole.n);
+    }
+    return true;
+}
+
+// All of the list is guest memory before the backend is asked (X5).
+static vblk__why vblk__map_data(vblk_dev *dev, vblk_request *r,
+                                const vblk__chain *c) {
+    r->segs = 0;
+    r->direct = true;
+    for (unsigned i = c->first; i < c->count; i++) {
+        if (!vblk__map_desc(dev, r, c->d[i], c->count - i - 1,
+                            r->type != VBLK_T_OUT)) {
+            return vblk__because(VBLK_EV_DATA_UNMAPPED, c->d[i].gpa,
+                                 c->d[i].n);
+        }
+    }
+    return vblk__because(VBLK_EV_NONE, 0, 0);
+}
+
+
+// ---- Data: between guest memory and the backend -----------------------------
+
+// The piece of segment data at byte `at`; at most `n` bytes of it.
+static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
+    unsigned i = 0;
+    VBLK_ASSERT(at < r->bytes);
+    while (at >= r->seg[i].n) {
+        at -= r->seg[i++].n;
+    }
+    vblk_seg s = r->seg[i];
+    s.ptr = s.ptr ? s.ptr + at : NULL;
+    s.gpa += at;
+    s.n -= (size_t)at;
+    s.n = s.n < n ? s.n : (size_t)n;
+    return s;
+}
+
+VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                      void *dst, size_t n) {
+    for (uint8_t *p = (uint8_t *)dst; n > 0;) {
+        vblk_seg s = vblk__piece(req, at, n);
+        if (s.ptr) {
+            VBLK_MEMCPY(p, s.ptr, s.n);
+        } else if (!vblk__read(dev, s.gpa, p, s.n)) {
+            return false;
+        }
+        p += s.n;
+        at += s.n;
+        n -= s.n;
+    }
+    return true;
+}
+
+VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                      const void *src, size_t n) {
+    for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
+        vblk_seg s = vblk__piece(req, at, n);
+        if (s.ptr) {
+            VBLK_MEMCPY(s.ptr, p, s.n);
+        } else if (!vblk__write(dev, s.gpa, p, s.n)) {
+            return false;
+        }
+        p += s.n;
+        at += s.n;
+        n -= s.n;
+    }
+    return true;
+}
+
+// From byte `at` on, the data reads as zeroes (X2).
+static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
+    static const uint8_t zeroes[VBLK_SECTOR] = {0};
+    while (at < r->bytes) {
+        uint64_t n = r->bytes - at;
+        n = n < sizeof zeroes ? n : sizeof zeroes;
+        if (!vblk_put(dev, r, at, zeroes, (size_t)n)) {
+            return false;
+        }
+        at += n;
+    }
+    return true;
+}
+
+// Call the backend until all is moved, nothing moves, or it fails. Returns
+// bytes moved, or its negative error.
+static int64_t vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
+                          vblk_seg *seg, unsigned segs, uint64_t bytes) {
+    const vblk_backend *b = &dev->o.backend;
+    uint64_t done = 0;
+    while (done < bytes) {
+        int64_t n = type == VBLK_T_IN
+                        ? b->read(b->user, offset + done, seg, segs)
+                        : b->write(b->user, offset + done, seg, segs);
+        if (n <= 0) {
+            return n < 0 ? n : (int64_t)done;
+        }
+        VBLK_ASSERT((uint64_t)n <= bytes - done);
+        done += (uint64_t)n;
+        while (segs > 0 && (uint64_t)n >= seg->n) {
+            n -= (int64_t)seg->n;
+            seg++;
+            segs--;
+        }
+        if (segs > 0) {
+            seg->ptr += n;
+            seg->gpa += (uint64_t)n;
+            seg->n -= (size_t)n;
+        }
+    }
+    return (int64_t)done;
+}
+
+// The same without pointers, through a buffer.
+static int64_t vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
+    uint8_t scratch[VBLK_SCRATCH];
+    uint64_t done = 0;
+    while (done < r->bytes) {
+        uint64_t n = r->bytes - done;
+        n = n < sizeof scratch ? n : sizeof scratch;
+        vblk_seg s = {scratch, (size_t)n, 0};
+        if (r->type == VBLK_T_OUT &&
+            !vblk_get(dev, r, done, scratch, (size_t)n)) {
+            return -1;
+        }
+        int64_t got = vblk__move(dev, r->type, r->offset + done, &s, 1, n);
+        if (got < 0) {
+            return got;
+        }
+        if (r->type == VBLK_T_IN &&
+            !vblk_put(dev, r, done, scratch, (size_t)got)) {
+            return -1;
+        }
+        done += (uint64_t)got;
+        if ((uint64_t)got < n) {
+            break;
+        }
+    }
+    return (int64_t)done;
+}
+
+static void vblk__backend_failed(vblk_dev *dev, const vblk_request *r,
+                                 int64_t error) {
+    vblk__say(dev, r->queue, VBLK_EV_BACKEND_FAILED, r->head, r->type,
+              (uint64_t)-error);
+}
+
+static bool vblk__flush(vblk_dev *dev, const vblk_request *r) {
+    const vblk_backend *b = &dev->o.backend;
+    int err = b->flush(b->user);
+    if (err) {
+        vblk__backend_failed(dev, r, err);
+    }
+    return err == 0;
+}
+
+// Bytes moved, or the backend's negative error. vblk__move() eats the segments
+// it is given, and the padding needs the request's.
+static int64_t vblk__transfer(vblk_dev *dev, const vblk_request *r) {
+    vblk_seg seg[sizeof r->seg / sizeof r->seg[0]];
+    if (!r->direct) {
+        return vblk__move_copied(dev, r);
+    }
+    for (unsigned i = 0; i < r->segs; i++) {
+        seg[i] = r->seg[i];
+    }
+    return vblk__move(dev, r->type, r->offset, seg, r->segs, r->bytes);
+}
+
+// Do `r` with the backend, here and now.
+static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
+    int64_t moved = r->type == VBLK_T_FLUSH ? 0 : vblk__transfer(dev, r);
+    bool ok = moved >= 0;
+    if (!ok) {
+        vblk__backend_failed(dev, r, moved);
+    } else if (r->type == VBLK_T_OUT && (uint64_t)moved < r->bytes) {
+        vblk__say(dev, r->queue, VBLK_EV_BACKEND_STUCK, r->head,
+                  (uint64_t)moved, r->bytes);
+        ok = false;
+    } else if (r->type == VBLK_T_FLUSH || r->durable) {
+        ok = vblk__flush(dev, r);
+    }
+    vblk_complete(dev, r, ok ? VBLK_S_OK : VBLK_S_IOERR, (uint64_t)moved);
+}
+
+
+// ---- Pipeline: next, complete, publish, drain -------------------------------
+
+// The chain of `r` is done: status byte, then used element [2.7.8.2].
+static void vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                         uint8_t status, uint32_t written) {
+    if (r->status_ptr) {
+        *r->status_ptr = status;
+    } else if (!vblk__write(dev, r->status_gpa, &status, 1)) { // V17
+        vblk__count(&q->counts.io_errors, 1);
+        vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, r->status_gpa,
+                   0);
+        return;
+    }
+    vblk__give_back(dev, q, r->head, written);
+}
+
+// The used length when nothing but the status byte was written: it may not
+// count what stands before that byte [2.7.8.2], P6.
+static uint32_t vblk__only_status(const vblk_request *r) {
+    return r->space ? 0 : 1;
+}
+
+VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
+                           uint8_t status, uint64_t bytes) {
+    vblk_queue *q = &dev->queue[req->queue];
+    if (q->epoch != req->epoch) {
+        return false;
+    }
+    VBLK_ASSERT(q->under_way > 0);
+    q->under_way--;
+    uint32_t written = vblk__only_status(req);
+    bool ok = status == VBLK_S_OK;
+    if (ok && req->type == VBLK_T_IN) {
+        ok = vblk__pad(dev, req, bytes);
+    }
+    if (!ok) {
+        vblk__count(&q->counts.io_errors, 1);
+    } else if (req->type == VBLK_T_IN) {
+        vblk__count(&q->counts.reads, 1);
+        vblk__count(&q->counts.bytes_read, bytes);
+        written = (uint32_t)req->bytes + 1;
+    } else if (req->type == VBLK_T_OUT) {
+        vblk__count(&q->counts.writes, 1);
+        vblk__count(&q->counts.bytes_written, req->bytes);
+    } else {
+        vblk__count(&q->counts.flushes, 1);
+    }
+    vblk__finish(dev, q, req, ok ? VBLK_S_OK : VBLK_S_IOERR, written);
+    return true;
+}
+
+// V1 and V2: there is no status byte to tell the driver by (P5).
+static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
+    vblk__count(&q->counts.io_errors, 1);
+    if (dev->o.profile == VBLK_STANDARD) {
+        vblk__give_back(dev, q, head, 0);
+    }
+}
+
+// GET_ID needs no backend: the id goes out as far as there is space (V16).
+static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
+    size_t n = r->bytes < VBLK_ID_BYTES ? (size_t)r->bytes : VBLK_ID_BYTES;
+    bool to_status = n == r->bytes || dev->o.profile == VBLK_STRICT; // P6
+    if (!vblk_put(dev, r, 0, dev->id, n)) {
+        vblk__count(&q->counts.io_errors, 1);
+        vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
+        return;
+    }
+    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)n + to_status);
+}
+
+// Read the chain at `r->head` and find its status byte. False: it was dropped,
+// or can never be returned.
+static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                             vblk__chain *c) {
+    c->descs = c->first = c->count = 0;
+    c->out_bytes = c->in_bytes = 0;
+    c->mixed = false;
+    if (!vblk__walk(dev, q, r->head, c)) {
+        vblk__drop(dev, q, r->head);
+        return false;
+    }
+    vblk_event_code code = vblk__cut_status(dev, c);
+    if (code) {
+        vblk__tell(dev, q, code, r->head, c->descs, 0);
+        vblk__drop(dev, q, r->head);
+        return false;
+    }
+    r->space = dev->o.profile == VBLK_STANDARD && c->in_bytes > 0;
+    r->status_gpa = c->status_gpa;
+    r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
+    if (dev->o.memory.map ? !r->status_ptr
+                          : !vblk__write(dev, c->status_gpa, NULL, 1)) {
+        vblk__count(&q->counts.io_errors, 1);
+        vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, c->status_gpa,
+                   0);
+        return false;
+    }
+    return true;
+}
+
+// Fill in `r` from its header and the rest of its chain, or say why not.
+static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
+    uint8_t header[VBLK__HEADER_BYTES];
+    vblk_event_code code = vblk__cut_header(dev, c, header);
+    if (code) {
+        uint64_t a = code == VBLK_EV_HEADER_UNREADABLE ? c->d[c->first].gpa
+                                                       : c->out_bytes;
+        return vblk__because(code, a, 0);
+    }
+    uint64_t sector = vblk__get64(header + 8);
+    r->type = vblk__get32(header);
+    const struct vblk__kind *k = vblk__kind_of(dev, r->type);
+    if (!k) {
+        return vblk__because(VBLK_EV_TYPE_UNKNOWN, r->type, 0);
+    }
+    vblk__why why = vblk__check(dev, c, k, sector);
+    if (why.code || k->data == VBLK__NO_DATA) {
+        r->offset = r->bytes = r->segs = 0;
+        return why;
+    }
+    r->offset = k->sectors ? sector * VBLK_SECTOR : 0;
+    r->bytes = c->in_bytes + c->out_bytes;
+    return vblk__map_data(dev, r, c);
+}
+
+// Take one chain. REQUEST: it is in `r`. MORE: it was answered here. STALLED:
+// it is back in the ring.
+static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r) {
+    vblk__chain c;
+    if (q->under_way >= q->size) {
+        vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
+        return VBLK_BROKEN;
+    }
+    if (!vblk__take(dev, q, &r->head)) {
+        return VBLK_BROKEN;
+    }
+    r->queue = (uint16_t)vblk__index(dev, q);
+    r->epoch = q->epoch;
+    if (!vblk__open_chain(dev, q, r, &c)) {
+        return VBLK_MORE;
+    }
+    vblk__why why = vblk__parse(dev, r, &c);
+    if (why.code) {
+        bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN;
+        vblk__tell(dev, q, why.code, r->head, why.a, why.b);
+        vblk__count(&q->counts.io_errors, !unknown);
+        vblk__finish(dev, q, r, unknown ? VBLK_S_UNSUPP : VBLK_S_IOERR,
+                     vblk__only_status(r));
+        return VBLK_MORE;
+    }
+    if (r->type == VBLK_T_GET_ID) {
+        vblk__get_id(dev, q, r);
+        return VBLK_MORE;
+    }
+    r->durable = r->type == VBLK_T_OUT && dev->write_through;
+    q->under_way++;
+    if (r->type == VBLK_T_FLUSH ? dev->o.read_only : r->bytes == 0) {
+        vblk_complete(dev, r, VBLK_S_OK, 0); // V10, P4
+        return VBLK_MORE;
+    }
+    return VBLK_REQUEST;
+}
+
+// The next request, past all that is answered on the way. Each chain takes one
+// off `budget`.
+static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                               uint32_t *budget) {
+    vblk_outcome out = {VBLK_EMPTY, 0};
+    for (;;) {
+        out.state = vblk__peek(dev, q);
+        if (out.state == VBLK_EMPTY && vblk__notify_on(dev, q)) {
+            out.state = vblk__peek(dev, q);
+        }
+        if (out.state != VBLK_MORE) {
+            return out;
+        }
+        if (*budget == 0) {
+            vblk__notify_on(dev, q);
+            return out;
+        }
+        --*budget;
+        vblk__notify_off(dev, q);
+        out.state = vblk__serve(dev, q, r);
+        if (out.state == VBLK_STALLED) {
+            vblk__notify_on(dev, q);
+        }
+        if (out.state != VBLK_MORE) {
+            return out;
+        }
+    }
+}
+
+static unsigned vblk__queue_count(const vblk_dev *dev) {
+    bool negotiated = VBLK__LOAD(&dev->status) & VBLK_STATUS_FEATURES_OK;
+    return negotiated && !(dev->accepted & VBLK_F_MQ) ? 1 : dev->o.queues;
+}
+
+// The queue if it may be drained now, else NULL and the reason.
+static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
+    why->state = VBLK_EMPTY;
+    why->wait_ns = 0;
+    if (queue < 0 || (unsigned)queue >= vblk__queue_count(dev) ||
+        !(VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK)) {
+        return NULL;
+    }
+    vblk_queue *q = &dev->queue[queue];
+    if (!q->ready) {
+        return NULL;
+    }
+    if (!dev->o.memory.read) {
+        if (!dev->no_memory_said) {
+            vblk__tell(dev, q, VBLK_EV_NO_MEMORY, 0, 0, 0);
+        }
+        dev->no_memory_said = true;
+        return NULL;
+    }
+    if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
+        why->state = VBLK_BROKEN;
+        return NULL;
+    }
+    return q;
+}
+
+VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
+                               vblk_request *req) {
+    vblk_outcome out;
+    vblk_queue *q = vblk__live(dev, queue, &out);
+    (void)now_ns;
+    if (q) {
+        uint32_t budget = q->size;
+        out = vblk__pull(dev, q, req, &budget);
+        if (out.state != VBLK_REQUEST) {
+            vblk__publish(dev, q);
+            out.state = q->poisoned ? VBLK_BROKEN : out.state;
+        }
+    }
+    return out;
+}
+
+VBLKDEF void vblk_publish(vblk_dev *dev, int queue) {
+    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
+    vblk__publish(dev, &dev->queue[queue]);
+}
+
+static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
+                                    uint64_t now_ns) {
+    vblk_outcome out;
+    vblk_queue *q = vblk__live(dev, queue, &out);
+    (void)now_ns;
+    if (q) {
+        vblk_request req;
+        uint32_t budget = q->size;
+        while ((out = vblk__pull(dev, q, &req, &budget)).state ==
+               VBLK_REQUEST) {
+            vblk__execute(dev, &req);
+        }
+        vblk__publish(dev, q);
+        out.state = q->poisoned ? VBLK_BROKEN : out.state;
+    }
+    return out;
+}
+
+VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
+    static const uint8_t urgency[] = {0, 0, 2, 3, 1}; // by vblk_state
+    vblk_outcome most = {VBLK_EMPTY, 0};
+    if (queue != VBLK_ALL_QUEUES) {
+        return vblk__drain_one(dev, queue, now_ns);
+    }
+    for (unsigned i = 0; i < dev->o.queues; i++) {
+        vblk_outcome out = vblk__drain_one(dev, (int)i, now_ns);
+        if (urgency[out.state] > urgency[most.state] ||
+            (out.state == VBLK_STALLED && most.state == VBLK_STALLED &&
+             out.wait_ns < most.wait_ns)) {
+            most = out;
+        }
+    }
+    return most;
+}
+
+
+// ---- Device: features, status, reset ----------------------------------------
+
+static void vblk__start_over(vblk_queue *q) {
+    uint32_t epoch = q->epoch + 1;
+    VBLK_MEMSET(q, 0, offsetof(vblk_queue, counts));
+    q->epoch = epoch;
+    VBLK__STORE(&q->counts.currently_throttled, 0);
+}
+
+// The level line falls with InterruptStatus.
+static void vblk__ack(vblk_dev *dev, uint32_t bits) {
+    uint32_t old = VBLK__LOAD(&dev->interrupt);
+    uint32_t left;
+    do {
+        left = old & ~(bits & ~VBLK__LINE);
+        left = left == VBLK__LINE ? 0 : left;
+    } while (!VBLK__CAS(&dev->interrupt, old, left));
+    if (old && !left && dev->o.interrupt) {
+        dev->o.interrupt(dev->o.user, false);
+    }
+}
+
+static void vblk__reset(vblk_dev *dev) {
+    for (unsigned i = 0; i < dev->o.queues; i++) {
+        vblk__start_over(&dev->queue[i]);
+    }
+    dev->accepted = 0;
+    dev->event_idx = dev->indirect = dev->write_through = false;
+    dev->no_memory_said = false;
+    dev->device_features_sel = dev->driver_features_sel = dev->queue_sel = 0;
+    dev->generation++;
+    VBLK__STORE(&dev->status, 0);
+    vblk__ack(dev, ~0u);
+}
+
+// What stands against FEATURES_OK (F3).
+static vblk_event_code vblk__check_features(const vblk_dev *dev) {
+    if (!(dev->accepted & VBLK_F_VERSION_1)) {
+        return VBLK_EV_FEATURES_VERSION;
+    }
+    if (dev->accepted & ~dev->offered) {
+        return VBLK_EV_FEATURES_UNOFFERED;
+    }
+    return VBLK_EV_NONE;
+}
+
+// What stands against a Status that goes from `old` to `value` (F2 to F7).
+static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
+                                          uint32_t value) {
+    const uint32_t driver = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER;
+    uint32_t add = value & ~old;
+    uint32_t base = old;
+    if (add == VBLK_STATUS_FAILED && !(old & ~value)) {
+        return VBLK_EV_NONE;
+    }
+    if (old & VBLK_STATUS_NEEDS_RESET) {
+        return VBLK_EV_STATUS_NEEDS_RESET;
+    }
+    if (old & ~value) {
+        return VBLK_EV_STATUS_CLEARS;
+    }
+    if (dev->o.profile == VBLK_STANDARD && base != 0) {
+        base |= VBLK_STATUS_ACKNOWLEDGE; // P2
+    }
+    switch (add) {
+    case VBLK_STATUS_ACKNOWLEDGE:
+        return old == 0 ? VBLK_EV_NONE : VBLK_EV_STATUS_ORDER;
+    case VBLK_STATUS_DRIVER:
+        if (old == 0) {
+            return dev->o.profile == VBLK_STRICT ? VBLK_EV_STATUS_NO_ACK
+                                                 : VBLK_EV_NONE;
+        }
+        return base == VBLK_STATUS_ACKNOWLEDGE ? VBLK_EV_NONE
+                                               : VBLK_EV_STATUS_ORDER;
+    case VBLK_STATUS_FEATURES_OK:
+        return base == driver ? vblk__check_features(dev)
+                              : VBLK_EV_STATUS_ORDER;
+    case VBLK_STATUS_DRIVER_OK:
+        return base == (driver | VBLK_STATUS_FEATURES_OK)
+                   ? VBLK_EV_NONE
+                   : VBLK_EV_STATUS_ORDER;
+    default:
+        return VBLK_EV_STATUS_BITS;
+    }
+}
+
+static int vblk__write_status(vblk_dev *dev, uint32_t value) {
+    uint32_t old = VBLK__LOAD(&dev->status);
+    if (value == 0) {
+        vblk__reset(dev);
+        return VBLK_NO_QUEUE;
+    }
+    // A drainer may add NEEDS_RESET meanwhile, once: then look again.
+    for (int tries = 0; tries < 4 && value != old; tries++) {
+        vblk_event_code code = vblk__check_status(dev, old, value);
+        if (code) {
+            bool features = code == VBLK_EV_FEATURES_VERSION ||
+                            code == VBLK_EV_FEATURES_UNOFFERED;
+            vblk__say(dev, VBLK_NO_QUEUE, code, 0,
+                      features ? dev->accepted : old,
+                      features ? dev->offered : value);
+            return VBLK_NO_QUEUE;
+        }
+        uint32_t add = value & ~old;
+        if (add == VBLK_STATUS_FEATURES_OK) {
+            dev->event_idx = dev->accepted & VBLK_F_EVENT_IDX;
+            dev->indirect = dev->accepted & VBLK_F_INDIRECT_DESC;
+            dev->write_through =
+                dev->offered & ~dev->accepted & VBLK_F_FLUSH; // X4
+        }
+        if (VBLK__CAS(&dev->status, old, value)) {
+            if (add == VBLK_STATUS_FAILED) {
+                vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_STATUS_FAILED, 0, old,
+                          value);
+            }
+            return add == VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
+                                                : VBLK_NO_QUEUE;
+        }
+    }
+    return VBLK_NO_QUEUE;
+}
+
+
+// ---- Registers: offsets to device calls -------------------------------------
+
+static uint64_t vblk__read_config(const vblk_dev *dev, uint64_t at,
+                                  unsigned bytes) {
+    uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
+    uint64_t value = 0;
+    vblk__put(b, dev->o.capacity, 8);
+    vblk__put(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->o.size_max : 0, 4);
+    vblk__put(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->o.seg_max : 0, 4);
+    vblk__put(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
+    vblk__put(b + 34, dev->offered & VBLK_F_MQ ? dev->o.queues : 0, 2);
+    for (unsigned i = 0; i < bytes && at + i < sizeof b; i++) {
+        value |= (uint64_t)b[at + i] << 8 * i;
+    }
+    return value;
+}
+
+static const vblk_queue *vblk__selected(const vblk_dev *dev) {
+    return dev->queue_sel < vblk__queue_count(dev)
+               ? &dev->queue[dev->queue_sel]
+               : NULL;
+}
+
+static uint32_t vblk__window(uint64_t features, uint32_t sel) {
+    return sel < 2 ? (uint32_t)(features >> 32 * sel) : 0;
+}
+
+VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
+                                unsigned bytes) {
+    const vblk_queue *q = vblk__selected(dev);
+    if (bytes == 0 || bytes > 8) {
+        return UINT64_MAX;
+    }
+    if (offset >= VBLK_REG_CONFIG) {
+        return vblk__read_config(dev, offset - VBLK_REG_CONFIG, bytes);
+    }
+    if (bytes != 4) { // M2
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_WIDTH, 0, offset, bytes);
+        return UINT64_MAX >> 8 * (8 - bytes);
+    }
+    switch (offset) {
+    case VBLK_REG_MAGIC_VALUE:       return 0x74726976;
+    case VBLK_REG_VERSION:           return 2;
+    case VBLK_REG_DEVICE_ID:         return 2;
+    case VBLK_REG_VENDOR_ID:         return dev->o.vendor_id;
+    case VBLK_REG_DEVICE_FEATURES:
+        return vblk__window(dev->offered, dev->device_features_sel);
+    case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->o.queue_size : 0;
+    case VBLK_REG_QUEUE_READY:       return q ? q->ready : 0;
+    case VBLK_REG_INTERRUPT_STATUS:
+        return VBLK__LOAD(&dev->interrupt) & ~VBLK__LINE;
+    case VBLK_REG_STATUS:            return VBLK__LOAD(&dev->status);
+    case VBLK_REG_SHM_LEN_LOW:
+    case VBLK_REG_SHM_LEN_HIGH:
+    case VBLK_REG_SHM_BASE_LOW:
+    case VBLK_REG_SHM_BASE_HIGH:     return UINT32_MAX; // no region [2.10]
+    case VBLK_REG_CONFIG_GENERATION: return dev->generation;
+    default:                         return 0;
+    }
+}
+
+static void vblk__write_features(vblk_dev *dev, uint32_t value) {
+    uint32_t status = VBLK__LOAD(&dev->status);
+    uint32_t sel = dev->driver_features_sel;
+    if (!(status & VBLK_STATUS_DRIVER) || status & VBLK_STATUS_FEATURES_OK) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_FEATURES_WINDOW, 0, sel,
+                  value);
+    } else if (sel < 2) {
+        dev->accepted &= ~((uint64_t)UINT32_MAX << 32 * sel);
+        dev->accepted |= (uint64_t)value << 32 * sel;
+    }
+}
+
+static void vblk__half(uint64_t *address, uint64_t offset, uint32_t value) {
+    unsigned shift = offset & 4 ? 32 : 0;
+    *address &= ~((uint64_t)UINT32_MAX << shift);
+    *address |= (uint64_t)value << shift;
+}
+
+// What stands against a write to a register of `q` (M7, P8).
+static vblk_event_code vblk__check_window(const vblk_dev *dev,
+                                          const vblk_queue *q,
+                                          uint64_t offset, uint32_t value) {
+    uint32_t status = VBLK__LOAD(&dev->status);
+    if (!(status & VBLK_STATUS_FEATURES_OK)) {
+        return VBLK_EV_REG_QUEUE_WINDOW;
+    }
+    if (!(status & VBLK_STATUS_DRIVER_OK)) {
+        return VBLK_EV_NONE;
+    }
+    if (offset == VBLK_REG_QUEUE_READY) {
+        return dev->o.profile == VBLK_STANDARD ? VBLK_EV_NONE
+               : value == 0                    ? VBLK_EV_REG_QUEUE_FROZEN
+                                               : VBLK_EV_REG_QUEUE_WINDOW;
+    }
+    return dev->o.profile == VBLK_STANDARD && !q->ready
+               ? VBLK_EV_NONE
+               : VBLK_EV_REG_QUEUE_WINDOW;
+}
+
+static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
+    if (!vblk__selected(dev)) {
+        return VBLK_NO_QUEUE;
+    }
+    vblk_queue *q = &dev->queue[dev->queue_sel];
+    vblk_event_code code = vblk__check_window(dev, q, offset, value);
+    if (code) {
+        vblk__tell(dev, q, code, 0, offset, value);
+        return VBLK_NO_QUEUE;
+    }
+    switch (offset) {
+    case VBLK_REG_QUEUE_NUM:
+        if (value == 0 || value > dev->o.queue_size || value & (value - 1)) {
+            vblk__tell(dev, q, VBLK_EV_REG_QUEUE_SIZE, 0, offset, value);
+        } else {
+            q->size = value;
+        }
+        break;
+    case VBLK_REG_QUEUE_READY:
+        if (VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK) {
+            if (value == 1 && !q->ready) {
+                q->ready = true;
+                return vblk__index(dev, q);
+            }
+            if (value != 1) {
+                vblk__start_over(q);
+            }
+        } else {
+            q->ready = value == 1;
+        }
+        break;
+    case VBLK_REG_QUEUE_DESC_LOW:
+    case VBLK_REG_QUEUE_DESC_HIGH:
+        vblk__half(&q->desc_gpa, offset, value);
+        break;
+    case VBLK_REG_QUEUE_DRIVER_LOW:
+    case VBLK_REG_QUEUE_DRIVER_HIGH:
+        vblk__half(&q->avail_gpa, offset, value);
+        break;
+    default:
+        vblk__half(&q->used_gpa, offset, value);
+        break;
+    }
+    return VBLK_NO_QUEUE;
+}
+
+static int vblk__write_notify(vblk_dev *dev, uint32_t queue) {
+    bool live = VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK;
+    if (!live || queue >= vblk__queue_count(dev) ||
+        !dev->queue[queue].ready) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0, queue, 0);
+        return VBLK_NO_QUEUE;
+    }
+    return (int)queue;
+}
+
+VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
+                            uint64_t value) {
+    uint32_t v = (uint32_t)value;
+    if (offset >= VBLK_REG_CONFIG) {
+        return VBLK_NO_QUEUE;
+    }
+    if (bytes != 4) { // M2
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_WIDTH, 0, offset, bytes);
+        return VBLK_NO_QUEUE;
+    }
+    switch (offset) {
+    case VBLK_REG_DEVICE_FEATURES_SEL: dev->device_features_sel = v; break;
+    case VBLK_REG_DRIVER_FEATURES_SEL: dev->driver_features_sel = v; break;
+    case VBLK_REG_DRIVER_FEATURES:     vblk__write_features(dev, v); break;
+    case VBLK_REG_QUEUE_SEL:           dev->queue_sel = v;           break;
+    case VBLK_REG_INTERRUPT_ACK:       vblk__ack(dev, v);            break;
+    case VBLK_REG_QUEUE_NOTIFY:        return vblk__write_notify(dev, v);
+    case VBLK_REG_STATUS:              return vblk__write_status(dev, v);
+    case VBLK_REG_QUEUE_NUM:
+    case VBLK_REG_QUEUE_READY:
+    case VBLK_REG_QUEUE_DESC_LOW:
+    case VBLK_REG_QUEUE_DESC_HIGH:
+    case VBLK_REG_QUEUE_DRIVER_LOW:
+    case VBLK_REG_QUEUE_DRIVER_HIGH:
+    case VBLK_REG_QUEUE_DEVICE_LOW:
+    case VBLK_REG_QUEUE_DEVICE_HIGH:
+        return vblk__write_queue(dev, offset, v);
+    default:
+        break;
+    }
+    return VBLK_NO_QUEUE;
+}
+
+VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
+    return (VBLK__LOAD(&dev->interrupt) & VBLK__LINE) != 0;
+}
+
+VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
+    vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_HOST_RESET, 0, 0, 0);
+    vblk__ask_reset(dev);
+}
+
+
+// ---- Set-up and queries -----------------------------------------------------
+
+static int vblk__check_options(const vblk_options *o) {
+    const uint64_t may_be_off = VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX |
+                                VBLK_F_BLK_SIZE | VBLK_F_INDIRECT_DESC |
+                                VBLK_F_EVENT_IDX;
+    if (!o->memory.read != !o->memory.write ||
+        (o->memory.map && !o->memory.read)) {
+        return VBLK_ERR_MEMORY;
+    }
+    if (!o->backend.read) {
+        return VBLK_ERR_BACKEND;
+    }
+    if ((!o->capacity && !o->backend.size) ||
+        o->capacity > INT64_MAX / VBLK_SECTOR) {
+        return VBLK_ERR_CAPACITY;
+    }
+    if ((unsigned)o->cache > VBLK_CACHE_UNSAFE) {
+        return VBLK_ERR_CACHE;
+    }
+    if ((unsigned)o->profile > VBLK_STANDARD) {
+        return VBLK_ERR_PROFILE;
+    }
+    if (o->queues > VBLK_MAX_QUEUES) {
+        return VBLK_ERR_QUEUES;
+    }
+    if (o->queue_size > 32768 || o->queue_size & (o->queue_size - 1)) {
+        return VBLK_ERR_QUEUE_SIZE;
+    }
+    if (o->seg_max > VBLK_MAX_SEGS) {
+        return VBLK_ERR_SEG_MAX;
+    }
+    if (o->size_max && o->size_max < VBLK_SECTOR) {
+        return VBLK_ERR_SIZE_MAX;
+    }
+    return o->features_off & ~may_be_off ? VBLK_ERR_FEATURES : VBLK_OK;
+}
+
+static uint64_t vblk__offer(const vblk_options *o) {
+    uint64_t f = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
+                 VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+    f |= o->read_only ? VBLK_F_RO : 0;
+    f |= o->queues > 1 ? VBLK_F_MQ : 0;
+    // Nothing to flush on a read-only disk, so it can be offered (V10).
+    f |= o->cache == VBLK_CACHE_WRITEBACK && (o->backend.flush || o->read_only)
+             ? VBLK_F_FLUSH
+             : 0;
+    return f & ~o->features_off;
+}
+
+static void vblk__set_defaults(vblk_options *o) {
+    o->read_only = o->read_only || o->backend.read_only || !o->backend.write;
+    o->queues = o->queues ? o->queues : 1;
+    o->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    o->size_max = o->size_max ? o->size_max : 1u << 20;
+    if (!o->seg_max) {
+        o->seg_max = o->queue_size > 3 ? o->queue_size - 2 : 1;
+        o->seg_max = o->seg_max < VBLK_MAX_SEGS ? o->seg_max : VBLK_MAX_SEGS;
+    }
+}
+
+VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
+    int err = vblk__check_options(o);
+    uint64_t bytes = 0;
+    uint64_t capacity = o->capacity;
+    if (!err && !capacity) {
+        bytes = o->backend.size(o->backend.user);
+        capacity = bytes / VBLK_SECTOR;
+        err = bytes > INT64_MAX ? VBLK_ERR_CAPACITY : VBLK_OK;
+    }
+    if (err) {
+        return err;
+    }
+    VBLK_MEMSET(dev, 0, sizeof *dev);
+    dev->o = *o;
+    dev->o.capacity = capacity;
+    vblk__set_defaults(&dev->o);
+    dev->offered = vblk__offer(&dev->o);
+    for (unsigned i = 0; o->id && o->id[i] && i < VBLK_ID_BYTES; i++) {
+        dev->id[i] = (uint8_t)o->id[i];
+    }
+    dev->o.id = NULL; // copied; the caller's may go
+    if (capacity == 0) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ZERO, 0, bytes, 0);
+    }
+    return VBLK_OK;
+}
+
+VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
+    dev->o.memory = memory;
+    for (unsigned i = 0; i < dev->o.queues; i++) {
+        dev->queue[i].resolved = false;
+    }
+}
+
+VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
+    vblk_counts sum = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+    for (unsigned i = 0; i < dev->o.queues; i++) {
+        const vblk_counts *c = &dev->queue[i].counts;
+        sum.reads += VBLK__LOAD(&c->reads);
+        sum.writes += VBLK__LOAD(&c->writes);
+        sum.flushes += VBLK__LOAD(&c->flushes);
+        sum.bytes_read += VBLK__LOAD(&c->bytes_read);
+        sum.bytes_written += VBLK__LOAD(&c->bytes_written);
+        sum.io_errors += VBLK__LOAD(&c->io_errors);
+        sum.throttled += VBLK__LOAD(&c->throttled);
+        sum.currently_throttled += VBLK__LOAD(&c->currently_throttled);
+        sum.invalid_avail_idx += VBLK__LOAD(&c->invalid_avail_idx);
+    }
+    return sum;
+}
+
+VBLKDEF const char *vblk_strerror(int err) {
+    switch (err) {
+#define VBLK_X(name, value, text) case VBLK_##name: return text;
+    VBLK_ERRORS(VBLK_X)
+#undef VBLK_X
+    default: return "unknown error code";
+    }
+}
+
+VBLKDEF const char *vblk_event_text(vblk_event_code code) {
+    switch (code) {
+#define VBLK_X(name, text) case VBLK_EV_##name: return text;
+    VBLK_EVENTS(VBLK_X)
+#undef VBLK_X
+    default: return "unknown event code";
+    }
+}
+
+
+// ---- Memory and memory disk -------------------------------------------------
+
+VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram) {
+    vblk_memory memory = {vblk__ram_read, vblk__ram_write, vblk__ram_map,
+                          NULL};
+    memory.user = (void *)(uintptr_t)ram;
+    return memory;
+}
+
+// How many of the segments' bytes the disk has from `offset` on.
+static int64_t vblk__memdisk_copy(vblk_memdisk *d, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs,
+                                  bool in) {
+    uint8_t *p = (uint8_t *)d->data + offset;
+    uint64_t left = offset < d->bytes ? d->bytes - offset : 0;
+    int64_t done = 0;
+    for (unsigned i = 0; i < segs && left > 0; i++) {
+        size_t n = seg[i].n < left ? seg[i].n : (size_t)left;
+        VBLK_MEMCPY(in ? seg[i].ptr : p, in ? p : seg[i].ptr, n);
+        p += n;
+        left -= n;
+        done += (int64_t)n;
+    }
+    return done;
+}
+
+static int64_t vblk__memdisk_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    return vblk__memdisk_copy((vblk_memdisk *)user, offset, seg, segs, true);
+}
+
+static int64_t vblk__memdisk_write(void *user, uint64_t offset,
+                                   const vblk_seg *seg, unsigned segs) {
+    vblk_memdisk *d = (vblk_memdisk *)user;
+    return d->read_only ? -1
+                        : vblk__memdisk_copy(d, offset, seg, segs, false);
+}
+
+static int vblk__memdisk_flush(void *user) {
+    (void)user;
+    return 0;
+}
+
+static uint64_t vblk__memdisk_size(void *user) {
+    return ((vblk_memdisk *)user)->bytes;
+}
+
+VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
+    vblk_backend b = {vblk__memdisk_read, vblk__memdisk_write,
+                      vblk__memdisk_flush, vblk__memdisk_size,
+                      disk->read_only, NULL};
+    b.user = disk;
+    return b;
+}
+
+#endif // VBLK_IMPLEMENTATION
+
+
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_THREADS_IMPLEMENTED)
+#define VBLK_THREADS_IMPLEMENTED
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+
+// ---- Files ------------------------------------------------------------------
+
+VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
+    int fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
+    if (fd < 0) {
+        return VBLK_ERR_FILE;
+    }
+    if (lseek(fd, 0, SEEK_END) < 0) {
+        int saved = errno;
+        close(fd);
+        errno = saved;
+        return VBLK_ERR_FILE;
+    }
+    file->fd = fd;
+    file->read_only = read_only;
+    file->flush_error = 0;
+    return VBLK_OK;
+}
+
+VBLKDEF void vblk_file_close(vblk_file *file) {
+    close(file->fd);
+    file->fd = -1;
+}
+
+// One system call, repeated while interrupted; partial transfers are the
+// caller's to continue.
+static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
+                               const vblk_seg *seg, unsigned segs, bool in) {
+    struct iovec iov[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+    int count = (int)(segs < IOV_MAX ? segs : IOV_MAX);
+    ssize_t n;
+    for (int i = 0; i < count; i++) {
+        iov[i].iov_base = seg[i].ptr;
+        iov[i].iov_len = seg[i].n;
+    }
+    do {
+        n = in ? preadv(f->fd, iov, count, (off_t)offset)
+               : pwritev(f->fd, iov, count, (off_t)offset);
+    } while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+static int64_t vblk__file_read(void *user, uint64_t offset,
+                               const vblk_seg *seg, unsigned segs) {
+    return vblk__file_move((vblk_file *)user, offset, seg, segs, true);
+}
+
+static int64_t vblk__file_write(void *user, uint64_t offset,
+                                const vblk_seg *seg, unsigned segs) {
+    vblk_file *f = (vblk_file *)user;
+    return f->read_only ? -EROFS
+                        : vblk__file_move(f, offset, seg, segs, false);
+}
+
+static int vblk__file_flush(void *user) {
+    vblk_file *f = (vblk_file *)user;
+    int err;
+    do {
+        err = fdatasync(f->fd) ? errno : 0;
+    } while (err == EINTR);
+    if (err) {
+        VBLK__STORE(&f->flush_error, err);
+    }
+    return -VBLK__LOAD(&f->flush_error);
+}
+
+static uint64_t vblk__file_size(void *user) {
+    off_t end = lseek(((vblk_file *)user)->fd, 0, SEEK_END);
+    return end < 0 ? 0 : (uint64_t)end;
+}
+
+VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
+    vblk_backend b = {vblk__file_read, vblk__file_write, vblk__file_flush,
+                      vblk__file_size, file->read_only, NULL};
+    b.user = file;
+    return b;
+}
+
+
+// ---- Lock -------------------------------------------------------------------
+
+VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner) {
+    int err = pthread_mutex_init(&locked->mutex, NULL);
+    locked->inner = inner;
+    errno = err ? err : errno;
+    return err ? VBLK_ERR_LOCK : VBLK_OK;
+}
+
+VBLKDEF void vblk_locked_end(vblk_locked *locked) {
+    pthread_mutex_destroy(&locked->mutex);
+}
+
+static int64_t vblk__locked_read(void *user, uint64_t offset,
+                                 const vblk_seg *seg, unsigned segs) {
+    vblk_locked *l = (vblk_locked *)user;
+    pthread_mutex_lock(&l->mutex);
+    int64_t n = l->inner.read(l->inner.user, offset, seg, segs);
+    pthread_mutex_unlock(&l->mutex);
+    return n;
+}
+
+static int64_t vblk__locked_write(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    vblk_locked *l = (vblk_locked *)user;
+    pthread_mutex_lock(&l->mutex);
+    int64_t n = l->inner.write(l->inner.user, offset, seg, segs);
+    pthread_mutex_unlock(&l->mutex);
+    return n;
+}
+
+static int vblk__locked_flush(void *user) {
+    vblk_locked *l = (vblk_locked *)user;
+    pthread_mutex_lock(&l->mutex);
+    int err = l->inner.flush(l->inner.user);
+    pthread_mutex_unlock(&l->mutex);
+    return err;
+}
+
+static uint64_t vblk__locked_size(void *user) {
+    vblk_locked *l = (vblk_locked *)user;
+    pthread_mutex_lock(&l->mutex);
+    uint64_t bytes = l->inner.size(l->inner.user);
+    pthread_mutex_unlock(&l->mutex);
+    return bytes;
+}
+
+VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked) {
+    const vblk_backend *inner = &locked->inner;
+    vblk_backend b = {vblk__locked_read, NULL, NULL, NULL, inner->read_only,
+                      NULL};
+    b.write = inner->write ? vblk__locked_write : NULL;
+    b.flush = inner->flush ? vblk__locked_flush : NULL;
+    b.size = inner->size ? vblk__locked_size : NULL;
+    b.user = locked;
+    return b;
+}
+
+#endif // VBLK_IMPLEMENTATION_THREADED
