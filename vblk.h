@@ -45,7 +45,7 @@
         static vblk_memdisk      image  = {disk, sizeof disk, false};
         static vblk_dev          dev;
 
-        static void interrupt(void *user, bool fire) {
+        static void interrupt(void *user, int queue, bool fire) {
             if (fire) {
                 inject_irq(user);
             }
@@ -92,7 +92,7 @@
     is read-only, without flush there is no FLUSH.
 
     The interrupt function is called with true to fire. An edge (an irqfd, a
-    message) needs no more. For a level line, ignore the argument and, under
+    message) needs no more. For a level line, ignore the arguments and, under
     your own lock, set the line to vblk_interrupt_line(): the function is
     called whenever that may have changed.
 
@@ -136,17 +136,19 @@
 
     The device starts none and takes no lock. Three kinds of call:
 
-        registers   vblk_mmio_write, vblk_set_memory
+        registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
+                    vblk_set_status, vblk_queue_start, vblk_queue_stop
         draining    vblk_next, vblk_complete, vblk_publish, vblk_drain,
                     vblk_get, vblk_put
         any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
-                    vblk_needs_reset
+                    vblk_needs_reset, and all other queries
 
     Register calls: one at a time for a device. Draining calls: one at a time
     for a queue; different queues may be drained by different threads. A
     register call may overlap draining calls, except those that start or stop
-    a queue: a Status of 0, and QueueReady after DRIVER_OK. For those two the
-    draining threads must be outside. Distinct devices share nothing.
+    a queue: a Status of 0, QueueReady after DRIVER_OK, vblk_queue_start() and
+    vblk_queue_stop(). For those, the draining threads must be outside.
+    Distinct devices share nothing.
 
     Callbacks run inside the call that caused them and must not call back
     into the same device, vblk_interrupt_line() and vblk_counters() excepted.
@@ -596,8 +598,10 @@ typedef struct vblk_options {
     uint32_t     size_max;   // bytes in a segment; default 1 MiB
     uint32_t     vendor_id;
     uint64_t     features_off; // of those offered, bits not to offer
-    // Fire (true), or: InterruptStatus went to 0 (false). NULL: poll it.
-    void (*interrupt)(void *user, bool fire);
+    // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of the device's
+    // configuration or status. Or: InterruptStatus went to 0 (false).
+    // NULL: poll it.
+    void (*interrupt)(void *user, int queue, bool fire);
     void (*event)(void *user, const vblk_event *event); // NULL: silent
     void *user; // first argument of interrupt and event
 } vblk_options;
@@ -724,10 +728,51 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
 // reads 0. Any thread.
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev);
 
+// Clear bits of InterruptStatus, as a write to InterruptACK does.
+VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits);
+
 // Ask the driver for a reset: Status shows DEVICE_NEEDS_RESET and, while the
 // device is live, the configuration interrupt fires [2.1.2]. For a host that
 // lost its disk. Any thread.
 VBLKDEF void vblk_needs_reset(vblk_dev *dev);
+
+
+// ---- Other transports: what PCI and vhost-user hosts need instead ----------
+
+// What the device offers, and what the driver accepted. Any thread.
+VBLKDEF uint64_t vblk_features(const vblk_dev *dev);
+VBLKDEF uint64_t vblk_accepted(const vblk_dev *dev);
+
+// What the driver accepts, all 64 bits. Counts from DRIVER to FEATURES_OK.
+VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features);
+
+// Status [2.1]. A write goes by the rules of the profile and returns what
+// vblk_mmio_write() does; read it back to see whether it was taken.
+VBLKDEF uint32_t vblk_status(const vblk_dev *dev);
+VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t status);
+
+// Copy `n` bytes of config space from byte `offset` on; past its end, zeroes.
+VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
+                              size_t n);
+
+// A virtqueue to start: size and guest addresses as the driver gave them, and
+// the position in the available ring to go on from, 0 for a new one.
+typedef struct vblk_ring {
+    uint32_t size;
+    uint64_t desc, avail, used;
+    uint16_t position;
+} vblk_ring;
+
+// Start `queue`, at any time after FEATURES_OK, in any profile. The position
+// in the used ring is read from there if `position` is not 0. Returns the
+// queue, for vblk_drain(); or VBLK_NO_QUEUE if there is no such queue, it runs
+// already, or the size is not valid. Thread: as register calls; the queue's
+// drainer must be outside.
+VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring);
+
+// Stop it. What is under way goes stale, so wait for it first if it must not
+// be lost. Returns the position to go on from. Thread: as above.
+VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue);
 
 
 // ---- Requests --------------------------------------------------------------
@@ -1095,10 +1140,10 @@ static inline void vblk__count(uint64_t *counter, uint64_t n) {
 }
 
 // The bit before the line, both after what they announce (release).
-static void vblk__raise(vblk_dev *dev, uint32_t bit, bool fire) {
+static void vblk__raise(vblk_dev *dev, int queue, uint32_t bit, bool fire) {
     VBLK__OR(&dev->interrupt, bit | (fire ? VBLK__LINE : 0));
     if (fire && dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, true);
+        dev->o.interrupt(dev->o.user, queue, true);
     }
 }
 
@@ -1107,7 +1152,7 @@ static void vblk__ask_reset(vblk_dev *dev) {
     uint32_t status = VBLK__LOAD(&dev->status);
     VBLK__OR(&dev->status, VBLK_STATUS_NEEDS_RESET);
     if (status & VBLK_STATUS_DRIVER_OK) {
-        vblk__raise(dev, VBLK_INTERRUPT_CONFIG, true);
+        vblk__raise(dev, VBLK_NO_QUEUE, VBLK_INTERRUPT_CONFIG, true);
     }
 }
 
@@ -1280,7 +1325,7 @@ static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
     VBLK__FENCE();
     bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
     if (fire || dev->o.profile == VBLK_STRICT) { // P7
-        vblk__raise(dev, VBLK_INTERRUPT_USED, fire);
+        vblk__raise(dev, vblk__index(dev, q), VBLK_INTERRUPT_USED, fire);
     }
 }
 
@@ -2074,7 +2119,7 @@ static void vblk__start_over(vblk_queue *q) {
 }
 
 // The level line falls with InterruptStatus.
-static void vblk__ack(vblk_dev *dev, uint32_t bits) {
+VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
     uint32_t old = VBLK__LOAD(&dev->interrupt);
     uint32_t left;
     do {
@@ -2082,7 +2127,7 @@ static void vblk__ack(vblk_dev *dev, uint32_t bits) {
         left = left == VBLK__LINE ? 0 : left;
     } while (!VBLK__CAS(&dev->interrupt, old, left));
     if (old && !left && dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, false);
+        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, false);
     }
 }
 
@@ -2096,7 +2141,29 @@ static void vblk__reset(vblk_dev *dev) {
     dev->device_features_sel = dev->driver_features_sel = dev->queue_sel = 0;
     dev->generation++;
     VBLK__STORE(&dev->status, 0);
-    vblk__ack(dev, ~0u);
+    vblk_interrupt_ack(dev, ~0u);
+}
+
+VBLKDEF uint64_t vblk_features(const vblk_dev *dev) {
+    return dev->offered;
+}
+
+VBLKDEF uint64_t vblk_accepted(const vblk_dev *dev) {
+    return dev->accepted;
+}
+
+VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features) {
+    uint32_t status = vblk_status(dev);
+    if (status & VBLK_STATUS_DRIVER && !(status & VBLK_STATUS_FEATURES_OK)) {
+        dev->accepted = features;
+    } else { // M5
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_FEATURES_WINDOW, 0, status,
+                  features);
+    }
+}
+
+VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
+    return VBLK__LOAD(&dev->status);
 }
 
 // What stands against FEATURES_OK (F3).
@@ -2150,7 +2217,7 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
     }
 }
 
-static int vblk__write_status(vblk_dev *dev, uint32_t value) {
+VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t value) {
     uint32_t old = VBLK__LOAD(&dev->status);
     if (value == 0) {
         vblk__reset(dev);
@@ -2189,19 +2256,18 @@ static int vblk__write_status(vblk_dev *dev, uint32_t value) {
 
 // ---- Registers: offsets to device calls -------------------------------------
 
-static uint64_t vblk__read_config(const vblk_dev *dev, uint64_t at,
-                                  unsigned bytes) {
+VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
+                              size_t n) {
     uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
-    uint64_t value = 0;
     vblk__put(b, dev->o.capacity, 8);
     vblk__put(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->o.size_max : 0, 4);
     vblk__put(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->o.seg_max : 0, 4);
     vblk__put(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
     vblk__put(b + 34, dev->offered & VBLK_F_MQ ? dev->o.queues : 0, 2);
-    for (unsigned i = 0; i < bytes && at + i < sizeof b; i++) {
-        value |= (uint64_t)b[at + i] << 8 * i;
+    for (size_t i = 0; i < n; i++) {
+        bool there = offset < sizeof b && i < sizeof b - offset;
+        ((uint8_t *)dst)[i] = there ? b[offset + i] : 0;
     }
-    return value;
 }
 
 static const vblk_queue *vblk__selected(const vblk_dev *dev) {
@@ -2221,7 +2287,9 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
         return UINT64_MAX;
     }
     if (offset >= VBLK_REG_CONFIG) {
-        return vblk__read_config(dev, offset - VBLK_REG_CONFIG, bytes);
+        uint8_t b[8] = {0};
+        vblk_read_config(dev, offset - VBLK_REG_CONFIG, b, bytes);
+        return vblk__get64(b);
     }
     if (bytes != 4) { // M2
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_WIDTH, 0, offset, bytes);
@@ -2238,7 +2306,7 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_QUEUE_READY:       return q ? q->ready : 0;
     case VBLK_REG_INTERRUPT_STATUS:
         return VBLK__LOAD(&dev->interrupt) & ~VBLK__LINE;
-    case VBLK_REG_STATUS:            return VBLK__LOAD(&dev->status);
+    case VBLK_REG_STATUS:            return vblk_status(dev);
     case VBLK_REG_SHM_LEN_LOW:
     case VBLK_REG_SHM_LEN_HIGH:
     case VBLK_REG_SHM_BASE_LOW:
@@ -2249,14 +2317,10 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
 }
 
 static void vblk__write_features(vblk_dev *dev, uint32_t value) {
-    uint32_t status = VBLK__LOAD(&dev->status);
     uint32_t sel = dev->driver_features_sel;
-    if (!(status & VBLK_STATUS_DRIVER) || status & VBLK_STATUS_FEATURES_OK) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_FEATURES_WINDOW, 0, sel,
-                  value);
-    } else if (sel < 2) {
-        dev->accepted &= ~((uint64_t)UINT32_MAX << 32 * sel);
-        dev->accepted |= (uint64_t)value << 32 * sel;
+    if (sel < 2) {
+        uint64_t other = dev->accepted & ~((uint64_t)UINT32_MAX << 32 * sel);
+        vblk_accept(dev, other | (uint64_t)value << 32 * sel);
     }
 }
 
@@ -2287,6 +2351,10 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
                : VBLK_EV_REG_QUEUE_WINDOW;
 }
 
+static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
+    return size > 0 && size <= dev->o.queue_size && !(size & (size - 1));
+}
+
 static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     if (!vblk__selected(dev)) {
         return VBLK_NO_QUEUE;
@@ -2299,10 +2367,10 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     }
     switch (offset) {
     case VBLK_REG_QUEUE_NUM:
-        if (value == 0 || value > dev->o.queue_size || value & (value - 1)) {
-            vblk__tell(dev, q, VBLK_EV_REG_QUEUE_SIZE, 0, offset, value);
-        } else {
+        if (vblk__valid_size(dev, value)) {
             q->size = value;
+        } else {
+            vblk__tell(dev, q, VBLK_EV_REG_QUEUE_SIZE, 0, offset, value);
         }
         break;
     case VBLK_REG_QUEUE_READY:
@@ -2358,9 +2426,9 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_DRIVER_FEATURES_SEL: dev->driver_features_sel = v; break;
     case VBLK_REG_DRIVER_FEATURES:     vblk__write_features(dev, v); break;
     case VBLK_REG_QUEUE_SEL:           dev->queue_sel = v;           break;
-    case VBLK_REG_INTERRUPT_ACK:       vblk__ack(dev, v);            break;
+    case VBLK_REG_INTERRUPT_ACK:       vblk_interrupt_ack(dev, v);   break;
     case VBLK_REG_QUEUE_NOTIFY:        return vblk__write_notify(dev, v);
-    case VBLK_REG_STATUS:              return vblk__write_status(dev, v);
+    case VBLK_REG_STATUS:              return vblk_set_status(dev, v);
     case VBLK_REG_QUEUE_NUM:
     case VBLK_REG_QUEUE_READY:
     case VBLK_REG_QUEUE_DESC_LOW:
@@ -2374,6 +2442,38 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
         break;
     }
     return VBLK_NO_QUEUE;
+}
+
+VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
+    if (queue < 0 || (unsigned)queue >= vblk__queue_count(dev) ||
+        !(vblk_status(dev) & VBLK_STATUS_FEATURES_OK)) {
+        return VBLK_NO_QUEUE;
+    }
+    vblk_queue *q = &dev->queue[queue];
+    if (q->ready || !vblk__valid_size(dev, ring->size)) {
+        return VBLK_NO_QUEUE;
+    }
+    q->size = ring->size;
+    q->desc_gpa = ring->desc;
+    q->avail_gpa = ring->avail;
+    q->used_gpa = ring->used;
+    q->avail_next = q->avail_seen = ring->position;
+    q->used_next = 0;
+    // Where guest memory refuses, the first drain says so.
+    if (ring->position && !vblk__wraps(q->used_gpa, 4) &&
+        dev->o.memory.read) {
+        vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
+    }
+    q->used_shown = q->used_next;
+    q->ready = true;
+    return queue;
+}
+
+VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
+    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
+    uint16_t position = dev->queue[queue].avail_next;
+    vblk__start_over(&dev->queue[queue]);
+    return position;
 }
 
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {

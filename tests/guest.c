@@ -229,8 +229,9 @@ static uint64_t disk_size(void *user) {
 
 // ---- Hooks -----------------------------------------------------------------
 
-static void on_interrupt(void *user, bool fire) {
+static void on_interrupt(void *user, int queue, bool fire) {
     (void)user;
+    g.fired_queue = queue;
     g.fired += fire;
     g.lowered += !fire;
 }

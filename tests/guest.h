@@ -74,6 +74,7 @@ typedef struct guest {
 
     guest_queue queue[8];
     unsigned    fired;      // interrupt(true)
+    int         fired_queue;
     unsigned    lowered;    // interrupt(false)
     unsigned    events[VBLK_EV_COUNT];
     vblk_event  last;

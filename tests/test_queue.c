@@ -749,8 +749,8 @@ void q12_the_line_is_high_until_the_status_reads_0(void) {
 // Status is set after the used ring is visible: seen from the hook.
 static uint16_t used_at_fire;
 
-static void look_at_fire(void *user, bool fire) {
-    (void)user;
+static void look_at_fire(void *user, int queue, bool fire) {
+    (void)user, (void)queue;
     used_at_fire = fire ? get16(g.queue[0].used + 2) : used_at_fire;
     if (fire) {
         CHECK_EQ(1, vblk_mmio_read(&g.dev, VBLK_REG_INTERRUPT_STATUS, 4));

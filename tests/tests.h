@@ -146,6 +146,9 @@
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
     X(b2_file_errors_reach_the_guest, GUEST)                                   \
     X(b2_the_lock_admits_one_call_at_a_time, GUEST)                            \
+    X(transport_binds_without_registers, GUEST)                                \
+    X(transport_refuses_a_start_that_makes_no_sense, GUEST)                    \
+    X(transport_moves_a_queue_to_another_device, GUEST)                        \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 

@@ -1,0 +1,102 @@
+// The door for transports other than MMIO.
+#include "guest.h"
+
+static void bind_by_calls(uint64_t features) {
+    guest_make();
+    vblk_set_status(&g.dev, 1);
+    vblk_set_status(&g.dev, 3);
+    vblk_accept(&g.dev, vblk_features(&g.dev) & features);
+    CHECK_EQ(VBLK_NO_QUEUE, vblk_set_status(&g.dev, 0xb));
+    CHECK_EQ(0xb, vblk_status(&g.dev));
+    CHECK_EQ(vblk_features(&g.dev) & features, vblk_accepted(&g.dev));
+}
+
+static vblk_ring lay_out(unsigned queue, uint32_t size) {
+    guest_queue *q = &g.queue[queue];
+    memset(q, 0, sizeof *q);
+    q->size = size;
+    q->desc = alloc(16 * (size_t)size, 16);
+    q->avail = alloc(6 + 2 * (size_t)size, 2);
+    q->used = alloc(6 + 8 * (size_t)size, 4);
+    fill(q->desc, 0, 16 * (size_t)size);
+    fill(q->avail, 0, 6 + 2 * (size_t)size);
+    fill(q->used, 0, 6 + 8 * (size_t)size);
+    mark(q->used, 6 + 8 * (uint64_t)size, RING);
+    return (vblk_ring){size, q->desc, q->avail, q->used, 0};
+}
+
+void transport_binds_without_registers(void) {
+    g.o.queues = 2;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    ring = lay_out(1, 8);
+    CHECK_EQ(1, vblk_queue_start(&g.dev, 1, &ring));
+    CHECK_EQ((uint64_t)VBLK_ALL_QUEUES,
+             (uint64_t)vblk_set_status(&g.dev, 0xf));
+    for (unsigned i = 0; i < 2; i++) {
+        req r = prepare(VBLK_T_IN, i, 512);
+        send(i, &r);
+        drain(i);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        CHECK_EQ(i, (unsigned)g.fired_queue);
+    }
+    vblk_needs_reset(&g.dev);
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE, (uint64_t)g.fired_queue);
+    vblk_interrupt_ack(&g.dev, 3);
+    CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+    uint8_t config[64];
+    vblk_read_config(&g.dev, 0, config, sizeof config);
+    for (uint32_t i = 0; i < sizeof config; i++) {
+        CHECK_EQ(vblk_mmio_read(&g.dev, 0x100 + i, 1), config[i]);
+    }
+    vblk_read_config(&g.dev, UINT64_MAX, config, 8);
+    CHECK_EQ(0, config[0]);
+}
+
+void transport_refuses_a_start_that_makes_no_sense(void) {
+    guest_make();
+    vblk_ring ring = lay_out(0, 16);
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)vblk_queue_start(&g.dev, 0, &ring)); // too early
+    bind_by_calls(~UINT64_C(0));
+    static const uint32_t sizes[] = {0, 3, 512, UINT32_MAX};
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        ring.size = sizes[i];
+        CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+                 (uint64_t)vblk_queue_start(&g.dev, 0, &ring));
+    }
+    ring.size = 16;
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)vblk_queue_start(&g.dev, 1, &ring));
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)vblk_queue_start(&g.dev, -1, &ring));
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)vblk_queue_start(&g.dev, 0, &ring)); // runs already
+}
+
+// Stop, and go on where it was, with another device over the same rings.
+void transport_moves_a_queue_to_another_device(void) {
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    vblk_queue_start(&g.dev, 0, &ring);
+    vblk_set_status(&g.dev, 0xf);
+    for (uint32_t i = 0; i < 100; i++) {
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, i, 512));
+        g.bump = g.queue[0].used + 512;
+    }
+    req late = request(VBLK_T_IN, 7, 512);
+    ring.position = vblk_queue_stop(&g.dev, 0);
+    CHECK_EQ(100, ring.position);
+    CHECK_EQ(VBLK_EMPTY, drain(0).state);
+    CHECK_EQ(0xff, status_of(&late));
+
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    vblk_set_status(&g.dev, 0xf);
+    drain(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&late));
+    CHECK_EQ(101, get16(g.queue[0].used + 2));
+    memset(g.writes, 0, sizeof g.writes); // buffers were used over and over
+}
