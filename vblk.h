@@ -119,6 +119,11 @@
     now_ns is any clock that does not go backwards, in nanoseconds. Nothing
     looks at it unless a limit is set; pass 0.
 
+    With a limit, VBLK_STALLED and wait_ns say when to call again: at that
+    moment the request at the head passes, a nanosecond earlier it does not.
+    Until then it is in the ring, unseen by the guest, and nothing passes it.
+    The guest will not notify again for it, so the call is yours to make.
+
 
     OTHER HOSTS
 
@@ -144,11 +149,12 @@
                     vblk_needs_reset, and all other queries
 
     Register calls: one at a time for a device. Draining calls: one at a time
-    for a queue; different queues may be drained by different threads. A
-    register call may overlap draining calls, except those that start or stop
-    a queue: a Status of 0, QueueReady after DRIVER_OK, vblk_queue_start() and
-    vblk_queue_stop(). For those, the draining threads must be outside.
-    Distinct devices share nothing.
+    for a queue; different queues may be drained by different threads, unless
+    a limit is set: then one at a time for the device, vblk_set_limits()
+    included. A register call may overlap draining calls, except those that
+    start or stop a queue: a Status of 0, QueueReady after DRIVER_OK,
+    vblk_queue_start() and vblk_queue_stop(). For those, the draining threads
+    must be outside. Distinct devices share nothing.
 
     Callbacks run inside the call that caused them and must not call back
     into the same device, vblk_interrupt_line() and vblk_counters() excepted.
@@ -391,15 +397,17 @@ extern "C" {
     X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
-    X(ERR_FILE, -11, "the image file cannot be opened or its size is not to "  \
+    X(ERR_LIMITS, -11, "a burst needs a rate and may not be smaller than one " \
+      "second's worth of it; neither may be 2^63 or more")                     \
+    X(ERR_FILE, -12, "the image file cannot be opened or its size is not to "  \
       "be had; errno says why")                                                \
-    X(ERR_LOCK, -12, "the lock cannot be made; errno says why")
+    X(ERR_LOCK, -13, "the lock cannot be made; errno says why")
 
 typedef enum vblk_error {
 #define VBLK_X(name, value, text) VBLK_##name = (value),
     VBLK_ERRORS(VBLK_X)
 #undef VBLK_X
-    VBLK_ERROR_LAST = -12
+    VBLK_ERROR_LAST = -13
 } vblk_error;
 
 // Code, then a sentence. The comment names the two numbers, a and b.
@@ -582,6 +590,14 @@ typedef enum vblk_cache {
 
 typedef enum vblk_profile { VBLK_STRICT, VBLK_STANDARD } vblk_profile;
 
+// What the guest may use in the long run. A rate of 0 is no limit. A burst is
+// how much can be saved up while idle: at least one second's worth, which is
+// also its default; at most 2^63 - 1.
+typedef struct vblk_limits {
+    uint64_t iops, iops_burst; // operations a second; operations
+    uint64_t bps, bps_burst;   // bytes a second; bytes
+} vblk_limits;
+
 // What vblk_init() is told. Zero means the default in every field.
 typedef struct vblk_options {
     vblk_memory  memory;     // or none, and vblk_set_memory() later
@@ -598,6 +614,7 @@ typedef struct vblk_options {
     uint32_t     size_max;   // bytes in a segment; default 1 MiB
     uint32_t     vendor_id;
     uint64_t     features_off; // of those offered, bits not to offer
+    vblk_limits  limits;       // default none
     // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of the device's
     // configuration or status. Or: InterruptStatus went to 0 (false).
     // NULL: poll it.
@@ -648,10 +665,21 @@ typedef struct vblk_counts {
     uint64_t bytes_read;             // from the backing, padding not counted
     uint64_t bytes_written;
     uint64_t io_errors;
-    uint64_t throttled;              // times a request had to wait
+    uint64_t throttled;              // stalls: drains that had to stop
     uint64_t currently_throttled;    // queues that wait now
+    uint64_t throttled_ns;           // time that requests waited, once passed
     uint64_t invalid_avail_idx;      // times a queue broke
 } vblk_counts;
+
+// A token bucket; all of it is integer arithmetic and exact. See vblk_bucket_
+// functions.
+typedef struct vblk_bucket {
+    uint64_t rate;     // tokens a second; 0: no limit
+    uint64_t burst;    // tokens it holds at most
+    int64_t  tokens;   // below 0: a debt that later requests wait out
+    uint64_t fraction; // of a token, in 10^-9
+    uint64_t last_ns;  // when tokens and fraction were right
+} vblk_bucket;
 
 // A virtqueue. Private.
 typedef struct vblk_queue {
@@ -668,6 +696,8 @@ typedef struct vblk_queue {
     uint16_t avail_seen;   // avail.idx as last read
     uint16_t used_next;    // next entry to fill
     uint16_t used_shown;   // used.idx as last published
+    uint64_t stalled_ns;   // when the request at the head began to wait
+    bool     stalled;      // there is one
     uint32_t under_way;    // handed out, not completed
     uint32_t epoch;        // changes when requests of this queue go stale
     uint8_t *desc, *avail, *used; // NULL: through the accessors
@@ -685,6 +715,9 @@ typedef struct vblk_dev {
     bool         no_memory_said;
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
+    // All drainers.
+    vblk_bucket  ops, bytes;
+    unsigned     first; // queue that the next drain of all begins with
     // Atomics: set by any thread.
     uint32_t     status;
     uint32_t     interrupt; // InterruptStatus, and VBLK__LINE
@@ -809,9 +842,39 @@ VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
 VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       const void *src, size_t n);
 
+// Change the limits while the device runs. Debts and savings stay, savings up
+// to the new burst; a bucket that had no limit starts full. VBLK_OK or
+// VBLK_ERR_LIMITS, in which case nothing changed. Thread: the drainer.
+VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
+                            uint64_t now_ns);
+
 // The counters, summed over all queues. They survive resets. Each is exact;
 // together they are no snapshot while a queue is drained. Any thread.
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
+
+
+// ---- Token bucket ----------------------------------------------------------
+
+// Pure functions: state and time in, answer out. Any number below 2^63 is
+// safe, and so is a clock that stands still or goes back: no token is gained
+// then. A bucket starts full. `n` tokens pass if they are there, or if the
+// bucket can never hold them and is not in debt: then it goes into debt.
+
+VBLKDEF void vblk_bucket_init(vblk_bucket *b, uint64_t rate, uint64_t burst);
+
+// Another rate and burst from now on, by the rules of vblk_set_limits().
+VBLKDEF void vblk_bucket_change(vblk_bucket *b, uint64_t rate, uint64_t burst,
+                                uint64_t now_ns);
+
+// Credit the time that has passed, to the fraction of a token.
+VBLKDEF void vblk_bucket_refill(vblk_bucket *b, uint64_t now_ns);
+
+// After a refill at `now_ns`: whether `n` pass; take them, which must have
+// been allowed; nanoseconds until they pass, rounded up, 0 if they do.
+VBLKDEF bool vblk_bucket_can_take(const vblk_bucket *b, uint64_t n);
+VBLKDEF void vblk_bucket_take(vblk_bucket *b, uint64_t n);
+VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
+                                  uint64_t now_ns);
 
 
 // ---- Memory and backends ---------------------------------------------------
@@ -867,6 +930,26 @@ typedef struct vblk_locked {
 VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner);
 VBLKDEF void vblk_locked_end(vblk_locked *locked);
 VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
+
+// A backend whose reads and writes wait until their bytes fit a rate: for
+// several disks on one budget, or a host without a timer. The calling thread
+// sleeps, so the device's own limits are better where they will do.
+typedef struct vblk_limiter {
+    vblk_backend    inner;
+    vblk_bucket     bytes;
+    pthread_mutex_t mutex;
+    uint64_t (*now)(void);       // nanoseconds, CLOCK_MONOTONIC
+    void (*sleep)(uint64_t ns);
+} vblk_limiter;
+
+// `bps` bytes a second with `burst` bytes; a burst of 0 is steady: a tenth of
+// a second's worth. A rate of 0 passes everything. VBLK_OK, VBLK_ERR_LIMITS
+// or VBLK_ERR_LOCK. vblk_limiter_end() after the last use. Safe from several
+// threads if `inner` is.
+VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
+                              uint64_t bps, uint64_t burst);
+VBLKDEF void vblk_limiter_end(vblk_limiter *limiter);
+VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter);
 #endif // VBLK_THREADED
 
 #ifdef __cplusplus
@@ -1167,6 +1250,117 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     vblk__count(&q->counts.invalid_avail_idx, 1);
     vblk__tell(dev, q, code, 0, a, b);
     vblk__ask_reset(dev);
+}
+
+
+// ---- Bucket: integers in, integers out --------------------------------------
+
+#define VBLK__SECOND UINT64_C(1000000000) // nanoseconds
+
+typedef struct vblk__wide { // 128 bits
+    uint64_t hi, lo;
+} vblk__wide;
+
+static vblk__wide vblk__multiply(uint64_t a, uint64_t b) {
+    uint64_t al = (uint32_t)a, ah = a >> 32;
+    uint64_t bl = (uint32_t)b, bh = b >> 32;
+    uint64_t middle = (al * bl >> 32) + (uint32_t)(al * bh) +
+                      (uint32_t)(ah * bl);
+    vblk__wide w = {ah * bh + (al * bh >> 32) + (ah * bl >> 32) +
+                        (middle >> 32),
+                    a * b};
+    return w;
+}
+
+// w / d, UINT64_MAX if it is more than that, and the remainder.
+static uint64_t vblk__divide(vblk__wide w, uint64_t d, uint64_t *remainder) {
+    uint64_t quotient = 0;
+    *remainder = 0;
+    if (w.hi == 0) {
+        *remainder = w.lo % d;
+        return w.lo / d;
+    }
+    if (w.hi >= d) {
+        return UINT64_MAX;
+    }
+    for (int bit = 63; bit >= 0; bit--) { // w.hi < d: the quotient fits
+        bool carry = w.hi >> 63;
+        w.hi = w.hi << 1 | (w.lo >> bit & 1);
+        quotient <<= 1;
+        if (carry || w.hi >= d) {
+            w.hi -= d;
+            quotient |= 1;
+        }
+    }
+    *remainder = w.hi;
+    return quotient;
+}
+
+VBLKDEF void vblk_bucket_init(vblk_bucket *b, uint64_t rate, uint64_t burst) {
+    b->rate = rate;
+    b->burst = burst;
+    b->tokens = (int64_t)burst;
+    b->fraction = 0;
+    b->last_ns = 0;
+}
+
+VBLKDEF void vblk_bucket_refill(vblk_bucket *b, uint64_t now_ns) {
+    if (b->rate == 0 || now_ns <= b->last_ns) {
+        return;
+    }
+    vblk__wide gained = vblk__multiply(now_ns - b->last_ns, b->rate);
+    gained.lo += b->fraction;
+    gained.hi += gained.lo < b->fraction;
+    uint64_t tokens = vblk__divide(gained, VBLK__SECOND, &b->fraction);
+    if (tokens >= b->burst - (uint64_t)b->tokens) {
+        b->tokens = (int64_t)b->burst;
+        b->fraction = 0;
+    } else {
+        b->tokens = (int64_t)((uint64_t)b->tokens + tokens);
+    }
+    b->last_ns = now_ns;
+}
+
+VBLKDEF void vblk_bucket_change(vblk_bucket *b, uint64_t rate, uint64_t burst,
+                                uint64_t now_ns) {
+    vblk_bucket was = *b;
+    vblk_bucket_refill(&was, now_ns);
+    vblk_bucket_init(b, rate, burst);
+    b->last_ns = now_ns > was.last_ns ? now_ns : was.last_ns;
+    if (was.rate && was.tokens < b->tokens) {
+        b->tokens = was.tokens;
+        b->fraction = was.fraction;
+    }
+}
+
+// The balance that lets `n` pass.
+static int64_t vblk__bucket_needs(const vblk_bucket *b, uint64_t n) {
+    return n > b->burst ? 0 : (int64_t)n;
+}
+
+VBLKDEF bool vblk_bucket_can_take(const vblk_bucket *b, uint64_t n) {
+    return b->rate == 0 || n == 0 || b->tokens >= vblk__bucket_needs(b, n);
+}
+
+VBLKDEF void vblk_bucket_take(vblk_bucket *b, uint64_t n) {
+    b->tokens -= b->rate ? (int64_t)n : 0;
+}
+
+VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
+                                  uint64_t now_ns) {
+    uint64_t left, wait, lag;
+    if (vblk_bucket_can_take(b, n)) {
+        return 0;
+    }
+    uint64_t missing = (uint64_t)vblk__bucket_needs(b, n) -
+                       (uint64_t)b->tokens;
+    vblk__wide needed = vblk__multiply(missing, VBLK__SECOND);
+    needed.hi -= needed.lo < b->fraction;
+    needed.lo -= b->fraction;
+    wait = vblk__divide(needed, b->rate, &left);
+    wait += left > 0 && wait < UINT64_MAX;
+    lag = b->last_ns > now_ns ? b->last_ns - now_ns : 0; // the clock went back
+    return wait < UINT64_MAX - lag ? wait + lag : UINT64_MAX;
 }
 
 
@@ -1954,9 +2148,44 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     return vblk__map_data(dev, r, c);
 }
 
+// Whether `r` fits the limits now; both are looked at before either is
+// charged. If not, its chain goes back to the head of the queue.
+static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                        uint64_t now_ns, uint64_t *wait_ns) {
+    if (!dev->ops.rate && !dev->bytes.rate) {
+        return true;
+    }
+    vblk_bucket_refill(&dev->ops, now_ns);
+    vblk_bucket_refill(&dev->bytes, now_ns);
+    uint64_t ops = vblk_bucket_wait(&dev->ops, 1, now_ns);
+    uint64_t bytes = vblk_bucket_wait(&dev->bytes, r->bytes, now_ns);
+    if (ops || bytes) {
+        *wait_ns = ops > bytes ? ops : bytes;
+        q->avail_next--;
+        q->stalled_ns = q->stalled ? q->stalled_ns : now_ns;
+        q->stalled = true;
+        vblk__count(&q->counts.throttled, 1);
+        VBLK__STORE(&q->counts.currently_throttled, 1);
+        return false;
+    }
+    vblk_bucket_take(&dev->ops, 1);
+    vblk_bucket_take(&dev->bytes, r->bytes);
+    return true;
+}
+
+// The head has passed, or its queue is broken.
+static void vblk__end_stall(vblk_queue *q, uint64_t now_ns) {
+    if (now_ns > q->stalled_ns) {
+        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
+    }
+    q->stalled = false;
+    VBLK__STORE(&q->counts.currently_throttled, 0);
+}
+
 // Take one chain. REQUEST: it is in `r`. MORE: it was answered here. STALLED:
 // it is back in the ring.
-static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r) {
+static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                              uint64_t now_ns, uint64_t *wait_ns) {
     vblk__chain c;
     if (q->under_way >= q->size) {
         vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
@@ -1979,14 +2208,19 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r) {
                      vblk__only_status(r));
         return VBLK_MORE;
     }
+    r->durable = r->type == VBLK_T_OUT && dev->write_through;
+    // V10, P4: nothing to do, so nothing to pay.
+    bool idle = r->type == VBLK_T_FLUSH ? dev->o.read_only : r->bytes == 0;
+    if (!idle && !vblk__admit(dev, q, r, now_ns, wait_ns)) {
+        return VBLK_STALLED;
+    }
     if (r->type == VBLK_T_GET_ID) {
         vblk__get_id(dev, q, r);
         return VBLK_MORE;
     }
-    r->durable = r->type == VBLK_T_OUT && dev->write_through;
     q->under_way++;
-    if (r->type == VBLK_T_FLUSH ? dev->o.read_only : r->bytes == 0) {
-        vblk_complete(dev, r, VBLK_S_OK, 0); // V10, P4
+    if (idle) {
+        vblk_complete(dev, r, VBLK_S_OK, 0);
         return VBLK_MORE;
     }
     return VBLK_REQUEST;
@@ -1995,7 +2229,7 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r) {
 // The next request, past all that is answered on the way. Each chain takes one
 // off `budget`.
 static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                               uint32_t *budget) {
+                               uint64_t now_ns, uint32_t *budget) {
     vblk_outcome out = {VBLK_EMPTY, 0};
     for (;;) {
         out.state = vblk__peek(dev, q);
@@ -2011,9 +2245,11 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         }
         --*budget;
         vblk__notify_off(dev, q);
-        out.state = vblk__serve(dev, q, r);
+        out.state = vblk__serve(dev, q, r, now_ns, &out.wait_ns);
         if (out.state == VBLK_STALLED) {
             vblk__notify_on(dev, q);
+        } else if (q->stalled) {
+            vblk__end_stall(q, now_ns);
         }
         if (out.state != VBLK_MORE) {
             return out;
@@ -2056,10 +2292,9 @@ VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req) {
     vblk_outcome out;
     vblk_queue *q = vblk__live(dev, queue, &out);
-    (void)now_ns;
     if (q) {
         uint32_t budget = q->size;
-        out = vblk__pull(dev, q, req, &budget);
+        out = vblk__pull(dev, q, req, now_ns, &budget);
         if (out.state != VBLK_REQUEST) {
             vblk__publish(dev, q);
             out.state = q->poisoned ? VBLK_BROKEN : out.state;
@@ -2077,11 +2312,10 @@ static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
                                     uint64_t now_ns) {
     vblk_outcome out;
     vblk_queue *q = vblk__live(dev, queue, &out);
-    (void)now_ns;
     if (q) {
         vblk_request req;
         uint32_t budget = q->size;
-        while ((out = vblk__pull(dev, q, &req, &budget)).state ==
+        while ((out = vblk__pull(dev, q, &req, now_ns, &budget)).state ==
                VBLK_REQUEST) {
             vblk__execute(dev, &req);
         }
@@ -2097,8 +2331,12 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
     if (queue != VBLK_ALL_QUEUES) {
         return vblk__drain_one(dev, queue, now_ns);
     }
+    // Queues take turns to be first, or one could eat all the tokens.
+    unsigned first = dev->first;
+    dev->first = (first + 1) % dev->o.queues;
     for (unsigned i = 0; i < dev->o.queues; i++) {
-        vblk_outcome out = vblk__drain_one(dev, (int)i, now_ns);
+        int turn = (int)((first + i) % dev->o.queues);
+        vblk_outcome out = vblk__drain_one(dev, turn, now_ns);
         if (urgency[out.state] > urgency[most.state] ||
             (out.state == VBLK_STALLED && most.state == VBLK_STALLED &&
              out.wait_ns < most.wait_ns)) {
@@ -2488,6 +2726,18 @@ VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
 
 // ---- Set-up and queries -----------------------------------------------------
 
+static bool vblk__check_limit(uint64_t rate, uint64_t burst) {
+    return (burst == 0 || (rate > 0 && burst >= rate)) && rate <= INT64_MAX &&
+           burst <= INT64_MAX;
+}
+
+static int vblk__check_limits(const vblk_limits *l) {
+    return vblk__check_limit(l->iops, l->iops_burst) &&
+                   vblk__check_limit(l->bps, l->bps_burst)
+               ? VBLK_OK
+               : VBLK_ERR_LIMITS;
+}
+
 static int vblk__check_options(const vblk_options *o) {
     const uint64_t may_be_off = VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX |
                                 VBLK_F_BLK_SIZE | VBLK_F_INDIRECT_DESC |
@@ -2521,7 +2771,10 @@ static int vblk__check_options(const vblk_options *o) {
     if (o->size_max && o->size_max < VBLK_SECTOR) {
         return VBLK_ERR_SIZE_MAX;
     }
-    return o->features_off & ~may_be_off ? VBLK_ERR_FEATURES : VBLK_OK;
+    if (o->features_off & ~may_be_off) {
+        return VBLK_ERR_FEATURES;
+    }
+    return vblk__check_limits(&o->limits);
 }
 
 static uint64_t vblk__offer(const vblk_options *o) {
@@ -2537,6 +2790,9 @@ static uint64_t vblk__offer(const vblk_options *o) {
 }
 
 static void vblk__set_defaults(vblk_options *o) {
+    vblk_limits *l = &o->limits;
+    l->iops_burst = l->iops_burst ? l->iops_burst : l->iops;
+    l->bps_burst = l->bps_burst ? l->bps_burst : l->bps;
     o->read_only = o->read_only || o->backend.read_only || !o->backend.write;
     o->queues = o->queues ? o->queues : 1;
     o->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
@@ -2564,6 +2820,8 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     dev->o.capacity = capacity;
     vblk__set_defaults(&dev->o);
     dev->offered = vblk__offer(&dev->o);
+    vblk_bucket_init(&dev->ops, dev->o.limits.iops, dev->o.limits.iops_burst);
+    vblk_bucket_init(&dev->bytes, dev->o.limits.bps, dev->o.limits.bps_burst);
     for (unsigned i = 0; o->id && o->id[i] && i < VBLK_ID_BYTES; i++) {
         dev->id[i] = (uint8_t)o->id[i];
     }
@@ -2571,6 +2829,20 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     if (capacity == 0) {
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ZERO, 0, bytes, 0);
     }
+    return VBLK_OK;
+}
+
+VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
+                            uint64_t now_ns) {
+    vblk_limits l = *limits;
+    if (vblk__check_limits(&l)) {
+        return VBLK_ERR_LIMITS;
+    }
+    dev->o.limits = l;
+    vblk__set_defaults(&dev->o);
+    l = dev->o.limits;
+    vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
+    vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
     return VBLK_OK;
 }
 
@@ -2582,7 +2854,7 @@ VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
 }
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
-    vblk_counts sum = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+    vblk_counts sum = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (unsigned i = 0; i < dev->o.queues; i++) {
         const vblk_counts *c = &dev->queue[i].counts;
         sum.reads += VBLK__LOAD(&c->reads);
@@ -2593,6 +2865,7 @@ VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
         sum.io_errors += VBLK__LOAD(&c->io_errors);
         sum.throttled += VBLK__LOAD(&c->throttled);
         sum.currently_throttled += VBLK__LOAD(&c->currently_throttled);
+        sum.throttled_ns += VBLK__LOAD(&c->throttled_ns);
         sum.invalid_avail_idx += VBLK__LOAD(&c->invalid_avail_idx);
     }
     return sum;
@@ -2681,6 +2954,7 @@ VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
 #include <fcntl.h>
 #include <limits.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 
@@ -2818,6 +3092,98 @@ VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked) {
     b.flush = inner->flush ? vblk__locked_flush : NULL;
     b.size = inner->size ? vblk__locked_size : NULL;
     b.user = locked;
+    return b;
+}
+
+
+// ---- Blocking limiter -------------------------------------------------------
+
+static uint64_t vblk__clock(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * VBLK__SECOND + (uint64_t)t.tv_nsec;
+}
+
+static void vblk__sleep(uint64_t ns) {
+    struct timespec t;
+    t.tv_sec = (time_t)(ns / VBLK__SECOND);
+    t.tv_nsec = (long)(ns % VBLK__SECOND);
+    while (clock_nanosleep(CLOCK_MONOTONIC, 0, &t, &t) == EINTR) {
+    }
+}
+
+VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
+                              uint64_t bps, uint64_t burst) {
+    uint64_t steady = bps / 10 ? bps / 10 : 1;
+    if ((burst && !bps) || bps > INT64_MAX || burst > INT64_MAX) {
+        return VBLK_ERR_LIMITS;
+    }
+    int err = pthread_mutex_init(&limiter->mutex, NULL);
+    errno = err ? err : errno;
+    limiter->inner = inner;
+    limiter->now = vblk__clock;
+    limiter->sleep = vblk__sleep;
+    vblk_bucket_init(&limiter->bytes, bps, burst ? burst : steady);
+    return err ? VBLK_ERR_LOCK : VBLK_OK;
+}
+
+VBLKDEF void vblk_limiter_end(vblk_limiter *limiter) {
+    pthread_mutex_destroy(&limiter->mutex);
+}
+
+static void vblk__limiter_pay(vblk_limiter *l, const vblk_seg *seg,
+                              unsigned segs) {
+    uint64_t n = 0, wait;
+    for (unsigned i = 0; i < segs; i++) {
+        n += seg[i].n;
+    }
+    do {
+        pthread_mutex_lock(&l->mutex);
+        uint64_t now = l->bytes.rate ? l->now() : 0;
+        vblk_bucket_refill(&l->bytes, now);
+        wait = vblk_bucket_wait(&l->bytes, n, now);
+        if (wait == 0) {
+            vblk_bucket_take(&l->bytes, n);
+        }
+        pthread_mutex_unlock(&l->mutex);
+        if (wait > 0) {
+            l->sleep(wait);
+        }
+    } while (wait > 0);
+}
+
+static int64_t vblk__limiter_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    vblk_limiter *l = (vblk_limiter *)user;
+    vblk__limiter_pay(l, seg, segs);
+    return l->inner.read(l->inner.user, offset, seg, segs);
+}
+
+static int64_t vblk__limiter_write(void *user, uint64_t offset,
+                                   const vblk_seg *seg, unsigned segs) {
+    vblk_limiter *l = (vblk_limiter *)user;
+    vblk__limiter_pay(l, seg, segs);
+    return l->inner.write(l->inner.user, offset, seg, segs);
+}
+
+static int vblk__limiter_flush(void *user) {
+    vblk_limiter *l = (vblk_limiter *)user;
+    return l->inner.flush(l->inner.user);
+}
+
+static uint64_t vblk__limiter_size(void *user) {
+    vblk_limiter *l = (vblk_limiter *)user;
+    return l->inner.size(l->inner.user);
+}
+
+VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
+    const vblk_backend *inner = &limiter->inner;
+    vblk_backend b = {vblk__limiter_read, NULL, NULL, NULL, inner->read_only,
+                      NULL};
+    b.write = inner->write ? vblk__limiter_write : NULL;
+    b.flush = inner->flush ? vblk__limiter_flush : NULL;
+    b.size = inner->size ? vblk__limiter_size : NULL;
+    b.user = limiter;
     return b;
 }
 

@@ -1,7 +1,7 @@
 // Every test, in the order it runs: its name, and whether it wants a guest
 // (it runs with map and without) or runs once. The ids in the names are those
 // of the RULES and PROFILES in vblk.h: M registers, F features and status, P
-// profiles, R reset, Q queue, V validation, X execution, B backends, W worker.
+// profiles, R reset, Q queue, V validation, X execution, T throttle, B backends, W worker.
 #ifndef TESTS_H
 #define TESTS_H
 
@@ -149,6 +149,32 @@
     X(transport_binds_without_registers, GUEST)                                \
     X(transport_refuses_a_start_that_makes_no_sense, GUEST)                    \
     X(transport_moves_a_queue_to_another_device, GUEST)                        \
+    X(t3_a_request_larger_than_the_bucket, ONCE)                               \
+    X(t6_waits_are_exact_to_a_nanosecond, ONCE)                                \
+    X(t6_nothing_overflows, ONCE)                                              \
+    X(t6_a_clock_that_stands_still_or_goes_back, ONCE)                         \
+    X(t_change_of_limits, ONCE)                                                \
+    X(t6_ten_minutes_at_the_limit, ONCE)                                       \
+    X(t6_the_simulation_notices_a_lossy_limiter, ONCE)                         \
+    X(t1_limits_are_checked, GUEST)                                            \
+    X(t1_no_limit_ignores_the_clock, GUEST)                                    \
+    X(t2_what_a_request_costs, GUEST)                                          \
+    X(t2_a_read_only_flush_and_an_empty_read_cost_nothing, GUEST)              \
+    X(t2_one_bucket_empty_leaves_the_other_alone, GUEST)                       \
+    X(t4_a_stalled_request_is_unseen_and_the_wait_is_exact, GUEST)             \
+    X(t4_the_longer_wait_of_the_two, GUEST)                                    \
+    X(t4_a_stall_at_position_0, GUEST)                                         \
+    X(t4_order_is_kept, GUEST)                                                 \
+    X(t5_reset_and_a_change_of_mind_end_a_stall, GUEST)                        \
+    X(t7_reset_storm, GUEST)                                                   \
+    X(t_next_stalls_and_gives_the_wait, GUEST)                                 \
+    X(t_limits_change_at_run_time, GUEST)                                      \
+    X(t_queues_share_a_limit, GUEST)                                           \
+    X(t_switching_on_fails_at_a_stall, GUEST)                                  \
+    X(t_a_long_saturated_run_through_the_device, GUEST)                        \
+    X(t8_blocking_limiter, GUEST)                                              \
+    X(t8_no_rate_passes_everything, GUEST)                                     \
+    X(t8_real_time, GUEST)                                                     \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 

@@ -1,0 +1,904 @@
+#include "model.h"
+
+enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
+
+
+// ---- Guest memory and the disk ---------------------------------------------
+
+uint8_t *model_at(model *m, uint64_t gpa) {
+    if (gpa < RAM_END) {
+        return &m->memory[gpa];
+    }
+    if (gpa >= HIGH) {
+        return &m->memory[RAM_END + (gpa - HIGH)];
+    }
+    return NULL;
+}
+
+static bool mapped(uint64_t gpa, uint64_t n) {
+    if (n == 0) {
+        return true;
+    }
+    if (gpa < RAM_END) {
+        return n <= RAM_END - gpa;
+    }
+    return gpa >= HIGH && n - 1 <= UINT64_MAX - gpa;
+}
+
+// True if [gpa, gpa + n) goes on at 0 after the last address there is.
+static bool wraps(uint64_t gpa, uint64_t n) {
+    return n > 0 && n - 1 > UINT64_MAX - gpa;
+}
+
+static bool load(model *m, uint64_t gpa, unsigned bytes, uint64_t *value) {
+    *value = 0;
+    if (!mapped(gpa, bytes)) {
+        return false;
+    }
+    for (unsigned i = 0; i < bytes; i++) {
+        *value |= (uint64_t)*model_at(m, gpa + i) << 8 * i;
+    }
+    return true;
+}
+
+static bool store(model *m, uint64_t gpa, unsigned bytes, uint64_t value) {
+    if (!mapped(gpa, bytes)) {
+        return false;
+    }
+    for (unsigned i = 0; i < bytes; i++) {
+        *model_at(m, gpa + i) = (uint8_t)(value >> 8 * i);
+    }
+    return true;
+}
+
+// The byte at `gpa` may also be `other`.
+static void leave_open(model *m, uint64_t gpa, uint8_t other) {
+    uint8_t *p = model_at(m, gpa);
+    if (!p) {
+        return;
+    }
+    size_t i = (size_t)(p - m->memory);
+    if (!m->loose[i]) {
+        m->loose[i] = true;
+        m->loose_at[m->loose_count++] = i;
+    }
+    m->other[i] = other;
+}
+
+void model_note(model_effects *e, char what, uint64_t offset,
+                uint64_t bytes) {
+    if (what != 'f' && bytes == 0) {
+        return;
+    }
+    if (e->count > 0 && what != 'f') {
+        model_effect *last = &e->list[e->count - 1];
+        if (last->what == what && last->offset + last->bytes == offset) {
+            last->bytes += bytes;
+            return;
+        }
+    }
+    if (e->count < COUNT(e->list)) {
+        model_effect *next = &e->list[e->count];
+        next->what = what;
+        next->offset = offset;
+        next->bytes = bytes;
+    }
+    e->count++;
+}
+
+
+// ---- Set-up ----------------------------------------------------------------
+
+static void bucket_init(model_bucket *b, uint64_t rate, uint64_t burst) {
+    b->rate = rate;
+    b->burst = burst ? burst : rate;
+}
+
+void model_init(model *m, const vblk_options *o) {
+    memset(m, 0, sizeof *m);
+    m->standard = o->profile == VBLK_STANDARD;
+    m->unsafe = o->cache == VBLK_CACHE_UNSAFE;
+    m->read_only = o->read_only || o->backend.read_only || !o->backend.write;
+    m->can_flush = o->backend.flush && !m->unsafe;
+    m->memory_given = o->memory.read != NULL;
+    m->capacity = o->capacity;
+    m->queues = o->queues ? o->queues : 1;
+    m->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    m->seg_max = o->seg_max;
+    if (m->seg_max == 0) {
+        m->seg_max = m->queue_size > 2 ? m->queue_size - 2 : 1;
+        if (m->seg_max > VBLK_MAX_SEGS) {
+            m->seg_max = VBLK_MAX_SEGS;
+        }
+    }
+    m->size_max = o->size_max ? o->size_max : 1u << 20;
+    m->vendor = o->vendor_id;
+    m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
+                 VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+    m->offered |= m->can_flush ? VBLK_F_FLUSH : 0;
+    m->offered |= m->read_only ? VBLK_F_RO : 0;
+    m->offered |= m->queues > 1 ? VBLK_F_MQ : 0;
+    m->offered &= ~o->features_off;
+    for (size_t i = 0; o->id && i < 20 && o->id[i]; i++) {
+        m->id[i] = (uint8_t)o->id[i];
+    }
+    bucket_init(&m->ops, 0, 0);
+    bucket_init(&m->bytes, 0, 0);
+}
+
+
+// ---- Interrupts and poison -------------------------------------------------
+
+static void interrupt(model *m, uint32_t bit, bool fire) {
+    m->interrupt |= bit;
+    if (fire) {
+        m->fired++;
+        m->line = true;
+    }
+}
+
+static void acknowledge(model *m, uint32_t bits) {
+    m->interrupt &= ~bits;
+    if (m->interrupt == 0) {
+        m->line = false;
+    }
+}
+
+void model_needs_reset(model *m) {
+    m->status |= VBLK_STATUS_NEEDS_RESET;
+    if (m->status & VBLK_STATUS_DRIVER_OK) {
+        interrupt(m, VBLK_INTERRUPT_CONFIG, true);
+    }
+}
+
+static void poison(model *m, model_queue *q) { // Q4
+    q->poisoned = true;
+    m->counts.invalid_avail_idx++;
+    model_needs_reset(m);
+}
+
+
+// ---- Registers (M, F, R, P2, P8) -------------------------------------------
+
+// MQ tells how many queues there are; a driver that declined it has one.
+static uint32_t queues_there_are(const model *m) {
+    bool settled = m->status & VBLK_STATUS_FEATURES_OK;
+    return settled && !(m->accepted & VBLK_F_MQ) ? 1 : m->queues;
+}
+
+static uint64_t config(const model *m, uint64_t at) {
+    uint8_t space[64] = {0};
+    for (unsigned i = 0; i < 8; i++) {
+        space[i] = (uint8_t)(m->capacity >> 8 * i);
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        if (m->offered & VBLK_F_SIZE_MAX) {
+            space[8 + i] = (uint8_t)(m->size_max >> 8 * i);
+        }
+        if (m->offered & VBLK_F_SEG_MAX) {
+            space[12 + i] = (uint8_t)(m->seg_max >> 8 * i);
+        }
+        if (m->offered & VBLK_F_BLK_SIZE) {
+            space[20 + i] = (uint8_t)(512 >> 8 * i);
+        }
+    }
+    if (m->offered & VBLK_F_MQ) {
+        space[34] = (uint8_t)m->queues;
+    }
+    return at < sizeof space ? space[at] : 0;
+}
+
+uint64_t model_read(model *m, uint64_t offset, unsigned bytes) {
+    uint64_t value = 0;
+    if (offset >= VBLK_REG_CONFIG) { // M3
+        for (unsigned i = 0; i < bytes; i++) {
+            value |= config(m, offset - VBLK_REG_CONFIG + i) << 8 * i;
+        }
+        return value;
+    }
+    if (bytes != 4) { // M2
+        for (unsigned i = 0; i < bytes; i++) {
+            value |= UINT64_C(0xff) << 8 * i;
+        }
+        return value;
+    }
+    bool exists = m->queue_sel < queues_there_are(m);
+    switch (offset) {
+    case VBLK_REG_MAGIC_VALUE:       return 0x74726976;
+    case VBLK_REG_VERSION:           return 2;
+    case VBLK_REG_DEVICE_ID:         return 2;
+    case VBLK_REG_VENDOR_ID:         return m->vendor;
+    case VBLK_REG_DEVICE_FEATURES:
+        return m->device_sel == 0   ? m->offered & 0xffffffff
+               : m->device_sel == 1 ? m->offered >> 32
+                                    : 0;
+    case VBLK_REG_QUEUE_NUM_MAX:     return exists ? m->queue_size : 0;
+    case VBLK_REG_QUEUE_READY:
+        return exists && m->queue[m->queue_sel].ready;
+    case VBLK_REG_INTERRUPT_STATUS:  return m->interrupt;
+    case VBLK_REG_STATUS:            return m->status;
+    case VBLK_REG_SHM_LEN_LOW:
+    case VBLK_REG_SHM_LEN_HIGH:
+    case VBLK_REG_SHM_BASE_LOW:
+    case VBLK_REG_SHM_BASE_HIGH:     return 0xffffffff;
+    case VBLK_REG_CONFIG_GENERATION: return m->resets;
+    default:                         return 0;
+    }
+}
+
+static void start_over(model *m, model_queue *q) {
+    q->next = 0;
+    q->done = 0;
+    if (q->stalled) {
+        q->stalled = false;
+        m->counts.currently_throttled--;
+    }
+}
+
+static void reset_all(model *m) { // R1
+    m->device_sel = m->driver_sel = m->queue_sel = 0;
+    m->accepted = 0;
+    m->status = 0;
+    acknowledge(m, 3);
+    m->resets++;
+    for (unsigned i = 0; i < MODEL_QUEUES; i++) {
+        start_over(m, &m->queue[i]);
+        memset(&m->queue[i], 0, sizeof m->queue[i]);
+    }
+}
+
+// True if the write takes: one bit more, in order (F2 to F7, P2).
+static bool status_step(const model *m, uint32_t value) {
+    uint32_t old = m->status, added = value & ~old;
+    if (old & ~value) {
+        return false;
+    }
+    if (added == VBLK_STATUS_FAILED) {
+        return true;
+    }
+    if (old & VBLK_STATUS_NEEDS_RESET) {
+        return false;
+    }
+    switch (added) {
+    case VBLK_STATUS_ACKNOWLEDGE:
+        return !(old & VBLK_STATUS_DRIVER);
+    case VBLK_STATUS_DRIVER:
+        return m->standard || old & VBLK_STATUS_ACKNOWLEDGE;
+    case VBLK_STATUS_FEATURES_OK:
+        return old & VBLK_STATUS_DRIVER && m->accepted & VBLK_F_VERSION_1 &&
+               !(m->accepted & ~m->offered);
+    case VBLK_STATUS_DRIVER_OK:
+        return old & VBLK_STATUS_FEATURES_OK;
+    default:
+        return false;
+    }
+}
+
+static int write_status(model *m, uint32_t value) {
+    if (value == 0) {
+        reset_all(m);
+    } else if (status_step(m, value)) {
+        bool live = m->status & VBLK_STATUS_DRIVER_OK;
+        m->status = value;
+        if (value & VBLK_STATUS_DRIVER_OK && !live) {
+            return VBLK_ALL_QUEUES;
+        }
+    }
+    return VBLK_NO_QUEUE;
+}
+
+static void set_half(uint64_t *address, bool high, uint32_t value) { // M8
+    if (high) {
+        *address = (*address & 0xffffffff) | (uint64_t)value << 32;
+    } else {
+        *address = (*address & ~UINT64_C(0xffffffff)) | value;
+    }
+}
+
+static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
+    if (m->queue_sel >= queues_there_are(m) ||
+        !(m->status & VBLK_STATUS_FEATURES_OK)) {
+        return VBLK_NO_QUEUE;
+    }
+    model_queue *q = &m->queue[m->queue_sel];
+    bool live = m->status & VBLK_STATUS_DRIVER_OK;
+    if (live && !m->standard) {
+        return VBLK_NO_QUEUE;
+    }
+    if (live && q->ready) {
+        if (offset == VBLK_REG_QUEUE_READY && value != 1) {
+            q->ready = false;
+            start_over(m, q);
+        }
+        return VBLK_NO_QUEUE;
+    }
+    bool high = offset & 4;
+    switch (offset) {
+    case VBLK_REG_QUEUE_NUM:
+        if (value > 0 && value <= m->queue_size && !(value & (value - 1))) {
+            q->size = value;
+        }
+        break;
+    case VBLK_REG_QUEUE_DESC_LOW:
+    case VBLK_REG_QUEUE_DESC_HIGH:
+        set_half(&q->desc, high, value);
+        break;
+    case VBLK_REG_QUEUE_DRIVER_LOW:
+    case VBLK_REG_QUEUE_DRIVER_HIGH:
+        set_half(&q->avail, high, value);
+        break;
+    case VBLK_REG_QUEUE_DEVICE_LOW:
+    case VBLK_REG_QUEUE_DEVICE_HIGH:
+        set_half(&q->used, high, value);
+        break;
+    default: // QueueReady
+        q->ready = value == 1;
+        if (live && q->ready) {
+            return (int)m->queue_sel;
+        }
+        break;
+    }
+    return VBLK_NO_QUEUE;
+}
+
+int model_write(model *m, uint64_t offset, unsigned bytes, uint64_t wide) {
+    uint32_t value = (uint32_t)wide;
+    if (offset >= VBLK_REG_CONFIG || bytes != 4) {
+        return VBLK_NO_QUEUE;
+    }
+    switch (offset) {
+    case VBLK_REG_DEVICE_FEATURES_SEL: m->device_sel = value; break;
+    case VBLK_REG_DRIVER_FEATURES_SEL: m->driver_sel = value; break;
+    case VBLK_REG_QUEUE_SEL:           m->queue_sel = value;  break;
+    case VBLK_REG_DRIVER_FEATURES: // M5
+        if (m->status & VBLK_STATUS_DRIVER &&
+            !(m->status & VBLK_STATUS_FEATURES_OK) && m->driver_sel < 2) {
+            set_half(&m->accepted, m->driver_sel == 1, value);
+        }
+        break;
+    case VBLK_REG_QUEUE_NOTIFY: // M10
+        if (value < queues_there_are(m) && m->queue[value].ready &&
+            m->status & VBLK_STATUS_DRIVER_OK) {
+            return (int)value;
+        }
+        break;
+    case VBLK_REG_INTERRUPT_ACK:
+        acknowledge(m, value);
+        break;
+    case VBLK_REG_STATUS:
+        return write_status(m, value);
+    case VBLK_REG_QUEUE_NUM:
+    case VBLK_REG_QUEUE_READY:
+    case VBLK_REG_QUEUE_DESC_LOW:
+    case VBLK_REG_QUEUE_DESC_HIGH:
+    case VBLK_REG_QUEUE_DRIVER_LOW:
+    case VBLK_REG_QUEUE_DRIVER_HIGH:
+    case VBLK_REG_QUEUE_DEVICE_LOW:
+    case VBLK_REG_QUEUE_DEVICE_HIGH:
+        return write_queue(m, offset, value);
+    default:
+        break;
+    }
+    return VBLK_NO_QUEUE;
+}
+
+
+// ---- A chain, then what is in it (V1 to V3, P1) -----------------------------
+
+typedef struct piece {
+    uint64_t gpa;
+    uint64_t n;
+    bool     write;
+    bool     wrapped; // belongs to a descriptor that wraps: is no memory
+} piece;
+
+typedef struct chain {
+    piece    all[VBLK_MAX_SEGS + 2];
+    unsigned count;
+    // Once framed:
+    piece    data[VBLK_MAX_SEGS + 2]; // no empty ones
+    unsigned datas;
+    uint64_t bytes; // in data
+    uint64_t space; // writable bytes before the status byte
+    uint64_t status;
+    bool     header_there, header_readable;
+    uint32_t type;
+    uint64_t sector;
+} chain;
+
+// V1: false if the chain is too long, loops, leaves its table or has a bad
+// indirect table.
+static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
+    uint64_t table = q->desc, entries = q->size, i = head;
+    bool inside = false;
+    for (;;) {
+        uint64_t gpa, n, flags, next;
+        if (i >= entries || c->count == m->seg_max + 2 ||
+            wraps(table, entries * 16) || !mapped(table + 16 * i, 16)) {
+            return false;
+        }
+        load(m, table + 16 * i, 8, &gpa);
+        load(m, table + 16 * i + 8, 4, &n);
+        load(m, table + 16 * i + 12, 2, &flags);
+        load(m, table + 16 * i + 14, 2, &next);
+        if (flags & DESC_INDIRECT) {
+            if (inside || flags & DESC_NEXT || n == 0 || n % 16 != 0 ||
+                !(m->accepted & VBLK_F_INDIRECT_DESC)) {
+                return false;
+            }
+            inside = true;
+            table = gpa;
+            entries = n / 16;
+            i = 0;
+            continue;
+        }
+        piece *p = &c->all[c->count++];
+        p->gpa = gpa;
+        p->n = n;
+        p->write = flags & DESC_WRITE;
+        p->wrapped = wraps(gpa, n);
+        if (!(flags & DESC_NEXT)) {
+            return true;
+        }
+        i = next;
+    }
+}
+
+static bool readable_after_writable(const chain *c) {
+    bool written = false;
+    for (unsigned i = 0; i < c->count; i++) {
+        if (c->all[i].n == 0) {
+            continue;
+        }
+        if (written && !c->all[i].write) {
+            return true;
+        }
+        written |= c->all[i].write;
+    }
+    return false;
+}
+
+static void add_data(chain *c, piece p) {
+    if (p.n > 0) {
+        c->data[c->datas++] = p;
+        c->bytes += p.n;
+        c->space += p.write ? p.n : 0;
+    }
+}
+
+static void read_header(model *m, chain *c, const uint64_t *address) {
+    uint8_t header[16];
+    for (unsigned i = 0; i < 16; i++) {
+        const uint8_t *p = model_at(m, address[i]);
+        if (!p) {
+            c->header_readable = false;
+            return;
+        }
+        header[i] = *p;
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        c->type |= (uint32_t)header[i] << 8 * i;
+    }
+    for (unsigned i = 0; i < 8; i++) {
+        c->sector |= (uint64_t)header[8 + i] << 8 * i;
+    }
+}
+
+// Strict: header first, status last. False by V2.
+static bool frame_strict(model *m, chain *c) {
+    const piece *first = &c->all[0], *last = &c->all[c->count - 1];
+    if (c->count < 2 || !last->write || last->n == 0 || last->wrapped) {
+        return false;
+    }
+    c->status = last->gpa + (last->n - 1);
+    c->header_there = !first->write && first->n >= 16;
+    c->header_readable = !wraps(first->gpa, 16);
+    if (c->header_there && c->header_readable) {
+        uint64_t address[16];
+        for (unsigned i = 0; i < 16; i++) {
+            address[i] = first->gpa + i;
+        }
+        read_header(m, c, address);
+    }
+    for (unsigned i = 1; i + 1 < c->count; i++) {
+        add_data(c, c->all[i]);
+    }
+    return true;
+}
+
+// Standard: the first 16 readable bytes, the last writable one (P1).
+static bool frame_standard(model *m, chain *c) {
+    unsigned last = c->count;
+    for (unsigned i = 0; i < c->count; i++) {
+        if (c->all[i].write && c->all[i].n > 0) {
+            last = i;
+        }
+    }
+    if (last == c->count || c->all[last].wrapped) {
+        return false;
+    }
+    c->status = c->all[last].gpa + (c->all[last].n - 1);
+    c->header_readable = true;
+    uint64_t address[16];
+    unsigned have = 0;
+    for (unsigned i = 0; i < c->count; i++) {
+        piece p = c->all[i];
+        while (!p.write && p.n > 0 && have < 16) {
+            // A wrap inside the header is no memory.
+            c->header_readable &= !(p.wrapped && p.gpa < c->all[i].gpa);
+            address[have++] = p.gpa;
+            p.gpa++;
+            p.n--;
+        }
+        if (i == last) {
+            p.n--;
+        }
+        add_data(c, p);
+    }
+    c->header_there = have == 16;
+    if (c->header_there && c->header_readable) {
+        read_header(m, c, address);
+    }
+    return true;
+}
+
+
+// ---- Throttle (T) ----------------------------------------------------------
+
+// Nanoseconds until the request passes; 0: it passes, and has paid.
+static uint64_t throttle(model *m, uint64_t bytes, uint64_t now_ns) {
+    (void)m, (void)bytes, (void)now_ns;
+    return 0;
+}
+
+
+// ---- Execution (V4 to V16, X) ----------------------------------------------
+
+enum { STALLS = 0x100 }; // no status byte
+
+static bool out_of_range(const model *m, const chain *c) { // V13
+    uint64_t disk = m->capacity * 512;
+    if (c->sector > UINT64_MAX / 512) {
+        return true;
+    }
+    uint64_t offset = c->sector * 512;
+    return offset > disk || c->bytes > disk - offset;
+}
+
+static bool data_mapped(const chain *c) { // X5
+    for (unsigned i = 0; i < c->datas; i++) {
+        if (c->data[i].wrapped || !mapped(c->data[i].gpa, c->data[i].n)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// The status byte that validation ends in, or OK.
+static uint8_t validate(const model *m, const chain *c) {
+    bool in = c->type == VBLK_T_IN, out = c->type == VBLK_T_OUT;
+    bool flush = c->type == VBLK_T_FLUSH, id = c->type == VBLK_T_GET_ID;
+    if (!c->header_there || !c->header_readable) {
+        return VBLK_S_IOERR; // V3, V4
+    }
+    if (!(in || out || id || (flush && m->offered & VBLK_F_FLUSH))) {
+        return VBLK_S_UNSUPP; // V11
+    }
+    if (flush) {
+        return c->datas > 0 && !m->standard ? VBLK_S_IOERR : VBLK_S_OK; // V7
+    }
+    for (unsigned i = 0; i < c->datas; i++) {
+        bool binds = !m->standard || m->accepted & VBLK_F_SIZE_MAX; // P3
+        if (binds && c->data[i].n > m->size_max) {
+            return VBLK_S_IOERR; // V5
+        }
+        if (c->data[i].write == out) {
+            return VBLK_S_IOERR; // V12
+        }
+    }
+    if (c->datas == 0 && !m->standard) {
+        return VBLK_S_IOERR; // V6
+    }
+    if (id && !m->standard && c->data[0].n < VBLK_ID_BYTES) {
+        return VBLK_S_IOERR; // V16
+    }
+    if ((in || out) && c->bytes % VBLK_SECTOR != 0) {
+        return VBLK_S_IOERR; // V8
+    }
+    if (out && m->read_only) {
+        return VBLK_S_IOERR; // V9
+    }
+    if ((in || out) && out_of_range(m, c)) {
+        return VBLK_S_IOERR; // V13
+    }
+    return data_mapped(c) ? VBLK_S_OK : VBLK_S_IOERR;
+}
+
+static uint8_t read_data(model *m, const chain *c) { // X2, X3
+    uint64_t start = c->sector * 512, at = start;
+    uint64_t end = start + c->bytes < m->disk.backing ? start + c->bytes
+                                                      : m->disk.backing;
+    bool fails = m->disk.bad >= start && m->disk.bad < end;
+    if (fails) {
+        end = m->disk.bad;
+    }
+    for (unsigned i = 0; i < c->datas; i++) {
+        for (uint64_t k = 0; k < c->data[i].n; k++, at++) {
+            uint64_t gpa = c->data[i].gpa + k;
+            if (at < end) {
+                model_note(&m->effects, 'r', at, 1);
+            }
+            if (!fails) {
+                *model_at(m, gpa) = at < end ? m->disk.data[at] : 0;
+            } else if (at < end) { // it may have got there, or not
+                leave_open(m, gpa, m->disk.data[at]);
+            }
+        }
+    }
+    if (fails) {
+        return VBLK_S_IOERR;
+    }
+    m->counts.reads++;
+    m->counts.bytes_read += end > start ? end - start : 0;
+    return VBLK_S_OK;
+}
+
+static uint8_t flush_disk(model *m) {
+    model_note(&m->effects, 'f', 0, 0);
+    return m->disk.bad_flush ? VBLK_S_IOERR : VBLK_S_OK;
+}
+
+static uint8_t write_data(model *m, const chain *c) { // X3, X4
+    uint64_t at = c->sector * 512;
+    for (unsigned i = 0; i < c->datas; i++) {
+        for (uint64_t k = 0; k < c->data[i].n; k++, at++) {
+            if (at >= m->disk.backing || at == m->disk.bad ||
+                at == m->disk.stuck) {
+                return VBLK_S_IOERR;
+            }
+            m->disk.data[at] = *model_at(m, c->data[i].gpa + k);
+            model_note(&m->effects, 'w', at, 1);
+        }
+    }
+    bool declined = m->can_flush && !(m->accepted & VBLK_F_FLUSH);
+    if (declined && flush_disk(m) != VBLK_S_OK) {
+        return VBLK_S_IOERR;
+    }
+    m->counts.writes++;
+    m->counts.bytes_written += c->bytes;
+    return VBLK_S_OK;
+}
+
+static void write_id(model *m, const chain *c) {
+    uint64_t done = 0;
+    for (unsigned i = 0; i < c->datas; i++) {
+        for (uint64_t k = 0; k < c->data[i].n && done < VBLK_ID_BYTES; k++) {
+            *model_at(m, c->data[i].gpa + k) = m->id[done++];
+        }
+    }
+}
+
+// Do what a valid chain asks for: its status byte, or STALLS with `wait`.
+static uint32_t execute(model *m, const chain *c, uint64_t now_ns,
+                        uint64_t *wait) {
+    bool move = c->type == VBLK_T_IN || c->type == VBLK_T_OUT;
+    if (c->type == VBLK_T_FLUSH && m->read_only) { // V10
+        m->counts.flushes++;
+        return VBLK_S_OK;
+    }
+    if (move && c->bytes == 0) { // P4
+        m->counts.reads += c->type == VBLK_T_IN;
+        m->counts.writes += c->type == VBLK_T_OUT;
+        return VBLK_S_OK;
+    }
+    *wait = throttle(m, move ? c->bytes : 0, now_ns);
+    if (*wait > 0) {
+        return STALLS;
+    }
+    switch (c->type) {
+    case VBLK_T_IN:
+        return read_data(m, c);
+    case VBLK_T_OUT:
+        return write_data(m, c);
+    case VBLK_T_FLUSH:
+        if (flush_disk(m) != VBLK_S_OK) {
+            return VBLK_S_IOERR;
+        }
+        m->counts.flushes++;
+        return VBLK_S_OK;
+    default:
+        write_id(m, c);
+        return VBLK_S_OK;
+    }
+}
+
+static uint64_t used_length(const model *m, const chain *c, uint8_t status) {
+    bool     ok = status == VBLK_S_OK;
+    uint64_t written = 0; // from the start of the writable area
+    if (ok && c->type == VBLK_T_IN) {
+        written = c->bytes;
+    } else if (ok && c->type == VBLK_T_GET_ID) {
+        written = c->bytes < VBLK_ID_BYTES ? c->bytes : VBLK_ID_BYTES;
+    }
+    if (!m->standard) {
+        return written + 1; // Q9
+    }
+    return written == c->space ? written + 1 : written; // P6
+}
+
+
+// ---- Drain (Q) -------------------------------------------------------------
+
+enum { DROPPED, RETURNED, WAITS };
+
+// One chain: dropped, or returned with `len` bytes, or to be looked at again.
+static int serve(model *m, model_queue *q, uint32_t head, uint64_t now_ns,
+                 uint64_t *len, uint64_t *wait) {
+    chain c;
+    memset(&c, 0, sizeof c);
+    *len = 0;
+    bool fine = walk(m, q, head, &c) && !readable_after_writable(&c) &&
+                (m->standard ? frame_standard(m, &c) : frame_strict(m, &c));
+    if (!fine) { // V1, V2, P5
+        m->counts.io_errors++;
+        return m->standard ? RETURNED : DROPPED;
+    }
+    if (!mapped(c.status, 1)) { // V17
+        m->counts.io_errors++;
+        return DROPPED;
+    }
+    uint32_t status = validate(m, &c);
+    if (status == VBLK_S_OK) {
+        status = execute(m, &c, now_ns, wait);
+    }
+    if (status == STALLS) {
+        return WAITS;
+    }
+    m->counts.io_errors += status == VBLK_S_IOERR;
+    store(m, c.status, 1, status);
+    *len = used_length(m, &c, (uint8_t)status);
+    return RETURNED;
+}
+
+static bool well_placed(const model_queue *q) {
+    return q->size > 0 && q->desc % 16 == 0 && q->avail % 2 == 0 &&
+           q->used % 4 == 0 && !wraps(q->desc, 16 * (uint64_t)q->size) &&
+           !wraps(q->avail, 6 + 2 * (uint64_t)q->size) &&
+           !wraps(q->used, 6 + 8 * (uint64_t)q->size);
+}
+
+static bool wants_interrupt(model *m, const model_queue *q, uint16_t before) {
+    uint64_t word;
+    if (m->accepted & VBLK_F_EVENT_IDX) {
+        if (!load(m, q->avail + 4 + 2 * (uint64_t)q->size, 2, &word)) {
+            return true;
+        }
+        for (uint16_t idx = before; idx != q->done; idx++) {
+            if (idx == word) {
+                return true;
+            }
+        }
+        return false;
+    }
+    return !load(m, q->avail, 2, &word) || !(word & 1);
+}
+
+// Tell the driver to notify. False if the used ring cannot be written (Q3).
+static bool switch_on(model *m, const model_queue *q) {
+    if (m->accepted & VBLK_F_EVENT_IDX) {
+        return store(m, q->used, 2, 0) &&
+               store(m, q->used + 4 + 8 * (uint64_t)q->size, 2, q->next);
+    }
+    return store(m, q->used, 2, 0);
+}
+
+// The queue is left in the middle: the switch may be either way.
+static void leave_switch_open(model *m, const model_queue *q) {
+    uint64_t event = q->used + 4 + 8 * (uint64_t)q->size;
+    uint64_t flags;
+    if (!well_placed(q) || !load(m, q->used, 2, &flags)) {
+        return;
+    }
+    store(m, q->used, 2, 0);
+    if (!(m->accepted & VBLK_F_EVENT_IDX)) {
+        leave_open(m, q->used, 1);
+        return;
+    }
+    leave_open(m, q->used, (uint8_t)flags);
+    if (mapped(event, 2)) {
+        leave_open(m, event, (uint8_t)q->next);
+        leave_open(m, event + 1, (uint8_t)(q->next >> 8));
+    }
+}
+
+static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
+    vblk_outcome out = {VBLK_EMPTY, 0};
+    if (!(m->status & VBLK_STATUS_DRIVER_OK) || !q->ready ||
+        !m->memory_given) {
+        return out;
+    }
+    if (q->poisoned) {
+        out.state = VBLK_BROKEN;
+        return out;
+    }
+    uint16_t before = q->done;
+    uint64_t idx = 0;
+    bool fine = well_placed(q) && load(m, q->avail + 2, 2, &idx) &&
+                (uint16_t)(idx - q->next) <= q->size;
+    while (fine && q->next != idx) {
+        uint64_t head, len, wait = 0;
+        uint64_t slot = q->next % q->size;
+        fine = load(m, q->avail + 4 + 2 * slot, 2, &head) && head < q->size;
+        if (!fine) {
+            break;
+        }
+        int end = serve(m, q, (uint32_t)head, now_ns, &len, &wait);
+        if (end == WAITS) {
+            out.state = VBLK_STALLED;
+            out.wait_ns = wait;
+            m->counts.throttled++;
+            m->counts.currently_throttled += !q->stalled;
+            q->stalled = true;
+            break;
+        }
+        m->requests++;
+        q->next++;
+        if (q->stalled) {
+            q->stalled = false;
+            m->counts.currently_throttled--;
+        }
+        if (end == RETURNED) {
+            uint64_t element = q->used + 4 + 8 * (uint64_t)(q->done % q->size);
+            fine = mapped(element, 8);
+            if (fine) {
+                store(m, element, 4, head);
+                store(m, element + 4, 4, len);
+                q->done++;
+            }
+        }
+    }
+    if (q->done != before && !store(m, q->used + 2, 2, q->done)) {
+        fine = false;
+        before = q->done;
+    }
+    bool shown = q->done != before, sure = false;
+    if (fine && out.state == VBLK_EMPTY) {
+        sure = !switch_on(m, q);
+    } else {
+        leave_switch_open(m, q);
+    }
+    if (shown) { // Q7, P7
+        bool fire = sure || wants_interrupt(m, q, before);
+        if (fire || !m->standard) {
+            interrupt(m, VBLK_INTERRUPT_USED, fire);
+        }
+    }
+    if (!fine) {
+        poison(m, q);
+        out.state = VBLK_BROKEN;
+    }
+    return out;
+}
+
+static unsigned urgency(vblk_state state) {
+    return state == VBLK_MORE      ? 3
+           : state == VBLK_STALLED ? 2
+           : state == VBLK_BROKEN  ? 1
+                                   : 0;
+}
+
+vblk_outcome model_drain(model *m, int queue, uint64_t now_ns) {
+    vblk_outcome out = {VBLK_EMPTY, 0};
+    for (int i = 0; i < (int)m->queues; i++) {
+        if (queue != i && queue != VBLK_ALL_QUEUES) {
+            continue;
+        }
+        vblk_outcome one = drain_one(m, &m->queue[i], now_ns);
+        bool sooner = one.state == VBLK_STALLED && out.state == VBLK_STALLED &&
+                      one.wait_ns < out.wait_ns;
+        if (urgency(one.state) > urgency(out.state) || sooner) {
+            out = one;
+        }
+    }
+    return out;
+}

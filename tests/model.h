@@ -1,0 +1,103 @@
+// A second opinion: the device once more, written from the RULES alone, with
+// no thought for speed. One byte at a time, everything in the open, nothing
+// shared with the implementation but the names of constants.
+#ifndef MODEL_H
+#define MODEL_H
+
+#include "guest.h"
+
+#define MODEL_BYTES   (RAM_END + HIGH_SIZE) // both pieces of guest memory
+#define MODEL_QUEUES  8
+#define MODEL_SECTORS 256u
+
+// What the backend was seen to do. Calls that carry on where the last one
+// ended are one effect: how a transfer is cut is the device's own affair.
+typedef struct model_effect {
+    char     what; // 'r', 'w', 'f'
+    uint64_t offset, bytes;
+} model_effect;
+
+typedef struct model_effects {
+    model_effect list[512];
+    unsigned     count;
+} model_effects;
+
+void model_note(model_effects *e, char what, uint64_t offset, uint64_t bytes);
+
+// A disk that fails by place and not by call, so that it does not matter how
+// often it is called. MODEL_NEVER: not at all.
+#define MODEL_NEVER UINT64_MAX
+typedef struct model_disk {
+    uint8_t  data[MODEL_SECTORS * 512];
+    uint64_t backing;   // bytes there are
+    uint64_t bad;       // moving this byte is an error
+    uint64_t stuck;     // writing gets no further than here
+    bool     bad_flush; // flushing is an error
+} model_disk;
+
+// Tokens as 128 bits, `hi` signed, in units of 1e-9.
+typedef struct model_wide {
+    int64_t  hi;
+    uint64_t lo;
+} model_wide;
+
+typedef struct model_bucket {
+    uint64_t   rate, burst;
+    model_wide balance;
+    uint64_t   since;
+} model_bucket;
+
+typedef struct model_queue {
+    uint32_t size;
+    bool     ready;
+    uint64_t desc, avail, used;
+    bool     poisoned, stalled;
+    uint16_t next; // position in the available ring
+    uint16_t done; // position in the used ring
+} model_queue;
+
+typedef struct model {
+    // What it is made from.
+    bool     standard, unsafe, read_only, can_flush, memory_given;
+    uint64_t capacity; // sectors
+    uint32_t queues, queue_size, seg_max, size_max, vendor;
+    uint64_t offered;
+    uint8_t  id[20];
+
+    // What the driver and the disk can see.
+    uint8_t       memory[MODEL_BYTES];
+    model_disk    disk;
+    model_effects effects;
+
+    // Registers.
+    uint32_t    device_sel, driver_sel, queue_sel;
+    uint32_t    status, interrupt, resets;
+    uint64_t    accepted;
+    model_queue queue[MODEL_QUEUES];
+
+    bool         line;
+    unsigned     fired;
+    vblk_counts  counts;
+    model_bucket ops, bytes;
+    uint64_t     requests; // chains taken
+
+    // Where the rules leave a choice: the byte may be this one as well.
+    uint8_t  other[MODEL_BYTES];
+    bool     loose[MODEL_BYTES];
+    size_t   loose_at[MODEL_BYTES];
+    size_t   loose_count;
+} model;
+
+// The device after power-on. Memory and disk are filled in by the caller.
+void model_init(model *m, const vblk_options *o);
+
+// The guest's memory: NULL where there is none.
+uint8_t *model_at(model *m, uint64_t gpa);
+
+uint64_t     model_read(model *m, uint64_t offset, unsigned bytes);
+int          model_write(model *m, uint64_t offset, unsigned bytes,
+                         uint64_t value);
+vblk_outcome model_drain(model *m, int queue, uint64_t now_ns);
+void         model_needs_reset(model *m);
+
+#endif

@@ -1,0 +1,674 @@
+// Group T: the buckets in injected time, the throttle in the pipeline, the
+// blocking limiter.
+#include "guest.h"
+
+#define SECOND UINT64_C(1000000000)
+
+
+// ---- Token bucket -----------------------------------------------------------
+
+void t3_a_request_larger_than_the_bucket(void) {
+    vblk_bucket b;
+    vblk_bucket_init(&b, 10, 10);
+    CHECK(vblk_bucket_can_take(&b, 25)); // full, and it can never hold 25
+    vblk_bucket_take(&b, 25);
+    CHECK_EQ((uint64_t)-15, (uint64_t)b.tokens);
+    CHECK(!vblk_bucket_can_take(&b, 25));
+    CHECK(vblk_bucket_can_take(&b, 0)); // cost 0 always passes
+    CHECK_EQ(1600000000, vblk_bucket_wait(&b, 1, 0));  // 16 tokens
+    CHECK_EQ(1500000000, vblk_bucket_wait(&b, 25, 0)); // a balance of 0
+    CHECK_EQ(2500000000, vblk_bucket_wait(&b, 10, 0));
+    vblk_bucket_refill(&b, 1499999999);
+    CHECK(!vblk_bucket_can_take(&b, 25));
+    vblk_bucket_refill(&b, 1500000000);
+    CHECK(vblk_bucket_can_take(&b, 25));
+    CHECK(!vblk_bucket_can_take(&b, 1));
+}
+
+void t6_waits_are_exact_to_a_nanosecond(void) {
+    static const uint64_t rates[] = {1, 3, 7, 100, 3000, 999999937,
+                                     1000000000, 1000000007,
+                                     UINT64_C(10) << 30, INT64_MAX};
+    for (size_t i = 0; i < COUNT(rates); i++) {
+        for (int k = 0; k < 200; k++) {
+            vblk_bucket b, early;
+            uint64_t now = (uint64_t)test_random() << 20;
+            vblk_bucket_init(&b, rates[i], rates[i]);
+            vblk_bucket_refill(&b, now);
+            vblk_bucket_take(&b, rates[i]);
+            for (int n = 0; n < 5; n++) {
+                uint64_t cost = 1 + test_random() % rates[i];
+                now += test_below(1000);
+                vblk_bucket_refill(&b, now);
+                uint64_t wait = vblk_bucket_wait(&b, cost, now);
+                if (wait == 0) {
+                    CHECK(vblk_bucket_can_take(&b, cost));
+                    vblk_bucket_take(&b, cost);
+                    continue;
+                }
+                CHECK(!vblk_bucket_can_take(&b, cost));
+                early = b;
+                vblk_bucket_refill(&early, now + wait - 1);
+                CHECK(!vblk_bucket_can_take(&early, cost));
+                vblk_bucket_refill(&b, now + wait);
+                CHECK(vblk_bucket_can_take(&b, cost));
+                vblk_bucket_take(&b, cost);
+                now += wait;
+            }
+        }
+    }
+}
+
+void t6_nothing_overflows(void) {
+    static const uint64_t big[] = {1, 2, 1000000000, UINT32_MAX,
+                                   UINT64_C(1) << 62, INT64_MAX - 1,
+                                   INT64_MAX};
+    for (size_t r = 0; r < COUNT(big); r++) {
+        for (size_t c = 0; c < COUNT(big); c++) {
+            for (size_t n = 0; n < COUNT(big); n++) {
+                for (size_t t = 0; t < COUNT(big); t++) {
+                    vblk_bucket b;
+                    vblk_bucket_init(&b, big[r], big[c]);
+                    vblk_bucket_refill(&b, 5);
+                    vblk_bucket_take(&b, big[n]);
+                    int64_t before = b.tokens;
+                    uint64_t wait = vblk_bucket_wait(&b, big[n], 5);
+                    vblk_bucket_refill(&b, big[t]);
+                    CHECK(b.tokens >= before);
+                    CHECK(b.tokens <= (int64_t)big[c]);
+                    if (wait == 0 || (big[t] > 5 && big[t] - 5 >= wait)) {
+                        CHECK(vblk_bucket_can_take(&b, big[n]));
+                    } else {
+                        CHECK(!vblk_bucket_can_take(&b, big[n]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+void t6_a_clock_that_stands_still_or_goes_back(void) {
+    vblk_bucket b;
+    vblk_bucket_init(&b, 1000, 1000);
+    vblk_bucket_refill(&b, 5 * SECOND);
+    vblk_bucket_take(&b, 1000);
+    for (int i = 0; i < 1000; i++) {
+        vblk_bucket_refill(&b, 5 * SECOND);
+        vblk_bucket_refill(&b, test_random());
+        vblk_bucket_refill(&b, 0);
+    }
+    CHECK_EQ(0, b.tokens);
+    // The wait counts from the moment the caller has, however wrong.
+    CHECK_EQ(5 * SECOND + 1000000, vblk_bucket_wait(&b, 1, 0));
+    vblk_bucket_refill(&b, 5 * SECOND + 1000000);
+    CHECK_EQ(1, b.tokens);
+}
+
+void t_change_of_limits(void) {
+    vblk_bucket b;
+    vblk_bucket_init(&b, 100, 1000);
+    vblk_bucket_change(&b, 10, 50, SECOND); // savings up to the new burst
+    CHECK_EQ(50, b.tokens);
+    vblk_bucket_take(&b, 50);
+    vblk_bucket_refill(&b, SECOND + 150000000);
+    vblk_bucket_change(&b, 100, 100, SECOND + 150000000); // 1.5 tokens stay
+    CHECK_EQ(1, b.tokens);
+    vblk_bucket_refill(&b, SECOND + 154999999);
+    CHECK_EQ(1, b.tokens);
+    vblk_bucket_refill(&b, SECOND + 155000000);
+    CHECK_EQ(2, b.tokens);
+    vblk_bucket_take(&b, 500);
+    vblk_bucket_change(&b, 10, 10, 2 * SECOND); // a debt stays
+    CHECK(b.tokens < -400);
+    vblk_bucket_change(&b, 0, 0, 2 * SECOND);
+    CHECK(vblk_bucket_can_take(&b, 1000));
+    vblk_bucket_change(&b, 10, 20, 3 * SECOND); // no limit before: full
+    CHECK_EQ(20, b.tokens);
+    vblk_bucket_refill(&b, SECOND);
+    CHECK_EQ(20, b.tokens);
+}
+
+
+// ---- Ten simulated minutes ----------------------------------------------------
+
+// A limiter that forgets the fraction of a token at each refill, as several
+// well-known ones do: the simulation must notice.
+static void lossy_refill(vblk_bucket *b, uint64_t now) {
+    uint64_t gained = (uint64_t)((double)(now - b->last_ns) / 1e9 *
+                                 (double)b->rate);
+    if (now <= b->last_ns) {
+        return;
+    }
+    b->last_ns = now;
+    b->tokens += (int64_t)gained;
+    b->tokens = b->tokens < (int64_t)b->burst ? b->tokens
+                                              : (int64_t)b->burst;
+}
+
+typedef void (*refill)(vblk_bucket *b, uint64_t now);
+
+// A saturated load of costs 1 to `most`, looked at also at moments when it
+// cannot pass. Returns the long-run rate as a share of the limit.
+static double ten_minutes(refill fill_up, uint64_t rate, uint64_t burst,
+                          uint64_t most) {
+    const uint64_t end = 600 * SECOND;
+    vblk_bucket b;
+    uint64_t now = 0, passed = 0, needed = 0;
+    long double lowest = 0; // of passed - limit * time, just before a pass
+    vblk_bucket_init(&b, rate, burst);
+    for (;;) {
+        uint64_t cost = 1 + (uint64_t)test_random() % most;
+        for (unsigned looks = 0;; looks++) {
+            fill_up(&b, now);
+            uint64_t wait = vblk_bucket_wait(&b, cost, now);
+            if (wait == 0) {
+                break;
+            }
+            if (looks < 3 && wait > 8) {
+                now += wait / 8 + test_random() % (wait / 2); // too early
+            } else if (looks == 3 && wait > 1) {
+                now += wait - 1;
+            } else {
+                now += wait;
+            }
+        }
+        if (now >= end) {
+            break;
+        }
+        long double line = (long double)rate * (long double)now / 1e9L;
+        long double before = (long double)passed - line;
+        lowest = before < lowest ? before : lowest;
+        vblk_bucket_take(&b, cost);
+        needed = passed + (cost > burst ? 0 : cost);
+        passed += cost;
+        // Over any window: limit * time + burst + one request.
+        if ((long double)passed - line - lowest >
+            (long double)(burst + most) + 1e-3L) {
+            CHECK(!"more passed than the limit allows");
+            break;
+        }
+        if (now > 0) {
+            continue;
+        }
+    }
+    return (double)((long double)(needed - burst) * 1e9L /
+                    ((long double)rate * (long double)now));
+}
+
+// What a run of ten minutes adds up to, when the last pass was at `now` and
+// the next would have been at most a request later.
+static bool within(double share, double tolerance) {
+    return share > 1 - tolerance && share < 1 + tolerance;
+}
+
+static const struct limit_row {
+    uint64_t rate, burst, most;
+} limit_rows[] = {
+    {1, 1, 1},
+    {1, 10, 3},
+    {100, 100, 1},
+    {100, 100, 250}, // also above the burst
+    {3000, 3000, 1},
+    {3000, 5000, 64},
+    {1000000, 1000000, 1500},
+    {1000, 1000, 700},
+    {1000, 1000, 5000},
+    {1000000, 1000000, 4096},
+    {100000000, 100000000, 1048576},
+    {10000000000, 10000000000, 67108864},
+    {10000000000, 20000000000, 40000000},
+};
+
+void t6_ten_minutes_at_the_limit(void) {
+    for (size_t i = 0; i < COUNT(limit_rows); i++) {
+        const struct limit_row *r = &limit_rows[i];
+        ROW_BEGIN();
+        double share = ten_minutes(vblk_bucket_refill, r->rate, r->burst,
+                                   r->most);
+        // The last request may be cut off by the end of the simulation.
+        double cut = (double)r->most / ((double)r->rate * 600);
+        CHECK(within(share, 0.0001 + 2 * cut));
+        ROW("rate %" PRIu64 ", burst %" PRIu64 ", costs to %" PRIu64
+            ": share %.6f", r->rate, r->burst, r->most, share);
+    }
+}
+
+void t6_the_simulation_notices_a_lossy_limiter(void) {
+    double worst = 1;
+    for (size_t i = 0; i < COUNT(limit_rows); i++) {
+        const struct limit_row *r = &limit_rows[i];
+        if (r->rate > 1 && r->rate <= 1000000) {
+            double share = ten_minutes(lossy_refill, r->rate, r->burst,
+                                       r->most);
+            worst = share < worst ? share : worst;
+        }
+    }
+    CHECK(worst < 0.95);
+    CHECK(!within(ten_minutes(lossy_refill, 3000, 3000, 1), 0.01));
+}
+
+
+// ---- In the pipeline ----------------------------------------------------------
+
+static void limits(uint64_t iops, uint64_t bps) {
+    g.o.limits.iops = iops;
+    g.o.limits.bps = bps;
+    guest_up();
+}
+
+static vblk_outcome drain_at(unsigned queue, uint64_t now) {
+    return vblk_drain(&g.dev, (int)queue, now);
+}
+
+void t1_limits_are_checked(void) {
+    static const struct {
+        vblk_limits limits;
+        bool        fine;
+    } rows[] = {
+        {{0, 0, 0, 0}, true},
+        {{100, 0, 100, 0}, true},
+        {{100, 100, 0, 0}, true},
+        {{100, 99, 0, 0}, false},
+        {{0, 5, 0, 0}, false},
+        {{0, 0, 100, 99}, false},
+        {{0, 0, 0, 1}, false},
+        {{0, 0, 100, 1000}, true},
+        {{INT64_MAX, 0, INT64_MAX, 0}, true},
+        {{UINT64_C(1) << 63, 0, 0, 0}, false},
+        {{1, UINT64_C(1) << 63, 0, 0}, false},
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        g.o.limits = rows[i].limits;
+        ROW_BEGIN();
+        CHECK_EQ((uint64_t)(rows[i].fine ? VBLK_OK : VBLK_ERR_LIMITS),
+                 (uint64_t)vblk_init(&g.dev, &g.o));
+        if (g.dev.o.memory.read) {
+            vblk_bucket before = g.dev.ops;
+            CHECK_EQ((uint64_t)(rows[i].fine ? VBLK_OK : VBLK_ERR_LIMITS),
+                     (uint64_t)vblk_set_limits(&g.dev, &rows[i].limits, 0));
+            if (!rows[i].fine) {
+                CHECK_MEM(&before, &g.dev.ops, sizeof before);
+            }
+        }
+        ROW("limits %zu", i);
+    }
+}
+
+// No limit: no time is needed, and none is looked at.
+void t1_no_limit_ignores_the_clock(void) {
+    guest_up();
+    for (int i = 0; i < 1000; i++) {
+        req r = request(VBLK_T_IN, 0, 512);
+        CHECK_EQ(VBLK_EMPTY, drain_at(0, i & 1 ? 0 : UINT64_MAX).state);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        g.bump = 0x8000;
+    }
+    CHECK_EQ(0, g.dev.ops.last_ns + g.dev.bytes.last_ns);
+    memset(g.writes, 0, sizeof g.writes);
+}
+
+void t2_what_a_request_costs(void) {
+    static const struct {
+        uint32_t type, bytes, ops, cost;
+    } rows[] = {
+        {VBLK_T_IN, 1024, 1, 1024}, {VBLK_T_OUT, 512, 1, 512},
+        {VBLK_T_FLUSH, 0, 1, 0},    {VBLK_T_GET_ID, 20, 1, 20},
+        {VBLK_T_IN, 511, 0, 0},     {99, 0, 0, 0},
+        {VBLK_T_IN, 0, 0, 0},
+    };
+    limits(1000, 1000000);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        int64_t ops = g.dev.ops.tokens, bytes = g.dev.bytes.tokens;
+        request(rows[i].type, 0, rows[i].bytes);
+        drain_at(0, 0);
+        ROW_BEGIN();
+        CHECK_EQ(rows[i].ops, ops - g.dev.ops.tokens);
+        CHECK_EQ(rows[i].cost, bytes - g.dev.bytes.tokens);
+        ROW("type %u, %u bytes", rows[i].type, rows[i].bytes);
+    }
+    g.fail_call = 1; // a failing backend was asked, so it costs
+    int64_t ops = g.dev.ops.tokens;
+    request(VBLK_T_IN, 0, 512);
+    drain_at(0, 0);
+    CHECK_EQ(1, ops - g.dev.ops.tokens);
+}
+
+void t2_a_read_only_flush_and_an_empty_read_cost_nothing(void) {
+    g.o.read_only = true;
+    g.o.profile = VBLK_STANDARD;
+    limits(1, 0);
+    for (int i = 0; i < 5; i++) {
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 0));
+    }
+    CHECK_EQ(1, g.dev.ops.tokens);
+}
+
+// T2: both are checked before either is charged.
+void t2_one_bucket_empty_leaves_the_other_alone(void) {
+    limits(1, 1000000);
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(1000000 - 512, g.dev.bytes.tokens);
+    CHECK_EQ(0, g.dev.ops.tokens);
+    guest_init();
+    limits(1000, 512);
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(999, g.dev.ops.tokens);
+}
+
+void t4_a_stalled_request_is_unseen_and_the_wait_is_exact(void) {
+    limits(3, 0); // a third of a second each
+    req r[5];
+    for (int i = 0; i < 5; i++) {
+        r[i] = request(VBLK_T_IN, 0, 512);
+    }
+    vblk_outcome out = drain_at(0, 1000);
+    CHECK_EQ(VBLK_STALLED, out.state);
+    CHECK_EQ(333333334, out.wait_ns);
+    CHECK_EQ(3, used_count(0));
+    CHECK_EQ(0xff, status_of(&r[3]));
+    CHECK_EQ(1, counts().throttled);
+    CHECK_EQ(1, counts().currently_throttled);
+    g.fired = 0;
+    uint64_t due = 1000 + out.wait_ns;
+    out = drain_at(0, due - 1);
+    CHECK_EQ(VBLK_STALLED, out.state);
+    CHECK_EQ(1, out.wait_ns);
+    CHECK_EQ(0xff, status_of(&r[3]));
+    CHECK_EQ(0, g.fired);
+    CHECK_EQ(2, counts().throttled);
+    CHECK_EQ(1, counts().currently_throttled); // the first stall only
+    out = drain_at(0, due);
+    CHECK_EQ(VBLK_S_OK, status_of(&r[3]));
+    CHECK_EQ(0xff, status_of(&r[4]));
+    CHECK_EQ(due - 1000, counts().throttled_ns);
+    CHECK_EQ(1, g.fired);
+    CHECK_EQ(VBLK_EMPTY, drain_at(0, due + out.wait_ns).state);
+    CHECK_EQ(0, counts().currently_throttled);
+    for (int i = 0; i < 5; i++) { // in order
+        uint32_t id = 0, len;
+        CHECK(used_next(0, &id, &len));
+        CHECK_EQ(r[i].head, id);
+    }
+}
+
+void t4_the_longer_wait_of_the_two(void) {
+    limits(10, 5120);
+    for (int i = 0; i < 12; i++) {
+        request(VBLK_T_IN, 0, 1024);
+    }
+    CHECK_EQ(200000000, drain_at(0, 0).wait_ns); // 5 passed; 1024 bytes
+    guest_init();
+    limits(2, 1000000);
+    for (int i = 0; i < 3; i++) {
+        request(VBLK_T_IN, 0, 512);
+    }
+    CHECK_EQ(500000000, drain_at(0, 0).wait_ns);
+}
+
+// Q6: the head goes back over the wrap of the ring positions.
+void t4_a_stall_at_position_0(void) {
+    limits(1, 0);
+    req r = request(VBLK_T_IN, 0, 512);
+    g.dev.ops.tokens = 0;
+    g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0xffff;
+    put16(g.queue[0].avail + 2, 1);
+    put16(g.queue[0].avail + 4 + 2 * 255, r.head);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(0xffff, g.dev.queue[0].avail_next);
+    g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0;
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(0, g.dev.queue[0].avail_next);
+}
+
+// Nothing behind a stalled head passes it, however cheap.
+void t4_order_is_kept(void) {
+    limits(0, 100000);
+    req big = request(VBLK_T_IN, 0, 90112);
+    req bigger = request(VBLK_T_IN, 0, 90112);
+    req flush = request(VBLK_T_FLUSH, 0, 0);
+    vblk_outcome out = drain_at(0, 0);
+    CHECK_EQ(VBLK_STALLED, out.state);
+    CHECK_EQ(VBLK_S_OK, status_of(&big));
+    CHECK_EQ(0xff, status_of(&bigger));
+    CHECK_EQ(0xff, status_of(&flush));
+    drain_at(0, out.wait_ns);
+    CHECK_EQ(VBLK_S_OK, status_of(&bigger));
+    CHECK_EQ(VBLK_S_OK, status_of(&flush));
+}
+
+void t5_reset_and_a_change_of_mind_end_a_stall(void) {
+    limits(1, 0);
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    reset();
+    CHECK_EQ(0, counts().currently_throttled);
+    guest_negotiate(VBLK_F_EVENT_IDX);
+    guest_queue_up(0, 16);
+    guest_go();
+    req r = request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(1, counts().currently_throttled);
+    put32(r.header, 99); // the guest turns it into something that is free
+    CHECK_EQ(VBLK_EMPTY, drain_at(0, 5).state);
+    CHECK_EQ(VBLK_S_UNSUPP, status_of(&r));
+    CHECK_EQ(0, counts().currently_throttled);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 5).state);
+    put16(g.queue[0].avail + 2, 5000);
+    g.dev.queue[0].avail_seen = g.dev.queue[0].avail_next;
+    CHECK_EQ(VBLK_BROKEN, drain_at(0, 6).state);
+}
+
+// T7: a guest that resets after every request gets no token more.
+void t7_reset_storm(void) {
+    g.o.limits.iops = 100;
+    guest_make();
+    uint64_t bump = g.bump, now = 0;
+    unsigned passed = 0;
+    while (now < 10 * SECOND) {
+        g.bump = bump;
+        guest_negotiate(VBLK_F_EVENT_IDX);
+        guest_queue_up(0, 4);
+        guest_go();
+        req r = request(VBLK_T_IN, 0, 512);
+        vblk_outcome out = drain_at(0, now);
+        passed += status_of(&r) == VBLK_S_OK;
+        now += out.state == VBLK_STALLED && (passed & 1) ? out.wait_ns
+                                                         : 3000000;
+        reset();
+        memset(g.writes + bump, 0, 4096);
+    }
+    CHECK(passed <= 100 + 1000 + 1);
+    CHECK(passed > 900);
+}
+
+void t_next_stalls_and_gives_the_wait(void) {
+    limits(1, 0);
+    vblk_request r;
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+    vblk_outcome out = vblk_next(&g.dev, 0, 0, &r);
+    CHECK_EQ(VBLK_STALLED, out.state);
+    CHECK_EQ(SECOND, out.wait_ns);
+    CHECK_EQ(1, used_count(0)); // published on the way out
+    CHECK_EQ(VBLK_STALLED, vblk_next(&g.dev, 0, SECOND - 1, &r).state);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, SECOND, &r).state);
+    vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+}
+
+void t_limits_change_at_run_time(void) {
+    limits(1, 0);
+    request(VBLK_T_IN, 0, 512);
+    req r = request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(SECOND, drain_at(0, 0).wait_ns);
+    vblk_limits faster = {10, 0, 0, 0};
+    CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &faster, 0));
+    CHECK_EQ(100000000, drain_at(0, 0).wait_ns);
+    vblk_limits none = {0, 0, 0, 0};
+    CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, 0));
+    CHECK_EQ(VBLK_EMPTY, drain_at(0, 0).state);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(0, counts().currently_throttled);
+}
+
+// Queues take turns: none starves behind another.
+void t_queues_share_a_limit(void) {
+    unsigned served[2] = {0, 0};
+    g.o.queues = 2;
+    limits(100, 0);
+    uint64_t bump = g.bump, now = 0;
+    req r[2];
+    for (unsigned i = 0; i < 2; i++) {
+        r[i] = prepare(VBLK_T_FLUSH, 0, 0);
+        send(i, &r[i]);
+        send(i, &r[i]);
+    }
+    while (now < 5 * SECOND) {
+        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
+        for (unsigned i = 0; i < 2; i++) { // always some more to do
+            while ((uint16_t)(g.queue[i].avail_idx -
+                              get16(g.queue[i].used + 2)) < 2) {
+                served[i]++;
+                send(i, &r[i]);
+            }
+            rewritable(r[i].status);
+        }
+        now += out.state == VBLK_STALLED ? out.wait_ns : 0;
+    }
+    g.bump = bump;
+    CHECK(served[0] > 200 && served[1] > 200);
+    CHECK(served[0] + served[1] <= 601);
+}
+
+// Q3 at a stall: it ends the drain, and nothing is interrupted.
+void t_switching_on_fails_at_a_stall(void) {
+    g.o.limits.iops = 1;
+    guest_make();
+    guest_negotiate(0);
+    guest_queue_up(0, 16);
+    guest_go();
+    g.dev.ops.tokens = 0;
+    req r = request(VBLK_T_IN, 0, 512);
+    g.hole = g.queue[0].used + 4 + 8 * 16;
+    g.hole_bytes = 2;
+    vblk_set_memory(&g.dev, g.o.memory);
+    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(0, g.fired);
+    CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+    CHECK_EQ(0xff, status_of(&r));
+    CHECK_EQ(0, g.dev.queue[0].avail_next);
+    CHECK_EQ(1, counts().throttled);
+}
+
+void t_a_long_saturated_run_through_the_device(void) {
+    limits(3000, 10000000);
+    const uint64_t seconds = 10;
+    uint64_t now = 0;
+    req r = prepare(VBLK_T_OUT, 0, 16384);
+    part p[3] = {{r.header, 16, 0}, {r.data, 512, 0}, {r.status, 1, WRITE}};
+    while (now < seconds * SECOND) {
+        while ((uint16_t)(g.queue[0].avail_idx -
+                          get16(g.queue[0].used + 2)) < 8) {
+            p[1].n = 512 * (1 + test_below(16));
+            submit(0, p, 3);
+        }
+        vblk_outcome out = drain_at(0, now);
+        now += out.state == VBLK_STALLED ? out.wait_ns : 0;
+        rewritable(r.status);
+    }
+    vblk_counts c = counts();
+    double share = (double)(c.bytes_written - 10000000) /
+                   (10000000.0 * (double)seconds);
+    CHECK(share > 0.9998 && share < 1.0002);
+    CHECK(c.writes < 3000 * (seconds + 1));
+    CHECK(c.throttled_ns > (seconds - 2) * SECOND);
+}
+
+
+// ---- Blocking limiter ---------------------------------------------------------
+
+static uint64_t limiter_now, limiter_slept;
+
+static uint64_t fake_now(void) {
+    return limiter_now;
+}
+
+static void fake_sleep(uint64_t ns) {
+    limiter_now += ns;
+    limiter_slept += ns;
+}
+
+void t8_blocking_limiter(void) {
+    static const uint64_t rates[] = {1000000, 123456789, 4096};
+    uint8_t data[16384];
+    vblk_seg seg[2] = {{data, 100, 0}, {data + 100, 3996, 0}};
+    for (size_t i = 0; i < COUNT(rates); i++) {
+        vblk_limiter l;
+        CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, rates[i], 0));
+        CHECK_EQ(rates[i] / 10, l.bytes.burst); // steady
+        l.now = fake_now;
+        l.sleep = fake_sleep;
+        limiter_now = 7 * SECOND;
+        guest_make();
+        vblk_backend b = vblk_limiter_backend(&l);
+        uint64_t bytes = 0;
+        while (limiter_now < 107 * SECOND && bytes < 20000000) {
+            CHECK_EQ(4096, bytes & 4096 ? b.read(b.user, 0, seg, 2)
+                                        : b.write(b.user, 0, seg, 2));
+            bytes += 4096;
+        }
+        double due = (double)rates[i] *
+                     (double)(limiter_now - 7 * SECOND) / 1e9;
+        double slack = due * 0.01 + 4096; // 1 %, and the last request
+        CHECK((double)bytes > due - slack);
+        CHECK((double)bytes < due + (double)l.bytes.burst + slack);
+        CHECK_EQ(0, b.flush(b.user));
+        CHECK_EQ(g.backing, b.size(b.user));
+        vblk_limiter_end(&l);
+    }
+}
+
+void t8_no_rate_passes_everything(void) {
+    uint8_t data[4096];
+    vblk_seg seg = {data, sizeof data, 0};
+    vblk_limiter l;
+    guest_make();
+    CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
+             (uint64_t)vblk_limiter_init(&l, g.o.backend, 0, 10));
+    CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
+             (uint64_t)vblk_limiter_init(&l, g.o.backend, UINT64_MAX, 0));
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, 0, 0));
+    l.sleep = fake_sleep;
+    l.now = fake_now;
+    limiter_slept = 0;
+    vblk_backend b = vblk_limiter_backend(&l);
+    for (int i = 0; i < 100; i++) {
+        CHECK_EQ(4096, b.read(b.user, 0, &seg, 1));
+    }
+    CHECK_EQ(0, limiter_slept);
+    vblk_limiter_end(&l);
+}
+
+// The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.
+void t8_real_time(void) {
+    uint8_t data[1024];
+    vblk_seg seg = {data, sizeof data, 0};
+    vblk_limiter l;
+    guest_make();
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, 1000000, 1024));
+    vblk_backend b = vblk_limiter_backend(&l);
+    uint64_t start = l.now();
+    for (int i = 0; i < 20; i++) {
+        b.read(b.user, 0, &seg, 1);
+    }
+    CHECK(l.now() - start >= 19 * 1024 * 1000);
+    vblk_limiter_end(&l);
+}
