@@ -257,9 +257,6 @@
 
         0.1.0  (2026-11-20)  first release
 */
-#ifndef VBLK_H
-#define VBLK_H
-
 #if defined(VBLK_IMPLEMENTATION_THREADED)
 #ifndef VBLK_IMPLEMENTATION
 #define VBLK_IMPLEMENTATION
@@ -268,17 +265,16 @@
 #define VBLK_THREADED
 #endif
 #endif
-
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE // preadv; has an effect if nothing was included before
 #endif
 
+#ifndef VBLK_H
+#define VBLK_H
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#ifdef VBLK_THREADED
-#include <pthread.h>
-#endif
 
 #ifndef VBLKDEF
 #if defined(VBLK_STATIC) && (defined(__GNUC__) || defined(__clang__))
@@ -695,7 +691,8 @@ typedef struct vblk_queue {
     uint16_t avail_next;   // next entry to take
     uint16_t avail_seen;   // avail.idx as last read
     uint16_t used_next;    // next entry to fill
-    uint16_t used_shown;   // used.idx as last published
+    uint16_t used_shown;   // used.idx as last stored
+    uint16_t used_decided; // used.idx at the last decision to interrupt
     uint64_t stalled_ns;   // when the request at the head began to wait
     bool     stalled;      // there is one
     uint32_t under_way;    // handed out, not completed
@@ -903,7 +900,23 @@ typedef struct vblk_memdisk {
 
 VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk);
 
-#ifdef VBLK_THREADED
+#ifdef __cplusplus
+}
+#endif
+#endif // VBLK_H
+
+
+#if defined(VBLK_THREADED) && !defined(VBLK_THREADED_H)
+#define VBLK_THREADED_H
+#include <pthread.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+
+// ---- Files, locks, limiters (Linux) ----------------------------------------
+
 // An image file or a block device by positioned I/O: preadv, pwritev and
 // fdatasync. Safe from several threads.
 typedef struct vblk_file {
@@ -950,12 +963,11 @@ VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
                               uint64_t bps, uint64_t burst);
 VBLKDEF void vblk_limiter_end(vblk_limiter *limiter);
 VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter);
-#endif // VBLK_THREADED
 
 #ifdef __cplusplus
 }
 #endif
-#endif // VBLK_H
+#endif // VBLK_THREADED
 
 
 #if defined(VBLK_IMPLEMENTATION) && !defined(VBLK_IMPLEMENTED)
@@ -1222,9 +1234,14 @@ static inline void vblk__count(uint64_t *counter, uint64_t n) {
     VBLK__STORE(counter, VBLK__LOAD(counter) + n);
 }
 
-// The bit before the line, both after what they announce (release).
+// The bit and the line in one step, after what they announce (release), then
+// the interrupt. Bits that are set need not be set again: an acknowledgement
+// that clears them is yet to come, and the driver looks after it.
 static void vblk__raise(vblk_dev *dev, int queue, uint32_t bit, bool fire) {
-    VBLK__OR(&dev->interrupt, bit | (fire ? VBLK__LINE : 0));
+    bit |= fire ? VBLK__LINE : 0;
+    if ((VBLK__LOAD(&dev->interrupt) & bit) != bit) {
+        VBLK__OR(&dev->interrupt, bit);
+    }
     if (fire && dev->o.interrupt) {
         dev->o.interrupt(dev->o.user, queue, true);
     }
@@ -1437,11 +1454,22 @@ static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
     }
 }
 
-// Notifications on for whatever comes after avail_seen. avail.idx must be
-// looked at again afterwards, behind the full barrier at the end: either the
-// driver sees the switch, or the device sees its entry.
+// Let the driver see what is completed.
+static void vblk__show(vblk_dev *dev, vblk_queue *q) {
+    if (q->used_next != q->used_shown) {
+        if (!vblk__store16(dev, q->used, q->used_gpa, 2, q->used_next)) {
+            vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
+        }
+        q->used_shown = q->used_next;
+    }
+}
+
+// Notifications on for whatever comes after avail_seen, and completions out,
+// with one full barrier for both. avail.idx must be looked at again after it:
+// either the driver sees the switch, or the device sees its entry.
 static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     bool ok = true;
+    vblk__show(dev, q);
     if (q->notify_off) {
         ok = vblk__store16(dev, q->used, q->used_gpa, 0, 0);
         q->notify_off = !ok;
@@ -1505,18 +1533,17 @@ static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
 }
 
 static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
-    uint16_t old = q->used_shown;
-    if (q->used_next == old) {
+    uint16_t old = q->used_decided;
+    if (q->used_next != q->used_shown) {
+        vblk__show(dev, q);
+        // Either the driver sees the new index when it switches interrupts
+        // on, or the device sees the switch.
+        VBLK__FENCE();
+    }
+    if (q->used_shown == old) {
         return;
     }
-    if (!vblk__store16(dev, q->used, q->used_gpa, 2, q->used_next)) {
-        vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
-        return;
-    }
-    q->used_shown = q->used_next;
-    // Either the driver sees the new index when it switches interrupts on,
-    // or the device sees the switch.
-    VBLK__FENCE();
+    q->used_decided = q->used_shown;
     bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
     if (fire || dev->o.profile == VBLK_STRICT) { // P7
         vblk__raise(dev, vblk__index(dev, q), VBLK_INTERRUPT_USED, fire);
@@ -2702,7 +2729,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
         dev->o.memory.read) {
         vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     }
-    q->used_shown = q->used_next;
+    q->used_shown = q->used_decided = q->used_next;
     q->ready = true;
     return queue;
 }
@@ -2982,20 +3009,28 @@ VBLKDEF void vblk_file_close(vblk_file *file) {
     file->fd = -1;
 }
 
-// One system call, repeated while interrupted; partial transfers are the
-// caller's to continue.
-static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
-                               const vblk_seg *seg, unsigned segs, bool in) {
+static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
+                                 unsigned segs, bool in) {
     struct iovec iov[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
     int count = (int)(segs < IOV_MAX ? segs : IOV_MAX);
-    ssize_t n;
     for (int i = 0; i < count; i++) {
         iov[i].iov_base = seg[i].ptr;
         iov[i].iov_len = seg[i].n;
     }
+    return in ? preadv(fd, iov, count, offset)
+              : pwritev(fd, iov, count, offset);
+}
+
+// One system call, repeated while interrupted; partial transfers are the
+// caller's to continue. A single segment is cheaper without a vector.
+static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
+                               const vblk_seg *seg, unsigned segs, bool in) {
+    off_t at = (off_t)offset;
+    ssize_t n;
     do {
-        n = in ? preadv(f->fd, iov, count, (off_t)offset)
-               : pwritev(f->fd, iov, count, (off_t)offset);
+        n = segs > 1 ? vblk__file_vector(f->fd, at, seg, segs, in)
+            : in     ? pread(f->fd, seg->ptr, seg->n, at)
+                     : pwrite(f->fd, seg->ptr, seg->n, at);
     } while (n < 0 && errno == EINTR);
     return n < 0 ? -errno : n;
 }
@@ -3188,3 +3223,54 @@ VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
 }
 
 #endif // VBLK_IMPLEMENTATION_THREADED
+
+
+/*
+This software is available under two licenses; choose whichever you prefer.
+
+------------------------------------------------------------------------------
+ALTERNATIVE A - MIT License
+
+Copyright (c) 2026 the vblk.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of
+this software and associated documentation files (the "Software"), to deal in
+the Software without restriction, including without limitation the rights to
+use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+of the Software, and to permit persons to whom the Software is furnished to do
+so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+
+------------------------------------------------------------------------------
+ALTERNATIVE B - Public Domain (www.unlicense.org)
+
+This is free and unencumbered software released into the public domain.
+
+Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+software, either in source code form or as a compiled binary, for any purpose,
+commercial or non-commercial, and by any means.
+
+In jurisdictions that recognize copyright laws, the author or authors of this
+software dedicate any and all copyright interest in the software to the public
+domain. We make this dedication for the benefit of the public at large and to
+the detriment of our heirs and successors. We intend this dedication to be an
+overt act of relinquishment in perpetuity of all present and future rights to
+this software under copyright law.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/

@@ -5,7 +5,7 @@
 #define SECOND UINT64_C(1000000000)
 
 
-// ---- Token bucket -----------------------------------------------------------
+// ---- Token bucket ---------------------------------------------------------
 
 void t3_a_request_larger_than_the_bucket(void) {
     vblk_bucket b;
@@ -129,7 +129,7 @@ void t_change_of_limits(void) {
 }
 
 
-// ---- Ten simulated minutes ----------------------------------------------------
+// ---- Ten simulated minutes ------------------------------------------------
 
 // A limiter that forgets the fraction of a token at each refill, as several
 // well-known ones do: the simulation must notice.
@@ -248,7 +248,7 @@ void t6_the_simulation_notices_a_lossy_limiter(void) {
 }
 
 
-// ---- In the pipeline ----------------------------------------------------------
+// ---- In the pipeline ------------------------------------------------------
 
 static void limits(uint64_t iops, uint64_t bps) {
     g.o.limits.iops = iops;
@@ -593,7 +593,7 @@ void t_a_long_saturated_run_through_the_device(void) {
 }
 
 
-// ---- Blocking limiter ---------------------------------------------------------
+// ---- Blocking limiter -----------------------------------------------------
 
 static uint64_t limiter_now, limiter_slept;
 

@@ -1,7 +1,8 @@
 // Every test, in the order it runs: its name, and whether it wants a guest
 // (it runs with map and without) or runs once. The ids in the names are those
 // of the RULES and PROFILES in vblk.h: M registers, F features and status, P
-// profiles, R reset, Q queue, V validation, X execution, T throttle, B backends, W worker.
+// profiles, R reset, Q queue, V validation, X execution, T throttle, B
+// backends, W worker.
 #ifndef TESTS_H
 #define TESTS_H
 

@@ -1,0 +1,16 @@
+#define VBLK_THREADED
+#include "vblk.h"
+
+int unit_b(void);
+
+int unit_b(void) {
+    static uint8_t data[4096];
+    static vblk_memdisk disk = {data, sizeof data, false};
+    static vblk_dev dev;
+    static vblk_options o; // all zero, in C and in C++
+    o.backend = vblk_memdisk_backend(&disk);
+    if (vblk_init(&dev, &o)) {
+        return 1;
+    }
+    return vblk_mmio_read(&dev, 0x100, 8) == 8 ? 0 : 1;
+}
