@@ -9,11 +9,11 @@ B        = build
 
 TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_queue.c tests/test_request.c tests/test_execution.c \
-           tests/test_throttle.c tests/test_transport.c
+           tests/test_throttle.c tests/test_transport.c tests/test_worker.c
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
-all: $(B)/vblk_test $(B)/demo $(B)/throttle
+all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded
 
 test: $(B)/vblk_test           ## build and run every test, and the compile matrix
 	$(B)/vblk_test
@@ -25,11 +25,27 @@ demo: $(B)/demo                ## a driver, a device and a disk image, explained
 throttle: $(B)/throttle        ## a limited disk in real time
 	$(B)/throttle
 
+threaded: $(B)/threaded        ## a worker thread, a file, three seconds of reads
+	$(B)/threaded
+
 asan: $(B)/vblk_asan           ## the tests under address and UB sanitizers
 	$(B)/vblk_asan
 
-bench: $(B)/bench              ## nanoseconds per request, beside memcpy and preadv
+tsan:                          ## the tests under the thread sanitizer (clang)
+	@command -v clang >/dev/null || { echo 'SKIP: tsan needs clang' \
+	    '(apt install clang)'; exit 0; }; \
+	mkdir -p $(B) && clang $(STD) -O1 -g -fsanitize=thread \
+	    -o $(B)/vblk_tsan $(TESTS) $(LIBS) && $(B)/vblk_tsan
+
+soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
+	VBLK_SOAK=100 $(B)/vblk_test w_party
+
+model:                         ## the barriers and the worker's states (spin)
+	@sh tests/model/run.sh
+
+bench: $(B)/bench $(B)/bench_worker ## ns per request, beside memcpy and preadv
 	$(B)/bench
+	$(B)/bench_worker
 
 interop: interop-uboot         ## drivers we did not write
 
@@ -67,6 +83,14 @@ $(B)/throttle: examples/throttle.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/throttle.c $(LIBS)
 
+$(B)/threaded: examples/threaded.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ examples/threaded.c $(LIBS)
+
+$(B)/bench_worker: tests/bench_worker.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ tests/bench_worker.c $(LIBS)
+
 $(B)/bench: tests/bench.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ tests/bench.c $(LIBS)
@@ -74,5 +98,5 @@ $(B)/bench: tests/bench.c vblk.h
 clean:
 	rm -rf $(B)
 
-.PHONY: all test demo throttle asan bench interop interop-uboot size lint help \
-        clean
+.PHONY: all test demo throttle threaded asan tsan soak model bench interop \
+        interop-uboot size lint help clean

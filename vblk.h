@@ -10,8 +10,9 @@
     clock, no I/O: guest memory, the disk and the time come from you.
 
     On Linux, VBLK_IMPLEMENTATION_THREADED in place of VBLK_IMPLEMENTATION
-    adds file backends. Units that only call those define VBLK_THREADED
-    before including.
+    adds file backends and a worker thread. Units that only call those define
+    VBLK_THREADED before including. Include it before other headers, or
+    compile with -D_GNU_SOURCE.
 
     Written against VIRTIO 1.2 (1.3 and 1.4 agree for this device). A number
     in brackets, [2.7.8], is a section of that document.
@@ -23,7 +24,7 @@
         You provide          guest memory, a backend, an interrupt, options
         Request life         from the driver's ring to the used ring
         Time                 what now_ns is, and when 0 will do
-        Other hosts          asynchronous I/O
+        Other hosts          asynchronous I/O, a worker thread
         Threads              who may call what, when
         Errors               three kinds, three channels
         Rules                what is refused, and how it ends
@@ -137,9 +138,18 @@
     `durable` set must be on stable storage before it is completed.
 
 
+    For a thread per device, vblk_worker_init() and what follows it (Linux).
+    A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
+    bounded whatever the backend does: a thread stuck in it is left behind and
+    touches nothing afterwards. What its system call itself still moves is
+    beyond anybody's reach; therefore Status shows DEVICE_NEEDS_RESET until it
+    has ended, and released() says when backend and memory may go. Callbacks
+    other than the backend, the interrupt and the event hook must not block.
+
+
     THREADS
 
-    The device starts none and takes no lock. Three kinds of call:
+    The core starts none and takes no lock. Three kinds of call:
 
         registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
                     vblk_set_status, vblk_queue_start, vblk_queue_stop
@@ -397,13 +407,19 @@ extern "C" {
       "second's worth of it; neither may be 2^63 or more")                     \
     X(ERR_FILE, -12, "the image file cannot be opened or its size is not to "  \
       "be had; errno says why")                                                \
-    X(ERR_LOCK, -13, "the lock cannot be made; errno says why")
+    X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
+    X(ERR_WORKER, -14, "an eventfd, timerfd or epoll descriptor cannot be "    \
+      "had; errno says why")                                                   \
+    X(ERR_CPUS, -15, "cpus names a processor below 0 or above what cpu_set_t " \
+      "holds")                                                                 \
+    X(ERR_BUSY, -16, "the worker did not come to rest within stop_ms: its "    \
+      "backend is slow or stuck; nothing changed")
 
 typedef enum vblk_error {
 #define VBLK_X(name, value, text) VBLK_##name = (value),
     VBLK_ERRORS(VBLK_X)
 #undef VBLK_X
-    VBLK_ERROR_LAST = -13
+    VBLK_ERROR_LAST = -16
 } vblk_error;
 
 // Code, then a sentence. The comment names the two numbers, a and b.
@@ -679,9 +695,9 @@ typedef struct vblk_bucket {
 
 // A virtqueue. Private.
 typedef struct vblk_queue {
+    bool     ready; // atomic
     // Register calls, before DRIVER_OK.
     uint32_t size;
-    bool     ready;
     uint64_t desc_gpa, avail_gpa, used_gpa;
     // The drainer, from DRIVER_OK to reset. Positions are free-running.
     bool     resolved;     // the pointers below are up to date
@@ -716,6 +732,7 @@ typedef struct vblk_dev {
     vblk_bucket  ops, bytes;
     unsigned     first; // queue that the next drain of all begins with
     // Atomics: set by any thread.
+    uint32_t     yield; // a drain ends after the request it is at
     uint32_t     status;
     uint32_t     interrupt; // InterruptStatus, and VBLK__LINE
     vblk_queue   queue[VBLK_MAX_QUEUES];
@@ -963,6 +980,95 @@ VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
                               uint64_t bps, uint64_t burst);
 VBLKDEF void vblk_limiter_end(vblk_limiter *limiter);
 VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter);
+
+
+// ---- Worker (Linux) --------------------------------------------------------
+
+typedef struct vblk_worker_options {
+    unsigned   stop_ms;   // bound on stop, reset, pause; default 1000
+    const int *cpus;      // processors the thread may run on; copied
+    unsigned   cpu_count; // default 0: any
+    int        parked_fd; // an eventfd to signal whenever a pause has taken
+                          // effect; shared with other workers; 0: none
+    // One line of text without a newline, for a log. NULL: stderr, at most
+    // some lines a second. Any thread.
+    void (*log)(void *user, const char *line);
+    // A thread that was left behind has ended: the backend and guest memory
+    // are no longer in its hands. That thread; may be NULL.
+    void (*released)(void *user);
+    void *user; // first argument of both
+} vblk_worker_options;
+
+// A device with a thread that serves it. Of any storage; must not move.
+typedef struct vblk_worker {
+    vblk_dev dev;     // for queries: vblk_mmio_read(), vblk_counters(), ...
+    int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
+    int      kick_fd; // eventfd that starts a drain; good as a KVM ioeventfd
+    // Private from here.
+    vblk_options        o;
+    vblk_worker_options wo;
+    int                 number; // in log lines
+    int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
+    unsigned char       cpu_set[128]; // a cpu_set_t
+    uint32_t            kicked;       // atomic: queues, one bit each
+    pthread_mutex_t     registers;    // one register call at a time
+    struct vblk__thread *thread;      // under `registers`; NULL: not started
+    struct vblk__thread *left_behind; // the same
+    // Under `parking`. `parked` is also read without.
+    pthread_mutex_t     parking;
+    pthread_cond_t      changed;
+    bool                pause, hold; // the host asks, the library asks
+    bool                parked_told; // parked_fd was signalled for this pause
+    uint32_t            parked;      // atomic; true also while not started
+    // Under `logging`.
+    pthread_mutex_t     logging;
+    vblk_bucket         lines;
+    uint64_t            left_out;
+} vblk_worker;
+
+// Make a device from `o`, as vblk_init() does, and what a thread needs; the
+// thread itself starts when the driver says DRIVER_OK, and again after each
+// reset. Without o->event, events go to the log. o->interrupt, if set, is
+// called beside irq_fd; it and o->event run in the thread. VBLK_OK or a code.
+VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
+                             const vblk_worker_options *wo);
+
+// Stop the thread and free all. False: the backend did not return within
+// stop_ms, and the thread was left behind. It will touch no ring, no guest
+// memory of its own accord, no interrupt; it frees what is its own when the
+// backend returns. Until then, until released() is called, the backend must
+// stay, and guest memory that its system call may still move data to.
+VBLKDEF bool vblk_worker_end(vblk_worker *w);
+
+// The guest stored `value` in the register window: kicks, starts, stops and
+// resets as needed. Never waits for the disk, but that a Status of 0 (and, in
+// the standard profile, QueueReady while live) waits up to stop_ms for the
+// thread. If the backend does not return by then, the thread is left behind
+// and Status reads DEVICE_NEEDS_RESET until it has ended; the next reset then
+// brings the device back. Any thread.
+VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
+                                    unsigned bytes, uint64_t value);
+
+// The same as storing 0 to Status. False: the device is not usable yet, as
+// above. Any thread.
+VBLKDEF bool vblk_worker_reset(vblk_worker *w);
+
+// Start a drain of `queue`; harmless at any time. Any thread.
+VBLKDEF void vblk_worker_kick(vblk_worker *w, unsigned queue);
+
+// Ask the thread to finish its request and rest, and wait for that up to
+// `ms`. True: it rests, or is not started; all its writes are visible, it
+// reads and writes nothing until vblk_worker_resume(). False: it will rest
+// when its backend returns; vblk_worker_paused() tells. No kick is lost.
+// Pausing twice is pausing. Any thread.
+VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
+VBLKDEF void vblk_worker_resume(vblk_worker *w);
+VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
+
+// vblk_set_memory() and vblk_set_limits() with the thread at rest. VBLK_OK,
+// VBLK_ERR_LIMITS, or VBLK_ERR_BUSY. Any thread.
+VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory);
+VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 
 #ifdef __cplusplus
 }
@@ -2266,7 +2372,7 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         if (out.state != VBLK_MORE) {
             return out;
         }
-        if (*budget == 0) {
+        if (*budget == 0 || VBLK__LOAD(&dev->yield)) {
             vblk__notify_on(dev, q);
             return out;
         }
@@ -2286,7 +2392,7 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 
 static unsigned vblk__queue_count(const vblk_dev *dev) {
     bool negotiated = VBLK__LOAD(&dev->status) & VBLK_STATUS_FEATURES_OK;
-    return negotiated && !(dev->accepted & VBLK_F_MQ) ? 1 : dev->o.queues;
+    return negotiated && !(vblk_accepted(dev) & VBLK_F_MQ) ? 1 : dev->o.queues;
 }
 
 // The queue if it may be drained now, else NULL and the reason.
@@ -2378,7 +2484,9 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
 
 static void vblk__start_over(vblk_queue *q) {
     uint32_t epoch = q->epoch + 1;
-    VBLK_MEMSET(q, 0, offsetof(vblk_queue, counts));
+    VBLK__STORE(&q->ready, false);
+    VBLK_MEMSET(&q->size, 0, offsetof(vblk_queue, counts) -
+                                 offsetof(vblk_queue, size));
     q->epoch = epoch;
     VBLK__STORE(&q->counts.currently_throttled, 0);
 }
@@ -2396,16 +2504,19 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
     }
 }
 
-static void vblk__reset(vblk_dev *dev) {
+// Back to where the device was after power-on, but for `status`.
+static void vblk__reset(vblk_dev *dev, uint32_t status) {
     for (unsigned i = 0; i < dev->o.queues; i++) {
         vblk__start_over(&dev->queue[i]);
     }
-    dev->accepted = 0;
+    VBLK__STORE(&dev->accepted, 0);
     dev->event_idx = dev->indirect = dev->write_through = false;
     dev->no_memory_said = false;
-    dev->device_features_sel = dev->driver_features_sel = dev->queue_sel = 0;
-    dev->generation++;
-    VBLK__STORE(&dev->status, 0);
+    VBLK__STORE(&dev->device_features_sel, 0);
+    VBLK__STORE(&dev->driver_features_sel, 0);
+    VBLK__STORE(&dev->queue_sel, 0);
+    VBLK__STORE(&dev->generation, dev->generation + 1);
+    VBLK__STORE(&dev->status, status);
     vblk_interrupt_ack(dev, ~0u);
 }
 
@@ -2414,13 +2525,13 @@ VBLKDEF uint64_t vblk_features(const vblk_dev *dev) {
 }
 
 VBLKDEF uint64_t vblk_accepted(const vblk_dev *dev) {
-    return dev->accepted;
+    return VBLK__LOAD(&dev->accepted);
 }
 
 VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features) {
     uint32_t status = vblk_status(dev);
     if (status & VBLK_STATUS_DRIVER && !(status & VBLK_STATUS_FEATURES_OK)) {
-        dev->accepted = features;
+        VBLK__STORE(&dev->accepted, features);
     } else { // M5
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_FEATURES_WINDOW, 0, status,
                   features);
@@ -2485,7 +2596,7 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
 VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t value) {
     uint32_t old = VBLK__LOAD(&dev->status);
     if (value == 0) {
-        vblk__reset(dev);
+        vblk__reset(dev, 0);
         return VBLK_NO_QUEUE;
     }
     // A drainer may add NEEDS_RESET meanwhile, once: then look again.
@@ -2536,9 +2647,8 @@ VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
 }
 
 static const vblk_queue *vblk__selected(const vblk_dev *dev) {
-    return dev->queue_sel < vblk__queue_count(dev)
-               ? &dev->queue[dev->queue_sel]
-               : NULL;
+    uint32_t sel = VBLK__LOAD(&dev->queue_sel);
+    return sel < vblk__queue_count(dev) ? &dev->queue[sel] : NULL;
 }
 
 static uint32_t vblk__window(uint64_t features, uint32_t sel) {
@@ -2566,9 +2676,10 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_DEVICE_ID:         return 2;
     case VBLK_REG_VENDOR_ID:         return dev->o.vendor_id;
     case VBLK_REG_DEVICE_FEATURES:
-        return vblk__window(dev->offered, dev->device_features_sel);
+        return vblk__window(dev->offered,
+                            VBLK__LOAD(&dev->device_features_sel));
     case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->o.queue_size : 0;
-    case VBLK_REG_QUEUE_READY:       return q ? q->ready : 0;
+    case VBLK_REG_QUEUE_READY:       return q ? VBLK__LOAD(&q->ready) : 0;
     case VBLK_REG_INTERRUPT_STATUS:
         return VBLK__LOAD(&dev->interrupt) & ~VBLK__LINE;
     case VBLK_REG_STATUS:            return vblk_status(dev);
@@ -2576,7 +2687,7 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_SHM_LEN_HIGH:
     case VBLK_REG_SHM_BASE_LOW:
     case VBLK_REG_SHM_BASE_HIGH:     return UINT32_MAX; // no region [2.10]
-    case VBLK_REG_CONFIG_GENERATION: return dev->generation;
+    case VBLK_REG_CONFIG_GENERATION: return VBLK__LOAD(&dev->generation);
     default:                         return 0;
     }
 }
@@ -2641,14 +2752,14 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     case VBLK_REG_QUEUE_READY:
         if (VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK) {
             if (value == 1 && !q->ready) {
-                q->ready = true;
+                VBLK__STORE(&q->ready, true);
                 return vblk__index(dev, q);
             }
             if (value != 1) {
                 vblk__start_over(q);
             }
         } else {
-            q->ready = value == 1;
+            VBLK__STORE(&q->ready, value == 1);
         }
         break;
     case VBLK_REG_QUEUE_DESC_LOW:
@@ -2687,13 +2798,17 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
         return VBLK_NO_QUEUE;
     }
     switch (offset) {
-    case VBLK_REG_DEVICE_FEATURES_SEL: dev->device_features_sel = v; break;
-    case VBLK_REG_DRIVER_FEATURES_SEL: dev->driver_features_sel = v; break;
-    case VBLK_REG_DRIVER_FEATURES:     vblk__write_features(dev, v); break;
-    case VBLK_REG_QUEUE_SEL:           dev->queue_sel = v;           break;
-    case VBLK_REG_INTERRUPT_ACK:       vblk_interrupt_ack(dev, v);   break;
-    case VBLK_REG_QUEUE_NOTIFY:        return vblk__write_notify(dev, v);
-    case VBLK_REG_STATUS:              return vblk_set_status(dev, v);
+    case VBLK_REG_DEVICE_FEATURES_SEL:
+        VBLK__STORE(&dev->device_features_sel, v);
+        break;
+    case VBLK_REG_DRIVER_FEATURES_SEL:
+        VBLK__STORE(&dev->driver_features_sel, v);
+        break;
+    case VBLK_REG_QUEUE_SEL:       VBLK__STORE(&dev->queue_sel, v); break;
+    case VBLK_REG_DRIVER_FEATURES: vblk__write_features(dev, v);    break;
+    case VBLK_REG_INTERRUPT_ACK:   vblk_interrupt_ack(dev, v);      break;
+    case VBLK_REG_QUEUE_NOTIFY:    return vblk__write_notify(dev, v);
+    case VBLK_REG_STATUS:          return vblk_set_status(dev, v);
     case VBLK_REG_QUEUE_NUM:
     case VBLK_REG_QUEUE_READY:
     case VBLK_REG_QUEUE_DESC_LOW:
@@ -2730,7 +2845,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
         vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     }
     q->used_shown = q->used_decided = q->used_next;
-    q->ready = true;
+    VBLK__STORE(&q->ready, true);
     return queue;
 }
 
@@ -2980,6 +3095,16 @@ VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/timerfd.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -3220,6 +3345,727 @@ VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
     b.size = inner->size ? vblk__limiter_size : NULL;
     b.user = limiter;
     return b;
+}
+
+
+// ---- Worker: policy ---------------------------------------------------------
+
+#define VBLK__MAX_WAIT VBLK__SECOND // the timer is set to no more
+
+// Tokens of the descriptors in the epoll set.
+enum { VBLK__STOP, VBLK__KICK, VBLK__TIMER, VBLK__PAUSE, VBLK__TOKENS };
+
+// What an event means: its token, or VBLK__TOKENS for one that is not ours.
+// Errors and hang-ups count as the event itself: a drain too many is harmless,
+// one too few is not.
+static int vblk__meaning(uint64_t token) {
+    return token < VBLK__TOKENS ? (int)token : VBLK__TOKENS;
+}
+
+// What a drain's outcome means: look at the events and drain again, or wait
+// for one; and the timer's setting, 0 for none.
+typedef struct vblk__plan {
+    bool     again;
+    uint64_t timer_ns;
+} vblk__plan;
+
+// A wait of 0 would disarm the timer: drain again at once, but only once.
+static vblk__plan vblk__plan_after(vblk_outcome out, bool again_already) {
+    vblk__plan plan = {false, 0};
+    if (out.state == VBLK_MORE) {
+        plan.again = true;
+    } else if (out.state == VBLK_STALLED && out.wait_ns == 0) {
+        plan.again = !again_already;
+        plan.timer_ns = again_already ? 1 : 0;
+    } else if (out.state == VBLK_STALLED) {
+        plan.timer_ns = out.wait_ns < VBLK__MAX_WAIT ? out.wait_ns
+                                                     : VBLK__MAX_WAIT;
+    }
+    return plan;
+}
+
+
+// ---- Worker: the thread's own -----------------------------------------------
+
+// Where the thread is. AWAY: in a callback of the host, which may take
+// forever; only from there can it be left behind.
+//
+//     thread      WORKING <-> AWAY, WORKING -> ENDED
+//     the rest    AWAY -> LEFT when the bound is over, LEFT -> ORPHAN when
+//                 the worker struct goes away
+//     thread      LEFT -> GONE: the worker frees this; ORPHAN: the thread does
+enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__ORPHAN,
+       VBLK__GONE };
+
+struct vblk__thread {
+    uint32_t     state; // atomic
+    uint32_t     stop;  // atomic: leave at the next opportunity
+    pthread_t    id;
+    vblk_worker *w;     // not to be used once LEFT
+    vblk_backend inner;
+    jmp_buf      leave;
+    void (*released)(void *user);
+    void *user;
+};
+
+// The thread that is running, NULL in all others.
+static __thread struct vblk__thread *vblk__self;
+
+static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
+                             uint32_t to) {
+    return __atomic_compare_exchange_n(&t->state, &from, to, false,
+                                       __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+// Around every callback of the host that the thread makes. Coming back, the
+// thread leaves by a jump if it was left behind, when the core's frames and
+// the device may be gone, or if it is to stop: what it was at is thrown away
+// by the reset that follows.
+static void vblk__away(struct vblk__thread *t) {
+    if (t) {
+        vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
+    }
+}
+
+static void vblk__back(struct vblk__thread *t) {
+    if (t && (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
+              __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE))) {
+        longjmp(t->leave, 1);
+    }
+}
+
+static int64_t vblk__guarded_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    struct vblk__thread *t = (struct vblk__thread *)user;
+    vblk__away(t);
+    int64_t n = t->inner.read(t->inner.user, offset, seg, segs);
+    vblk__back(t);
+    return n;
+}
+
+static int64_t vblk__guarded_write(void *user, uint64_t offset,
+                                   const vblk_seg *seg, unsigned segs) {
+    struct vblk__thread *t = (struct vblk__thread *)user;
+    vblk__away(t);
+    int64_t n = t->inner.write(t->inner.user, offset, seg, segs);
+    vblk__back(t);
+    return n;
+}
+
+static int vblk__guarded_flush(void *user) {
+    struct vblk__thread *t = (struct vblk__thread *)user;
+    vblk__away(t);
+    int err = t->inner.flush(t->inner.user);
+    vblk__back(t);
+    return err;
+}
+
+
+// ---- Worker: log, descriptors, interrupt ------------------------------------
+
+// A hostile guest can make events at will: the default printer lets some lines
+// a second through and counts the rest. `left_out` are those before this one.
+static bool vblk__may_print(vblk_worker *w, uint64_t *left_out) {
+    pthread_mutex_lock(&w->logging);
+    vblk_bucket_refill(&w->lines, vblk__clock());
+    bool may = vblk_bucket_can_take(&w->lines, 1);
+    vblk_bucket_take(&w->lines, may);
+    *left_out = w->left_out;
+    w->left_out = may ? 0 : w->left_out + 1;
+    pthread_mutex_unlock(&w->logging);
+    return may;
+}
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static void vblk__log(vblk_worker *w, const char *format, ...) {
+    char line[320];
+    uint64_t left_out = 0;
+    va_list args;
+    int n = snprintf(line, sizeof line, "vblk%d: ", w->number);
+    va_start(args, format);
+    vsnprintf(line + n, sizeof line - (size_t)n, format, args);
+    va_end(args);
+    if (!w->wo.log && !vblk__may_print(w, &left_out)) {
+        return;
+    }
+    // No lock is held from here on: a log may block like any callback.
+    vblk__away(vblk__self);
+    if (w->wo.log) {
+        w->wo.log(w->wo.user, line);
+    } else if (left_out) {
+        fprintf(stderr, "(%llu lines left out)\n%s\n",
+                (unsigned long long)left_out, line);
+    } else {
+        fprintf(stderr, "%s\n", line);
+    }
+    vblk__back(vblk__self);
+}
+
+static void vblk__worker_event(void *user, const vblk_event *e) {
+    vblk_worker *w = (vblk_worker *)user;
+    if (w->o.event) {
+        vblk__away(vblk__self);
+        w->o.event(w->o.user, e);
+        vblk__back(vblk__self);
+    } else if (e->queue == VBLK_NO_QUEUE) {
+        vblk__log(w, "%s [%#llx, %#llx]", vblk_event_text(e->code),
+                  (unsigned long long)e->a, (unsigned long long)e->b);
+    } else {
+        vblk__log(w, "queue %d, head %u: %s [%#llx, %#llx]", e->queue,
+                  (unsigned)e->head, vblk_event_text(e->code),
+                  (unsigned long long)e->a, (unsigned long long)e->b);
+    }
+}
+
+// Add 1 to an eventfd. A full counter is as good; other failures are not to be
+// had with a descriptor that is open.
+static void vblk__signal(int fd) {
+    const uint64_t one = 1;
+    for (int tries = 0; tries < 4; tries++) {
+        if (write(fd, &one, sizeof one) >= 0 || errno != EINTR) {
+            return;
+        }
+    }
+}
+
+// Take what an eventfd or timerfd holds. False if the descriptor is broken.
+static bool vblk__drain_fd(int fd) {
+    uint64_t count;
+    return read(fd, &count, sizeof count) >= 0 || errno == EAGAIN ||
+           errno == EINTR;
+}
+
+static void vblk__worker_interrupt(void *user, int queue, bool fire) {
+    vblk_worker *w = (vblk_worker *)user;
+    if (fire) {
+        vblk__signal(w->irq_fd);
+    }
+    if (w->o.interrupt) {
+        vblk__away(vblk__self);
+        w->o.interrupt(w->o.user, queue, fire);
+        vblk__back(vblk__self);
+    }
+}
+
+static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
+    struct itimerspec t;
+    t.it_interval.tv_sec = 0;
+    t.it_interval.tv_nsec = 0;
+    t.it_value.tv_sec = (time_t)(ns / VBLK__SECOND);
+    t.it_value.tv_nsec = (long)(ns % VBLK__SECOND);
+    return timerfd_settime(w->timer_fd, 0, &t, NULL) == 0;
+}
+
+
+// ---- Worker: the thread -----------------------------------------------------
+
+// Rest as long as the host or the library asks for it.
+static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
+    pthread_mutex_lock(&w->parking);
+    while ((w->pause || w->hold) &&
+           !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
+        // Release: whoever sees it sees all that the thread wrote.
+        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+        if (w->pause && !w->parked_told && w->wo.parked_fd) {
+            vblk__signal(w->wo.parked_fd);
+        }
+        w->parked_told = w->parked_told || w->pause;
+        pthread_cond_broadcast(&w->changed);
+        pthread_cond_wait(&w->changed, &w->parking);
+    }
+    __atomic_store_n(&w->parked, 0, __ATOMIC_RELEASE);
+    if (!__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
+        VBLK__STORE(&w->dev.yield, 0);
+    }
+    pthread_mutex_unlock(&w->parking);
+}
+
+// Which queues to drain: the one that was kicked, or all.
+static int vblk__which(vblk_worker *w) {
+    uint32_t bits = __atomic_exchange_n(&w->kicked, 0, __ATOMIC_ACQUIRE);
+    for (int i = 0; i < 32; i++) {
+        if (bits == UINT32_C(1) << i) {
+            return i;
+        }
+    }
+    return VBLK_ALL_QUEUES;
+}
+
+// Wait for events and tell which came. False: epoll or a descriptor is broken.
+static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
+    const int fds[VBLK__TOKENS] = {w->stop_fd, w->kick_fd, w->timer_fd,
+                                   w->pause_fd};
+    struct epoll_event events[VBLK__TOKENS];
+    int n = epoll_wait(w->epoll_fd, events, VBLK__TOKENS, dont ? 0 : -1);
+    for (int i = 0; i < VBLK__TOKENS; i++) {
+        came[i] = false;
+    }
+    if (n < 0) {
+        return errno == EINTR;
+    }
+    for (int i = 0; i < n; i++) {
+        int token = vblk__meaning(events[i].data.u64);
+        if (events[i].events & ~(uint32_t)EPOLLIN) {
+            vblk__log(w, "descriptor %d: events %#x", token,
+                      (unsigned)events[i].events);
+        }
+        if (token == VBLK__TOKENS) {
+            vblk__log(w, "an event of no descriptor of ours is skipped");
+            continue;
+        }
+        came[token] = true;
+        if (!vblk__drain_fd(fds[token])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
+    bool came[VBLK__TOKENS];
+    bool stalled = false; // the timer is set, and kicks can wait for it
+    bool again = true;    // the first time for what waits already (Q10)
+    bool all = true;
+    bool retried = false;
+    for (;;) {
+        vblk__rest(w, t);
+        if (!vblk__wait(w, again, came)) {
+            vblk__log(w, "waiting for events failed (errno %d): the device "
+                         "needs a reset", errno);
+            vblk_needs_reset(&w->dev);
+            return;
+        }
+        if (__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
+            return;
+        }
+        if (came[VBLK__TIMER]) {
+            stalled = false;
+            again = all = true;
+        }
+        again = again || (came[VBLK__KICK] && !stalled);
+        if (came[VBLK__PAUSE] || !again) {
+            continue;
+        }
+        bool limited = w->dev.ops.rate || w->dev.bytes.rate;
+        int which = vblk__which(w);
+        vblk_outcome out = vblk_drain(&w->dev, all ? VBLK_ALL_QUEUES : which,
+                                      limited ? vblk__clock() : 0);
+        vblk__plan plan = vblk__plan_after(out, retried);
+        retried = plan.again && out.state == VBLK_STALLED;
+        again = all = plan.again;
+        stalled = plan.timer_ns > 0;
+        if (stalled && !vblk__set_timer(w, plan.timer_ns)) {
+            vblk__log(w, "the timer cannot be set (errno %d): the device "
+                         "needs a reset", errno);
+            vblk_needs_reset(&w->dev);
+            return;
+        }
+    }
+}
+
+static void *vblk__thread_main(void *arg) {
+    struct vblk__thread *t = (struct vblk__thread *)arg;
+    char name[16];
+    vblk__self = t;
+    if (setjmp(t->leave) == 0) {
+        cpu_set_t set;
+        memcpy(&set, t->w->cpu_set, sizeof set);
+        snprintf(name, sizeof name, "vblk%d", t->w->number);
+        prctl(PR_SET_NAME, name);
+        if (t->w->wo.cpu_count && sched_setaffinity(0, sizeof set, &set)) {
+            vblk__log(t->w, "cannot run on the given cpus (errno %d); going "
+                            "on where the kernel likes", errno);
+        }
+        vblk__serve_until_stopped(t->w, t);
+    }
+    vblk__self = NULL;
+    int done_fd = vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)
+                      ? t->w->done_fd
+                      : -1;
+    if (done_fd >= 0) {
+        vblk__signal(done_fd); // the stopper joins, then frees t
+        return NULL;
+    }
+    if (t->released) {
+        t->released(t->user);
+    }
+    if (!vblk__move_state(t, VBLK__LEFT, VBLK__GONE)) {
+        free(t); // ORPHAN
+    }
+    return NULL;
+}
+
+
+// ---- Worker: start, stop, pause ---------------------------------------------
+
+static uint64_t vblk__deadline(unsigned ms, struct timespec *at) {
+    uint64_t ns = vblk__clock() + (uint64_t)ms * 1000000;
+    at->tv_sec = (time_t)(ns / VBLK__SECOND);
+    at->tv_nsec = (long)(ns % VBLK__SECOND);
+    return ns;
+}
+
+static void vblk__start(vblk_worker *w) {
+    struct vblk__thread *t =
+        (struct vblk__thread *)calloc(1, sizeof *t);
+    int err = ENOMEM;
+    if (t) {
+        t->w = w;
+        t->inner = w->o.backend;
+        t->released = w->wo.released;
+        t->user = w->wo.user;
+        w->dev.o.backend.user = t;
+        vblk__drain_fd(w->stop_fd);
+        vblk__drain_fd(w->done_fd);
+        vblk__set_timer(w, 0);
+        pthread_mutex_lock(&w->parking);
+        VBLK__STORE(&w->dev.yield, 0);
+        // A pause that was asked for before holds from the first moment on.
+        __atomic_store_n(&w->parked, w->pause, __ATOMIC_RELEASE);
+        pthread_mutex_unlock(&w->parking);
+        err = pthread_create(&t->id, NULL, vblk__thread_main, t);
+    }
+    if (err) {
+        free(t);
+        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+        vblk__log(w, "the thread cannot be started (error %d): the device "
+                     "needs a reset", err);
+        vblk_needs_reset(&w->dev);
+        return;
+    }
+    w->thread = t;
+}
+
+// Whether the thread says within `ms` that it has ended.
+static bool vblk__ends_within(vblk_worker *w, unsigned ms) {
+    struct timespec at;
+    uint64_t deadline = vblk__deadline(ms, &at);
+    for (;;) {
+        struct pollfd p = {w->done_fd, POLLIN, 0};
+        uint64_t now = vblk__clock();
+        uint64_t left = now < deadline ? deadline - now : 0;
+        int n = poll(&p, 1, (int)((left + 999999) / 1000000));
+        if (n >= 0 || errno != EINTR) {
+            return n > 0;
+        }
+    }
+}
+
+// Stop and join the thread. False: it was left behind, in a callback of the
+// host that did not return within the bound.
+static bool vblk__stop(vblk_worker *w) {
+    struct vblk__thread *t = w->thread;
+    if (!t) {
+        return true;
+    }
+    w->thread = NULL;
+    pthread_mutex_lock(&w->parking);
+    __atomic_store_n(&t->stop, 1, __ATOMIC_RELEASE);
+    VBLK__STORE(&w->dev.yield, 1);
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+    vblk__signal(w->stop_fd);
+    bool ended = vblk__ends_within(w, w->wo.stop_ms);
+    // Between two callbacks the thread is busy for microseconds only.
+    while (!ended && !vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
+        ended = vblk__ends_within(w, 1);
+    }
+    if (ended) {
+        pthread_join(t->id, NULL);
+        free(t);
+    } else {
+        pthread_detach(t->id);
+        w->left_behind = t;
+        vblk__log(w, "the backend did not return within %u ms: its thread is "
+                     "left behind, the device needs a reset once it has ended",
+                  w->wo.stop_ms);
+    }
+    pthread_mutex_lock(&w->parking);
+    __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+    if (w->pause && !w->parked_told && w->wo.parked_fd) {
+        vblk__signal(w->wo.parked_fd);
+    }
+    w->parked_told = w->parked_told || w->pause;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+    return ended;
+}
+
+// With `registers` held.
+static bool vblk__worker_reset(vblk_worker *w) {
+    struct vblk__thread *old = w->left_behind;
+    if (old &&
+        __atomic_load_n(&old->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
+        free(old);
+        w->left_behind = NULL;
+    }
+    vblk__stop(w);
+    vblk__reset(&w->dev, w->left_behind ? VBLK_STATUS_NEEDS_RESET : 0);
+    vblk__drain_fd(w->irq_fd);
+    vblk__drain_fd(w->kick_fd);
+    vblk__drain_fd(w->pause_fd);
+    return !w->left_behind;
+}
+
+// Bring the thread to rest for the library's own purposes; on true, `parking`
+// is held until vblk__let_go(). With `registers` held.
+static bool vblk__hold_still(vblk_worker *w) {
+    struct timespec at;
+    vblk__deadline(w->wo.stop_ms, &at);
+    pthread_mutex_lock(&w->parking);
+    w->hold = true;
+    VBLK__STORE(&w->dev.yield, 1);
+    vblk__signal(w->pause_fd);
+    while (!w->parked && pthread_cond_timedwait(&w->changed, &w->parking,
+                                                &at) != ETIMEDOUT) {
+    }
+    w->hold = false;
+    if (!w->parked) {
+        pthread_cond_broadcast(&w->changed);
+        pthread_mutex_unlock(&w->parking);
+        return false;
+    }
+    return true;
+}
+
+static void vblk__let_go(vblk_worker *w) {
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+}
+
+VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
+    struct timespec at;
+    vblk__deadline(ms, &at);
+    pthread_mutex_lock(&w->parking);
+    if (!w->pause) {
+        w->pause = true;
+        w->parked_told = w->parked;
+        if (w->parked && w->wo.parked_fd) {
+            vblk__signal(w->wo.parked_fd);
+        }
+    }
+    VBLK__STORE(&w->dev.yield, 1);
+    vblk__signal(w->pause_fd);
+    while (w->pause && !w->parked &&
+           pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
+               ETIMEDOUT) {
+    }
+    bool parked = w->pause && w->parked;
+    pthread_mutex_unlock(&w->parking);
+    return parked;
+}
+
+VBLKDEF void vblk_worker_resume(vblk_worker *w) {
+    pthread_mutex_lock(&w->parking);
+    w->pause = false;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+}
+
+VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
+    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) != 0;
+}
+
+
+// ---- Worker: what the host calls --------------------------------------------
+
+VBLKDEF void vblk_worker_kick(vblk_worker *w, unsigned queue) {
+    // A queue beyond the bits shares one with another: two bits mean all.
+    __atomic_fetch_or(&w->kicked, queue < 31 ? UINT32_C(1) << queue
+                                             : UINT32_C(3) << 30,
+                      __ATOMIC_RELEASE);
+    vblk__signal(w->kick_fd);
+}
+
+// The register calls that are not instant: 0 to Status, and starting or
+// stopping a live queue. With `registers` held.
+static void vblk__worker_store(vblk_worker *w, uint64_t offset,
+                               unsigned bytes, uint64_t value) {
+    bool ready = offset == VBLK_REG_QUEUE_READY && bytes == 4 && w->thread &&
+                 w->o.profile == VBLK_STANDARD;
+    if (offset == VBLK_REG_STATUS && bytes == 4 && (uint32_t)value == 0) {
+        vblk__worker_reset(w);
+        return;
+    }
+    if (ready && !vblk__hold_still(w)) {
+        vblk__log(w, "the backend did not return within %u ms: a queue could "
+                     "not be started or stopped", w->wo.stop_ms);
+        vblk_needs_reset(&w->dev);
+        return;
+    }
+    int queue = vblk_mmio_write(&w->dev, offset, bytes, value);
+    if (ready) {
+        vblk__let_go(w);
+    }
+    if (queue == VBLK_ALL_QUEUES) {
+        vblk__start(w);
+    } else if (queue >= 0) {
+        vblk_worker_kick(w, (unsigned)queue);
+    }
+}
+
+VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
+                                    unsigned bytes, uint64_t value) {
+    if (offset == VBLK_REG_QUEUE_NOTIFY && bytes == 4) {
+        // The thread looks whether the queue is live.
+        if ((uint32_t)value < w->dev.o.queues) {
+            vblk_worker_kick(w, (uint32_t)value);
+        } else {
+            vblk__say(&w->dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0,
+                      (uint32_t)value, 0);
+        }
+    } else if (offset == VBLK_REG_INTERRUPT_ACK && bytes == 4) {
+        vblk_interrupt_ack(&w->dev, (uint32_t)value);
+    } else {
+        pthread_mutex_lock(&w->registers);
+        vblk__worker_store(w, offset, bytes, value);
+        pthread_mutex_unlock(&w->registers);
+    }
+}
+
+VBLKDEF bool vblk_worker_reset(vblk_worker *w) {
+    pthread_mutex_lock(&w->registers);
+    bool usable = vblk__worker_reset(w);
+    pthread_mutex_unlock(&w->registers);
+    return usable;
+}
+
+VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
+    pthread_mutex_lock(&w->registers);
+    bool still = vblk__hold_still(w);
+    if (still) {
+        vblk_set_memory(&w->dev, memory);
+        vblk__let_go(w);
+    }
+    pthread_mutex_unlock(&w->registers);
+    // Whatever waited for it; two bits mean all queues.
+    __atomic_fetch_or(&w->kicked, 3, __ATOMIC_RELEASE);
+    vblk__signal(w->kick_fd);
+    return still ? VBLK_OK : VBLK_ERR_BUSY;
+}
+
+VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {
+    pthread_mutex_lock(&w->registers);
+    int err = vblk__hold_still(w) ? VBLK_OK : VBLK_ERR_BUSY;
+    if (!err) {
+        err = vblk_set_limits(&w->dev, limits, vblk__clock());
+        vblk__set_timer(w, 1); // a stalled queue looks again at once
+        vblk__let_go(w);
+    }
+    pthread_mutex_unlock(&w->registers);
+    return err;
+}
+
+static int vblk__set_cpus(vblk_worker *w) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (unsigned i = 0; i < w->wo.cpu_count; i++) {
+        if (w->wo.cpus[i] < 0 || w->wo.cpus[i] >= CPU_SETSIZE) {
+            return VBLK_ERR_CPUS;
+        }
+        CPU_SET((unsigned)w->wo.cpus[i], &set);
+    }
+    VBLK_ASSERT(sizeof set <= sizeof w->cpu_set);
+    memcpy(w->cpu_set, &set, sizeof set);
+    w->wo.cpus = NULL; // copied
+    return VBLK_OK;
+}
+
+static void vblk__close_all(vblk_worker *w) {
+    const int fds[] = {w->epoll_fd, w->stop_fd,  w->timer_fd, w->pause_fd,
+                       w->done_fd,  w->irq_fd, w->kick_fd};
+    for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
+        if (fds[i] >= 0) {
+            close(fds[i]);
+        }
+    }
+}
+
+static bool vblk__open_all(vblk_worker *w) {
+    const int flags = EFD_NONBLOCK | EFD_CLOEXEC;
+    w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    w->stop_fd = eventfd(0, flags);
+    w->pause_fd = eventfd(0, flags);
+    w->done_fd = eventfd(0, flags);
+    w->irq_fd = eventfd(0, flags);
+    w->kick_fd = eventfd(0, flags);
+    const int fds[VBLK__TOKENS] = {w->stop_fd, w->kick_fd, w->timer_fd,
+                                   w->pause_fd};
+    for (unsigned i = 0; i < VBLK__TOKENS; i++) {
+        struct epoll_event event;
+        memset(&event, 0, sizeof event);
+        event.events = EPOLLIN;
+        event.data.u64 = i;
+        if (epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, fds[i], &event)) {
+            return false;
+        }
+    }
+    return w->done_fd >= 0 && w->irq_fd >= 0;
+}
+
+VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
+                             const vblk_worker_options *wo) {
+    static int numbers;
+    vblk_options mine = *o;
+    memset(w, 0, sizeof *w);
+    w->o = *o;
+    w->wo = *wo;
+    w->wo.stop_ms = wo->stop_ms ? wo->stop_ms : 1000;
+    w->parked = 1;
+    w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
+    vblk_bucket_init(&w->lines, 10, 50);
+    mine.event = vblk__worker_event;
+    mine.interrupt = vblk__worker_interrupt;
+    mine.user = w;
+    int err = vblk__set_cpus(w);
+    if (err) {
+        return err;
+    }
+    if (!vblk__open_all(w)) {
+        int saved = errno;
+        vblk__close_all(w);
+        errno = saved;
+        return VBLK_ERR_WORKER;
+    }
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    pthread_mutex_init(&w->registers, NULL);
+    pthread_mutex_init(&w->parking, NULL);
+    pthread_mutex_init(&w->logging, NULL);
+    err = vblk_init(&w->dev, &mine);
+    if (err) {
+        vblk_worker_end(w);
+        return err;
+    }
+    vblk_backend *b = &w->dev.o.backend;
+    b->read = vblk__guarded_read;
+    b->write = b->write ? vblk__guarded_write : NULL;
+    b->flush = b->flush ? vblk__guarded_flush : NULL;
+    b->size = NULL; // asked once
+    return VBLK_OK;
+}
+
+VBLKDEF bool vblk_worker_end(vblk_worker *w) {
+    pthread_mutex_lock(&w->registers);
+    bool ended = vblk__stop(w);
+    struct vblk__thread *old = w->left_behind;
+    if (old && !vblk__move_state(old, VBLK__LEFT, VBLK__ORPHAN)) {
+        free(old); // GONE meanwhile
+        old = NULL;
+    }
+    pthread_mutex_unlock(&w->registers);
+    vblk__close_all(w);
+    pthread_cond_destroy(&w->changed);
+    pthread_mutex_destroy(&w->registers);
+    pthread_mutex_destroy(&w->parking);
+    pthread_mutex_destroy(&w->logging);
+    return ended && !old;
 }
 
 #endif // VBLK_IMPLEMENTATION_THREADED

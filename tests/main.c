@@ -11,6 +11,20 @@ uint64_t test_seed = 1;
 
 static uint64_t random_state;
 
+// Private functions that tests look at.
+bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns);
+int  test_meaning(uint64_t token);
+
+bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns) {
+    vblk__plan plan = vblk__plan_after(out, again_already);
+    *timer_ns = plan.timer_ns;
+    return plan.again;
+}
+
+int test_meaning(uint64_t token) {
+    return vblk__meaning(token);
+}
+
 void test_fail(const char *file, int line, const char *text) {
     test_failed++;
     if (test_failed <= 10) {

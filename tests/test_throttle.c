@@ -184,7 +184,7 @@ static double ten_minutes(refill fill_up, uint64_t rate, uint64_t burst,
         // Over any window: limit * time + burst + one request.
         if ((long double)passed - line - lowest >
             (long double)(burst + most) + 1e-3L) {
-            CHECK(!"more passed than the limit allows");
+            test_fail(__FILE__, __LINE__, "more passed than the limit allows");
             break;
         }
         if (now > 0) {

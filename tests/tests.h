@@ -176,6 +176,37 @@
     X(t8_blocking_limiter, GUEST)                                              \
     X(t8_no_rate_passes_everything, GUEST)                                     \
     X(t8_real_time, GUEST)                                                     \
+    X(w3_plan_after_a_drain, ONCE)                                             \
+    X(w4_meaning_of_an_event, ONCE)                                            \
+    X(w2_no_thread_before_driver_ok, ONCE)                                     \
+    X(w2_the_thread_has_a_name_and_a_place, ONCE)                              \
+    X(w6_placement_that_fails_is_logged, ONCE)                                 \
+    X(w_options_are_checked_and_nothing_leaks, ONCE)                           \
+    X(w10_interrupt_by_eventfd, ONCE)                                          \
+    X(w1_the_kick_descriptor_alone_will_do, ONCE)                              \
+    X(w3_a_stalled_drain_is_ended_by_the_timer, ONCE)                          \
+    X(w_limits_change_under_way, ONCE)                                         \
+    X(w9_memory_later_with_a_worker, ONCE)                                     \
+    X(w_a_worker_without_epoll_asks_for_a_reset, ONCE)                         \
+    X(w11_lines_name_the_device_by_its_number, ONCE)                           \
+    X(w11_the_default_printer_cannot_be_flooded, ONCE)                         \
+    X(w5_pause_and_resume, ONCE)                                               \
+    X(w5_pause_in_every_state, ONCE)                                           \
+    X(w5_the_parked_eventfd, ONCE)                                             \
+    X(w5_all_writes_are_visible_when_paused, ONCE)                             \
+    X(w7_reset_of_a_stuck_worker, ONCE)                                        \
+    X(w7_end_of_a_stuck_worker, ONCE)                                          \
+    X(w7_end_after_a_reset_left_one_behind, ONCE)                              \
+    X(w7_pause_of_a_stuck_worker, ONCE)                                        \
+    X(w7_reset_of_a_slow_worker, ONCE)                                         \
+    X(p8_queue_ready_with_a_worker, ONCE)                                      \
+    X(w_party_event_idx, ONCE)                                                 \
+    X(w_party_event_idx_one_at_a_time, ONCE)                                   \
+    X(w_party_flags, ONCE)                                                     \
+    X(w_party_with_slow_accessors, ONCE)                                       \
+    X(w_party_with_resets, ONCE)                                               \
+    X(f7_needs_reset_races_status_writes, ONCE)                                \
+    X(q12_acknowledgements_race_interrupts, ONCE)                              \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 

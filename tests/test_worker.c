@@ -1,0 +1,1035 @@
+// Group W (worker thread), R2: the policy without a thread, then real threads.
+#include "guest.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+// The policy is private to the implementation, which is in main.c.
+bool         test_plan(vblk_outcome out, bool again_already,
+                       uint64_t *timer_ns);
+int          test_meaning(uint64_t token);
+
+void w3_plan_after_a_drain(void) {
+    static const struct {
+        vblk_state state;
+        uint64_t   wait_ns;
+        bool       already, again;
+        uint64_t   timer_ns;
+    } rows[] = {
+        {VBLK_EMPTY, 0, false, false, 0},
+        {VBLK_BROKEN, 0, false, false, 0},
+        {VBLK_MORE, 0, false, true, 0},
+        {VBLK_MORE, 0, true, true, 0},
+        {VBLK_STALLED, 0, false, true, 0},  // again at once, once
+        {VBLK_STALLED, 0, true, false, 1},  // 0 would disarm the timer
+        {VBLK_STALLED, 1, false, false, 1},
+        {VBLK_STALLED, 1, true, false, 1},
+        {VBLK_STALLED, 999999999, false, false, 999999999},
+        {VBLK_STALLED, 1000000000, false, false, 1000000000},
+        {VBLK_STALLED, 1000000001, false, false, 1000000000},
+        {VBLK_STALLED, UINT64_MAX, true, false, 1000000000},
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        uint64_t timer_ns = 77;
+        vblk_outcome out = {rows[i].state, rows[i].wait_ns};
+        ROW_BEGIN();
+        CHECK_EQ(rows[i].again,
+                 test_plan(out, rows[i].already, &timer_ns));
+        CHECK_EQ(rows[i].timer_ns, timer_ns);
+        ROW("plan %zu", i);
+    }
+}
+
+void w4_meaning_of_an_event(void) {
+    for (int i = 0; i < 4; i++) {
+        CHECK_EQ(i, test_meaning((uint64_t)i));
+    }
+    CHECK_EQ(4, test_meaning(4));
+    CHECK_EQ(4, test_meaning(UINT64_MAX));
+}
+
+
+// ---- A device with a worker, and what a driver needs around it ------------
+
+#define SECOND UINT64_C(1000000000)
+
+static vblk_worker w;
+static vblk_options o;
+static vblk_worker_options wo;
+static uint8_t ram[1 << 20];
+static vblk_region region = {0, sizeof ram, ram};
+static vblk_ram guest_ram = {&region, 1};
+static uint8_t disk[1 << 20];
+static vblk_memdisk memdisk = {disk, sizeof disk, false};
+
+enum { QUEUE = 64 };
+#define DESC   0x0000u
+#define AVAIL  0x1000u
+#define USED   0x2000u
+#define HEADER 0x3000u // 32 bytes a request: header, status byte at + 16
+#define DATA   0x10000u
+
+static unsigned logged;
+static char     last_line[320];
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void on_log(void *user, const char *line) {
+    (void)user;
+    pthread_mutex_lock(&log_lock);
+    __atomic_fetch_add(&logged, 1, __ATOMIC_RELEASE);
+    strncpy(last_line, line, sizeof last_line - 1);
+    pthread_mutex_unlock(&log_lock);
+}
+
+static uint64_t clock_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
+
+// Wait for a condition that a thread brings about; 20 s mean that it hangs.
+#define EVENTUALLY(cond)                                                       \
+    do {                                                                       \
+        uint64_t end_ = clock_ns() + 20 * SECOND;                              \
+        while (!(cond)) {                                                      \
+            if (clock_ns() > end_) {                                           \
+                test_fail(__FILE__, __LINE__, "never: " #cond);                \
+                break;                                                         \
+            }                                                                  \
+            sched_yield();                                                     \
+        }                                                                      \
+    } while (0)
+
+static void make_worker(void) {
+    int err = vblk_worker_init(&w, &o, &wo);
+    CHECK_EQ(VBLK_OK, (uint64_t)err);
+}
+
+static void worker_options(void) {
+    memset(&o, 0, sizeof o);
+    memset(&wo, 0, sizeof wo);
+    o.memory = vblk_ram_memory(&guest_ram);
+    o.backend = vblk_memdisk_backend(&memdisk);
+    o.queue_size = QUEUE;
+    wo.log = on_log;
+    logged = 0;
+}
+
+static void store(uint32_t offset, uint32_t value) {
+    vblk_worker_mmio_write(&w, offset, 4, value);
+}
+
+static uint32_t load(uint32_t offset) {
+    return (uint32_t)vblk_mmio_read(&w.dev, offset, 4);
+}
+
+static uint16_t *word(uint32_t gpa) {
+    return (uint16_t *)(void *)(ram + gpa);
+}
+
+static void put_le32(uint32_t gpa, uint32_t value) {
+    memcpy(ram + gpa, &value, 4);
+}
+
+static void bind_driver(uint64_t declined) {
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    for (uint32_t page = 0; page < 2; page++) {
+        store(VBLK_REG_DEVICE_FEATURES_SEL, page);
+        store(VBLK_REG_DRIVER_FEATURES_SEL, page);
+        store(VBLK_REG_DRIVER_FEATURES,
+              load(VBLK_REG_DEVICE_FEATURES) &
+                  ~(uint32_t)(declined >> 32 * page));
+    }
+    store(VBLK_REG_STATUS, 0xb);
+    memset(ram, 0, 0x10000);
+    store(VBLK_REG_QUEUE_SEL, 0);
+    store(VBLK_REG_QUEUE_NUM, QUEUE);
+    store(VBLK_REG_QUEUE_DESC_LOW, DESC);
+    store(VBLK_REG_QUEUE_DRIVER_LOW, AVAIL);
+    store(VBLK_REG_QUEUE_DEVICE_LOW, USED);
+    store(VBLK_REG_QUEUE_READY, 1);
+}
+
+static void go(void) {
+    store(VBLK_REG_STATUS, 0xf);
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+}
+
+static uint16_t used_idx(void) {
+    return __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE);
+}
+
+// Chain `slot` (three descriptors at 3 * slot): read or write of 512 bytes.
+static void chain(unsigned slot, uint32_t type, uint32_t sector) {
+    uint32_t header = HEADER + 32 * slot, d = DESC + 48 * slot;
+    put_le32(header, type);
+    put_le32(header + 4, 0);
+    put_le32(header + 8, sector);
+    put_le32(header + 12, 0);
+    ram[header + 16] = 0xff;
+    uint32_t parts[3][3] = {{header, 16, 1},
+                            {DATA + 512 * slot, 512, type ? 1 : 3},
+                            {header + 16, 1, 2}};
+    for (unsigned i = 0; i < 3; i++) {
+        put_le32(d + 16 * i, parts[i][0]);
+        put_le32(d + 16 * i + 4, 0);
+        put_le32(d + 16 * i + 8, parts[i][1]);
+        put_le32(d + 16 * i + 12,
+                 parts[i][2] | (3 * slot + i + 1) << 16);
+    }
+}
+
+static uint16_t avail_made;
+
+static void add(unsigned slot) {
+    word(AVAIL + 4)[avail_made % QUEUE] = (uint16_t)(3 * slot);
+    avail_made++;
+    __atomic_store_n(word(AVAIL + 2), avail_made, __ATOMIC_RELEASE);
+}
+
+static void up(void) {
+    make_worker();
+    bind_driver(VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    go();
+}
+
+static void read_one(void) {
+    chain(0, VBLK_T_IN, 3);
+    uint16_t before = used_idx();
+    add(0);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(used_idx() == (uint16_t)(before + 1));
+    CHECK_EQ(VBLK_S_OK, ram[HEADER + 16]);
+}
+
+static void again_from_reset(void) {
+    bind_driver(VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    go();
+    read_one();
+}
+
+static void finish(void) {
+    CHECK(vblk_worker_end(&w));
+}
+
+static bool started(void) {
+    return w.thread != NULL;
+}
+
+
+// ---- Start, kicks, stop ---------------------------------------------------
+
+void w2_no_thread_before_driver_ok(void) {
+    worker_options();
+    make_worker();
+    CHECK(!started());
+    CHECK(vblk_worker_paused(&w)); // W5
+    bind_driver(VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    chain(0, VBLK_T_IN, 0);
+    add(0);
+    store(VBLK_REG_QUEUE_NOTIFY, 0); // harmless
+    vblk_worker_kick(&w, 0);
+    CHECK(!started());
+    CHECK_EQ(0, used_idx());
+    go();
+    CHECK(started());
+    EVENTUALLY(used_idx() == 1); // Q10: without a further kick
+    read_one();
+    store(VBLK_REG_STATUS, 0);
+    CHECK(!started());
+    CHECK_EQ(0, load(VBLK_REG_STATUS));
+    store(VBLK_REG_STATUS, 0); // a second reset in a row
+    again_from_reset();
+    CHECK(started());
+    finish();
+}
+
+static pthread_t served_by;
+static char served_name[32];
+static int served_cpu;
+
+static int64_t who_am_i(void *user, uint64_t offset, const vblk_seg *seg,
+                        unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    served_by = pthread_self();
+    served_cpu = sched_getcpu();
+    pthread_getname_np(served_by, served_name, sizeof served_name);
+    return (int64_t)seg[0].n;
+}
+
+void w2_the_thread_has_a_name_and_a_place(void) {
+    const int cpus[] = {0};
+    worker_options();
+    o.backend.read = who_am_i;
+    wo.cpus = cpus;
+    wo.cpu_count = 1;
+    up();
+    read_one();
+    CHECK(!pthread_equal(served_by, pthread_self()));
+    char want[32];
+    snprintf(want, sizeof want, "vblk%d", w.number);
+    CHECK_EQ(0, strcmp(want, served_name));
+    CHECK_EQ(0, served_cpu);
+    finish();
+}
+
+void w6_placement_that_fails_is_logged(void) {
+    const int cpus[] = {1023};
+    const int bad[] = {-1};
+    worker_options();
+    wo.cpus = cpus;
+    wo.cpu_count = 1;
+    up();
+    read_one();
+    CHECK(logged >= 1);
+    CHECK(strstr(last_line, "cpus") != NULL);
+    finish();
+    wo.cpus = bad;
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
+             (uint64_t)vblk_worker_init(&w, &o, &wo));
+}
+
+void w_options_are_checked_and_nothing_leaks(void) {
+    int probe = eventfd(0, 0);
+    close(probe);
+    worker_options();
+    o.queue_size = 3;
+    CHECK_EQ((uint64_t)VBLK_ERR_QUEUE_SIZE,
+             (uint64_t)vblk_worker_init(&w, &o, &wo));
+    worker_options();
+    for (int i = 0; i < 20; i++) {
+        up();
+        read_one();
+        finish();
+    }
+    int after = eventfd(0, 0);
+    CHECK_EQ(probe, after); // every descriptor was closed
+    close(after);
+}
+
+void w10_interrupt_by_eventfd(void) {
+    uint64_t count;
+    worker_options();
+    up();
+    read_one();
+    EVENTUALLY(read(w.irq_fd, &count, 8) == 8);
+    CHECK_EQ(1, load(VBLK_REG_INTERRUPT_STATUS));
+    store(VBLK_REG_INTERRUPT_ACK, 1);
+    CHECK_EQ(0, load(VBLK_REG_INTERRUPT_STATUS));
+    read_one();
+    store(VBLK_REG_STATUS, 0);
+    CHECK_EQ((uint64_t)-1, (uint64_t)read(w.irq_fd, &count, 8)); // R2
+    CHECK_EQ(EAGAIN, errno);
+    finish();
+}
+
+// A KVM ioeventfd signals the descriptor and nothing else.
+void w1_the_kick_descriptor_alone_will_do(void) {
+    const uint64_t one = 1;
+    worker_options();
+    up();
+    chain(0, VBLK_T_IN, 3);
+    add(0);
+    CHECK_EQ(8, write(w.kick_fd, &one, 8));
+    EVENTUALLY(used_idx() == 1);
+    for (int i = 0; i < 100000; i++) { // many kicks are one wake-up
+        vblk_worker_kick(&w, (unsigned)i % 40);
+    }
+    store(VBLK_REG_QUEUE_NOTIFY, 77); // no such queue
+    read_one();
+    CHECK(logged >= 1);
+    finish();
+}
+
+void w3_a_stalled_drain_is_ended_by_the_timer(void) {
+    worker_options();
+    o.limits.iops = 200;
+    o.limits.iops_burst = 200;
+    up();
+    w.dev.ops.tokens = 0; // the worker is idle
+    w.dev.ops.last_ns = clock_ns();
+    uint64_t start = clock_ns();
+    for (unsigned i = 0; i < 6; i++) {
+        chain(i, VBLK_T_IN, i);
+        add(i);
+    }
+    store(VBLK_REG_QUEUE_NOTIFY, 0); // once
+    EVENTUALLY(used_idx() == 6);
+    CHECK(clock_ns() - start > 5 * (SECOND / 200));
+    CHECK(vblk_counters(&w.dev).throttled >= 1);
+    finish();
+}
+
+void w_limits_change_under_way(void) {
+    worker_options();
+    o.limits.iops = 1;
+    up();
+    for (unsigned i = 0; i < 4; i++) {
+        chain(i, VBLK_T_IN, i);
+        add(i);
+    }
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    vblk_limits none = {0, 0, 0, 0}, bad = {0, 1, 0, 0};
+    CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
+             (uint64_t)vblk_worker_set_limits(&w, &bad));
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &none));
+    EVENTUALLY(used_idx() == 4);
+    finish();
+}
+
+void w9_memory_later_with_a_worker(void) {
+    worker_options();
+    vblk_memory later = o.memory, none = {NULL, NULL, NULL, NULL};
+    o.memory = none;
+    up();
+    chain(0, VBLK_T_IN, 0);
+    add(0);
+    for (int i = 0; i < 10; i++) {
+        store(VBLK_REG_QUEUE_NOTIFY, 0);
+    }
+    EVENTUALLY(__atomic_load_n(&logged, __ATOMIC_ACQUIRE) == 1);
+    CHECK_EQ(0, used_idx());
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_memory(&w, later));
+    EVENTUALLY(used_idx() == 1);
+    CHECK_EQ(1, logged);
+    finish();
+}
+
+void w_a_worker_without_epoll_asks_for_a_reset(void) {
+    uint64_t count;
+    worker_options();
+    up();
+    read_one();
+    CHECK(vblk_worker_pause(&w, 10000));
+    close(w.epoll_fd);
+    vblk_worker_resume(&w);
+    EVENTUALLY(load(VBLK_REG_STATUS) == 0x4f);
+    CHECK_EQ(2, load(VBLK_REG_INTERRUPT_STATUS) & 2);
+    EVENTUALLY(read(w.irq_fd, &count, 8) == 8);
+    w.epoll_fd = -1;
+    finish();
+}
+
+void w11_lines_name_the_device_by_its_number(void) {
+    worker_options();
+    up();
+    char want[32];
+    snprintf(want, sizeof want, "vblk%d: ", w.number);
+    store(0x3, 1);
+    vblk_worker_mmio_write(&w, 0, 1, 1); // a byte access: an event
+    CHECK_EQ(0, strncmp(want, last_line, strlen(want)));
+    CHECK(strstr(last_line, "width") != NULL);
+    CHECK(strstr(last_line, "0x7f") == NULL); // no address
+    finish();
+}
+
+// The default printer: some lines a second, then it counts.
+void w11_the_default_printer_cannot_be_flooded(void) {
+    char path[] = "/tmp/vblk_log_XXXXXX", line[400];
+    unsigned lines = 0;
+    worker_options();
+    wo.log = NULL;
+    make_worker();
+    int file = mkstemp(path), saved = dup(2);
+    fflush(stderr);
+    dup2(file, 2);
+    for (int i = 0; i < 10000; i++) {
+        vblk_worker_mmio_write(&w, 0, 1, 1);
+    }
+    fflush(stderr);
+    dup2(saved, 2);
+    close(saved);
+    close(file);
+    FILE *f = fopen(path, "r");
+    while (fgets(line, sizeof line, f)) {
+        lines++;
+    }
+    fclose(f);
+    remove(path);
+    CHECK(lines >= 10 && lines < 100);
+    CHECK(w.left_out > 9000);
+    finish();
+}
+
+
+// ---- Pause ----------------------------------------------------------------
+
+void w5_pause_and_resume(void) {
+    worker_options();
+    up();
+    read_one();
+    CHECK(!vblk_worker_paused(&w));
+    for (int i = 0; i < 200; i++) {
+        CHECK(vblk_worker_pause(&w, 10000));
+        CHECK(vblk_worker_pause(&w, 10000)); // twice
+        CHECK(vblk_worker_paused(&w));
+        chain(0, VBLK_T_IN, 3);
+        uint16_t before = used_idx();
+        add(0);
+        store(VBLK_REG_QUEUE_NOTIFY, 0); // not lost
+        CHECK_EQ(before, used_idx());
+        vblk_worker_resume(&w);
+        EVENTUALLY(used_idx() == (uint16_t)(before + 1));
+    }
+    finish();
+}
+
+void w5_pause_in_every_state(void) {
+    worker_options();
+    make_worker();
+    CHECK(vblk_worker_pause(&w, 0)); // before the first start
+    bind_driver(VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    chain(0, VBLK_T_IN, 0);
+    add(0);
+    go();
+    CHECK(vblk_worker_paused(&w));
+    CHECK(vblk_worker_pause(&w, 0));
+    for (int i = 0; i < 1000; i++) {
+        sched_yield();
+    }
+    CHECK_EQ(0, used_idx()); // started, and resting from the first moment
+    vblk_worker_resume(&w);
+    EVENTUALLY(used_idx() == 1);
+    CHECK(vblk_worker_pause(&w, 10000));
+    store(VBLK_REG_STATUS, 0); // a paused worker can be stopped and reset
+    CHECK(vblk_worker_paused(&w));
+    vblk_worker_resume(&w); // between reset and restart
+    CHECK(vblk_worker_paused(&w));
+    again_from_reset();
+    CHECK(!vblk_worker_paused(&w));
+    vblk_limits slow = {1, 0, 0, 0};
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &slow));
+    for (unsigned i = 0; i < 4; i++) { // stalled on the throttle
+        chain(i, VBLK_T_IN, i);
+        add(i);
+    }
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    CHECK(vblk_worker_pause(&w, 10000));
+    CHECK(vblk_worker_pause(&w, 0));
+    finish(); // a paused worker can be ended
+}
+
+void w5_the_parked_eventfd(void) {
+    uint64_t count;
+    worker_options();
+    wo.parked_fd = eventfd(0, EFD_NONBLOCK);
+    make_worker();
+    vblk_worker_pause(&w, 0); // not started: at once
+    CHECK_EQ(8, read(wo.parked_fd, &count, 8));
+    vblk_worker_resume(&w);
+    bind_driver(VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    go();
+    uint64_t cycles = 0;
+    for (int i = 0; i < 2000; i++) { // each pause that took effect, once
+        if (vblk_worker_pause(&w, 10000)) {
+            cycles++;
+        }
+        CHECK(vblk_worker_pause(&w, 10000));
+        vblk_worker_resume(&w);
+    }
+    CHECK_EQ(2000, cycles);
+    uint64_t told = 0;
+    while (read(wo.parked_fd, &count, 8) == 8) {
+        told += count;
+    }
+    CHECK_EQ(2000, told);
+    finish();
+    close(wo.parked_fd);
+}
+
+// After "paused" the host may read rings and memory with plain loads: the
+// thread sanitizer says whether that is so.
+void w5_all_writes_are_visible_when_paused(void) {
+    worker_options();
+    up();
+    for (unsigned i = 0; i < 200; i++) {
+        chain(i % 8, VBLK_T_IN, i);
+        add(i % 8);
+        store(VBLK_REG_QUEUE_NOTIFY, 0);
+        CHECK(vblk_worker_pause(&w, 10000));
+        uint32_t sum = 0;
+        for (size_t k = 0; k < 0x3000; k++) {
+            sum += ram[k];
+        }
+        CHECK(sum > 0);
+        vblk_worker_resume(&w);
+        EVENTUALLY(used_idx() == (uint16_t)(i + 1));
+    }
+    finish();
+}
+
+
+// ---- A backend that is stuck ----------------------------------------------
+
+static int stuck_pipe[2], entered_pipe[2];
+static uint32_t stick; // atomic: block the next calls
+static uint32_t released;
+
+static void stuck(void) {
+    char byte = 1;
+    if (__atomic_load_n(&stick, __ATOMIC_ACQUIRE)) {
+        CHECK_EQ(1, write(entered_pipe[1], &byte, 1));
+        while (read(stuck_pipe[0], &byte, 1) < 0 && errno == EINTR) {
+        }
+    }
+}
+
+static int64_t stuck_read(void *user, uint64_t offset, const vblk_seg *seg,
+                          unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    stuck();
+    return (int64_t)seg[0].n;
+}
+
+static int stuck_flush(void *user) {
+    (void)user;
+    stuck();
+    return 0;
+}
+
+static void on_released(void *user) {
+    (void)user;
+    __atomic_store_n(&released, 1, __ATOMIC_RELEASE);
+}
+
+static void let_go(void) {
+    char byte = 1;
+    __atomic_store_n(&stick, 0, __ATOMIC_RELEASE);
+    CHECK_EQ(1, write(stuck_pipe[1], &byte, 1));
+}
+
+static void up_stuck(void) {
+    char byte;
+    CHECK_EQ(0, pipe(stuck_pipe));
+    CHECK_EQ(0, pipe(entered_pipe));
+    stick = released = 0;
+    worker_options();
+    o.backend.read = stuck_read;
+    o.backend.flush = stuck_flush;
+    wo.stop_ms = 20;
+    wo.released = on_released;
+    up();
+    read_one();
+    __atomic_store_n(&stick, 1, __ATOMIC_RELEASE);
+    chain(1, VBLK_T_IN, 0);
+    chain(2, VBLK_T_IN, 0);
+    add(1);
+    add(2);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    CHECK_EQ(1, read(entered_pipe[0], &byte, 1)); // it is in there
+}
+
+static void close_pipes(void) {
+    for (int i = 0; i < 2; i++) {
+        close(stuck_pipe[i]);
+        close(entered_pipe[i]);
+    }
+}
+
+void w7_reset_of_a_stuck_worker(void) {
+    up_stuck();
+    uint8_t before[0x3000];
+    uint64_t start = clock_ns();
+    store(VBLK_REG_STATUS, 0);
+    CHECK(clock_ns() - start < 5 * SECOND);
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS)); // W8
+    CHECK(strstr(last_line, "left behind") != NULL);
+    CHECK(!vblk_worker_reset(&w)); // still there
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    store(VBLK_REG_STATUS, 1); // no new I/O until it has ended
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    CHECK_EQ(0, load(VBLK_REG_INTERRUPT_STATUS));
+    memset(ram, 0x5a, 0x3000); // the guest's memory is the guest's again
+    memset(before, 0x5a, sizeof before);
+
+    let_go();
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    EVENTUALLY(vblk_worker_reset(&w));
+
+    CHECK_MEM(before, ram, sizeof before); // it touched nothing
+    uint64_t count;
+    CHECK_EQ((uint64_t)-1, (uint64_t)read(w.irq_fd, &count, 8));
+    CHECK_EQ(0, load(VBLK_REG_STATUS));
+    again_from_reset(); // and the device is back
+    finish();
+    close_pipes();
+}
+
+void w7_end_of_a_stuck_worker(void) {
+    up_stuck();
+    uint64_t start = clock_ns();
+    CHECK(!vblk_worker_end(&w));
+    CHECK(clock_ns() - start < 5 * SECOND);
+    memset(&w, 0x77, sizeof w); // nothing of it may be used any more
+    memset(ram, 0x5a, 0x3000);
+    let_go();
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    for (size_t i = 0; i < 0x3000; i++) {
+        CHECK_EQ(0x5a, ram[i]);
+    }
+    for (size_t i = 0; i < sizeof w; i++) {
+        CHECK_EQ(0x77, ((uint8_t *)&w)[i]);
+    }
+    close_pipes();
+}
+
+void w7_end_after_a_reset_left_one_behind(void) {
+    up_stuck();
+    store(VBLK_REG_STATUS, 0);
+    CHECK(!vblk_worker_end(&w));
+    let_go();
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    close_pipes();
+    up_stuck(); // and when it had ended before
+    store(VBLK_REG_STATUS, 0);
+    let_go();
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    EVENTUALLY(vblk_worker_reset(&w));
+    finish();
+    close_pipes();
+}
+
+void w7_pause_of_a_stuck_worker(void) {
+    up_stuck();
+    uint64_t start = clock_ns();
+    CHECK(!vblk_worker_pause(&w, 20));
+    CHECK(clock_ns() - start < 5 * SECOND);
+    CHECK(!vblk_worker_paused(&w));
+    vblk_limits none = {0, 0, 0, 0};
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+             (uint64_t)vblk_worker_set_limits(&w, &none));
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+             (uint64_t)vblk_worker_set_memory(&w, o.memory));
+    let_go();
+    EVENTUALLY(vblk_worker_paused(&w)); // it rests after its request
+    CHECK_EQ(2, used_idx());
+    vblk_worker_resume(&w);
+    EVENTUALLY(used_idx() == 3);
+    finish();
+    close_pipes();
+}
+
+// A slow backend that returns in time is joined, its request thrown away.
+void w7_reset_of_a_slow_worker(void) {
+    up_stuck();
+    w.wo.stop_ms = 10000;
+    pthread_t helper;
+    CHECK_EQ(0, pthread_create(&helper, NULL,
+                               (void *(*)(void *))(void (*)(void))let_go,
+                               NULL));
+    store(VBLK_REG_STATUS, 0);
+    pthread_join(helper, NULL);
+    CHECK_EQ(0, load(VBLK_REG_STATUS));
+    CHECK_EQ(1, vblk_counters(&w.dev).reads); // the one before
+    again_from_reset();
+    finish();
+    close_pipes();
+}
+
+void p8_queue_ready_with_a_worker(void) {
+    worker_options();
+    o.profile = VBLK_STANDARD;
+    up();
+    read_one();
+    for (int i = 0; i < 100; i++) {
+        store(VBLK_REG_QUEUE_READY, 0);
+        CHECK_EQ(0, load(VBLK_REG_QUEUE_READY));
+        memset(ram, 0, 0x3000); // ring access has ceased
+        avail_made = 0;
+        store(VBLK_REG_QUEUE_NUM, QUEUE);
+        store(VBLK_REG_QUEUE_DESC_LOW, DESC);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, AVAIL);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, USED);
+        store(VBLK_REG_QUEUE_READY, 1);
+        read_one();
+        CHECK_EQ(1, used_idx());
+    }
+    finish();
+    up_stuck();
+    w.o.profile = VBLK_STANDARD;
+    w.dev.o.profile = VBLK_STANDARD;
+    store(VBLK_REG_QUEUE_READY, 0);
+    CHECK_EQ(0x4f, load(VBLK_REG_STATUS)); // it could not be stopped
+    let_go();
+    finish();
+    close_pipes();
+}
+
+
+// ---- Everybody at once ----------------------------------------------------
+
+// One driver thread that kicks by the EVENT_IDX rule to the letter, so that a
+// missing barrier hangs it; one that acknowledges interrupts; one that pauses
+// and resumes; one that resets, for which the driver starts over.
+static struct party {
+    uint64_t wanted;   // requests
+    uint64_t done;     // atomic
+    uint32_t over;     // atomic
+    uint32_t resets;   // atomic: sessions asked for
+    uint64_t kicks, fires, acks, pauses;
+    bool     with_resets;
+    int      depth;
+} party;
+
+static void dump(const char *what) {
+    printf("  %s: done %" PRIu64 " of %" PRIu64 ", avail %u, used %u, "
+           "avail_event %u, status %#x, interrupt %#x, parked %d\n",
+           what, party.done, party.wanted, avail_made, used_idx(),
+           *word(USED + 4 + 8 * QUEUE), load(VBLK_REG_STATUS),
+           load(VBLK_REG_INTERRUPT_STATUS), vblk_worker_paused(&w));
+}
+
+static void *acknowledge(void *arg) {
+    (void)arg;
+    while (!__atomic_load_n(&party.over, __ATOMIC_ACQUIRE)) {
+        uint32_t bits = load(VBLK_REG_INTERRUPT_STATUS);
+        if (bits) {
+            store(VBLK_REG_INTERRUPT_ACK, bits);
+            party.acks++;
+        }
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *pause_and_resume(void *arg) {
+    (void)arg;
+    while (!__atomic_load_n(&party.over, __ATOMIC_ACQUIRE)) {
+        party.pauses += vblk_worker_pause(&w, 1000);
+        vblk_worker_resume(&w);
+        for (int i = 0; i < 200; i++) {
+            sched_yield();
+        }
+    }
+    return NULL;
+}
+
+static void *ask_for_resets(void *arg) {
+    (void)arg;
+    while (!__atomic_load_n(&party.over, __ATOMIC_ACQUIRE)) {
+        for (int i = 0; i < 2000; i++) {
+            sched_yield();
+        }
+        __atomic_fetch_add(&party.resets, 1, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+static void session_up(bool event_idx) {
+    store(VBLK_REG_STATUS, 0);
+    bind_driver(event_idx ? 0 : VBLK_F_EVENT_IDX);
+    avail_made = 0;
+    for (unsigned i = 0; i < 16; i++) {
+        chain(i, i & 1 ? VBLK_T_OUT : VBLK_T_IN, i);
+    }
+    store(VBLK_REG_STATUS, 0xf);
+}
+
+// Requests in flight are `depth` slots; each slot is used again when its
+// completion is seen. Not one may be lost, none come twice.
+static void drive(bool event_idx) {
+    uint32_t session = 0;
+    uint16_t seen = 0;
+    bool busy[16] = {false};
+    uint64_t last_progress = clock_ns();
+    session_up(event_idx);
+    while (party.done < party.wanted) {
+        if (party.with_resets &&
+            __atomic_load_n(&party.resets, __ATOMIC_ACQUIRE) != session) {
+            session = __atomic_load_n(&party.resets, __ATOMIC_ACQUIRE);
+            session_up(event_idx);
+            memset(busy, 0, sizeof busy);
+            seen = 0;
+        }
+        uint16_t old = avail_made;
+        for (unsigned i = 0; i < (unsigned)party.depth; i++) {
+            if (!busy[i]) {
+                busy[i] = true;
+                ram[HEADER + 32 * i + 16] = 0xff;
+                add(i);
+            }
+        }
+        // [2.7.10.1]: a full barrier, then look whether a kick is wanted.
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        bool kick_it;
+        if (event_idx) {
+            uint16_t event = __atomic_load_n(word(USED + 4 + 8 * QUEUE),
+                                             __ATOMIC_ACQUIRE);
+            kick_it = (uint16_t)(avail_made - event - 1) <
+                      (uint16_t)(avail_made - old);
+        } else {
+            kick_it = old != avail_made &&
+                      !(__atomic_load_n(word(USED), __ATOMIC_ACQUIRE) & 1);
+        }
+        if (kick_it) {
+            store(VBLK_REG_QUEUE_NOTIFY, 0);
+            party.kicks++;
+        }
+        while (seen != used_idx()) {
+            uint32_t id;
+            memcpy(&id, ram + USED + 4 + 8 * (seen % QUEUE), 4);
+            seen++;
+            unsigned slot = id / 3;
+            if (slot >= 16 || !busy[slot] ||
+                ram[HEADER + 32 * slot + 16] != VBLK_S_OK) {
+                test_fail(__FILE__, __LINE__, "completed twice, or wrongly");
+                return;
+            }
+            busy[slot] = false;
+            party.done++;
+            last_progress = clock_ns();
+        }
+        if (clock_ns() - last_progress > 20 * SECOND) {
+            test_fail(__FILE__, __LINE__, "a request was lost");
+            dump("hang");
+            return;
+        }
+        if (event_idx && party.done % 64 == 0) {
+            sched_yield();
+        }
+    }
+}
+
+// Accessors in place of map that dawdle around the ring's 16-bit words, so that
+// the other side gets in between two steps of the device's.
+static uint32_t dawdled;
+
+static void dawdle(uint64_t n) {
+    dawdled = dawdled * 1664525u + 1013904223u;
+    if (n == 2 && dawdled >> 30 == 0) {
+        sched_yield();
+    }
+}
+
+static int slow_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    dawdle(n);
+    return m.read(m.user, gpa, dst, n);
+}
+
+static int slow_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    dawdle(n);
+    int err = m.write(m.user, gpa, src, n);
+    dawdle(n);
+    return err;
+}
+
+static bool party_is_slow;
+
+static void have_a_party(bool event_idx, bool resets, uint64_t requests,
+                         int depth) {
+    pthread_t thread[3];
+    const char *more = getenv("VBLK_SOAK");
+    uint64_t times = more ? strtoull(more, NULL, 0) : 1;
+    memset(&party, 0, sizeof party);
+    party.wanted = requests * (times ? times : 1);
+    party.with_resets = resets;
+    party.depth = depth;
+    worker_options();
+    if (party_is_slow) {
+        o.memory.map = NULL;
+        o.memory.read = slow_read;
+        o.memory.write = slow_write;
+    }
+    make_worker();
+    CHECK_EQ(0, pthread_create(&thread[0], NULL, acknowledge, NULL));
+    CHECK_EQ(0, pthread_create(&thread[1], NULL, pause_and_resume, NULL));
+    if (resets) {
+        CHECK_EQ(0, pthread_create(&thread[2], NULL, ask_for_resets, NULL));
+    }
+    drive(event_idx);
+    __atomic_store_n(&party.over, 1, __ATOMIC_RELEASE);
+    for (int i = 0; i < 2 + resets; i++) {
+        pthread_join(thread[i], NULL);
+    }
+    vblk_counts c = vblk_counters(&w.dev);
+    CHECK(c.reads + c.writes >= party.done);
+    CHECK(resets || c.reads + c.writes == party.done + 0 ||
+          c.reads + c.writes <= party.done + (uint64_t)depth);
+    CHECK_EQ(0, c.io_errors + c.invalid_avail_idx);
+    finish();
+}
+
+void w_party_event_idx(void) {
+    have_a_party(true, false, 40000, 8);
+}
+
+void w_party_event_idx_one_at_a_time(void) {
+    have_a_party(true, false, 10000, 1);
+}
+
+void w_party_flags(void) {
+    have_a_party(false, false, 40000, 16);
+}
+
+void w_party_with_slow_accessors(void) {
+    party_is_slow = true;
+    have_a_party(true, false, 1500, 1);
+    have_a_party(false, false, 1500, 2);
+    party_is_slow = false;
+}
+
+void w_party_with_resets(void) {
+    have_a_party(true, true, 20000, 8);
+}
+
+// F7: NEEDS_RESET from one thread, Status writes from another: never lost.
+static void *break_it(void *arg) {
+    (void)arg;
+    vblk_needs_reset(&w.dev);
+    return NULL;
+}
+
+void f7_needs_reset_races_status_writes(void) {
+    worker_options();
+    for (int i = 0; i < 300; i++) {
+        pthread_t thread;
+        make_worker();
+        store(VBLK_REG_STATUS, 1);
+        CHECK_EQ(0, pthread_create(&thread, NULL, break_it, NULL));
+        store(VBLK_REG_STATUS, 3);
+        store(VBLK_REG_STATUS, 0x83);
+        pthread_join(thread, NULL);
+        CHECK_EQ(0x40, load(VBLK_REG_STATUS) & 0x40);
+        finish();
+    }
+}
+
+// LIB-07: bits set by one thread and cleared by another.
+static void *fire_often(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 100000; i++) {
+        vblk_needs_reset(&w.dev);
+    }
+    return NULL;
+}
+
+void q12_acknowledgements_race_interrupts(void) {
+    worker_options();
+    wo.log = on_log;
+    up();
+    pthread_t thread;
+    CHECK_EQ(0, pthread_create(&thread, NULL, fire_often, NULL));
+    for (int i = 0; i < 100000; i++) {
+        uint32_t bits = load(VBLK_REG_INTERRUPT_STATUS);
+        store(VBLK_REG_INTERRUPT_ACK, bits);
+    }
+    pthread_join(thread, NULL);
+    store(VBLK_REG_INTERRUPT_ACK, 3);
+    CHECK_EQ(0, load(VBLK_REG_INTERRUPT_STATUS));
+    CHECK(!vblk_interrupt_line(&w.dev));
+    finish();
+}
