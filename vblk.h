@@ -1096,7 +1096,14 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #endif
 
 // Status, InterruptStatus, the counters and the ring indices are shared with
-// threads, the guest's among them, that are running.
+// threads, the guest's among them, that are running. The orders:
+//
+//     LOAD, STORE  relaxed: a single word that nothing else is read by
+//     ACQUIRE      an index: what it covers is read after it
+//     RELEASE      an index: what it covers is written before it
+//     OR, CAS      both: what they announce is written before them, and what
+//                  they take over is read after them
+//     FENCE        full: one side's store before its load of the other's
 #if defined(VBLK_SINGLE_THREADED)
 #define VBLK__LOAD(p)          (*(p))
 #define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
@@ -1624,6 +1631,11 @@ static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
     return true;
 }
 
+// Whether the indices from `old` up to but not including `now` hold `event`.
+static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
+    return (uint16_t)(now - event - 1) < (uint16_t)(now - old);
+}
+
 // Whether the driver asked for an interrupt since used.idx was `old`
 // [2.7.7.2]; yes when it cannot be read.
 static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
@@ -1631,8 +1643,7 @@ static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
     if (dev->event_idx) {
         return !vblk__load16(dev, q->avail, q->avail_gpa,
                              vblk__avail_bytes(q) - 2, &word) ||
-               (uint16_t)(q->used_next - word - 1) <
-                   (uint16_t)(q->used_next - old);
+               vblk__crosses(word, q->used_shown, old);
     }
     return !vblk__load16(dev, q->avail, q->avail_gpa, 0, &word) ||
            !(word & VBLK__NO_INTERRUPT);

@@ -5,7 +5,8 @@
 //     make throttle
 //
 // Half of the time the requests are small and the operations limit holds, half
-// of the time they are large and the bytes limit does.
+// of the time they are large and the bytes limit does. The worker's thread
+// waits for the tokens; the driver only sees a slow disk.
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -18,7 +19,7 @@ enum { IOPS = 2000, BPS = 8000000, SECONDS = 8, QUEUE = 128, DISK = 1 << 20 };
 static uint64_t ram_words[0x40000 / 8];
 static uint8_t *const ram = (uint8_t *)ram_words;
 static uint8_t disk[DISK];
-static vblk_dev dev;
+static vblk_worker w;
 static uint16_t made; // available, in all
 
 #define DESC   0x0000u // guest addresses
@@ -27,38 +28,46 @@ static uint16_t made; // available, in all
 #define HEADER 0x3000u
 #define DATA   0x10000u
 
-static uint64_t now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+static uint16_t *word(uint32_t gpa) {
+    return (uint16_t *)(void *)(ram + gpa);
 }
 
-static void put(uint32_t gpa, uint64_t value, unsigned bytes) {
-    for (unsigned i = 0; i < bytes; i++) {
-        ram[gpa + i] = (uint8_t)(value >> 8 * i);
+static void describe(uint32_t i, uint64_t gpa, uint64_t bytes,
+                     uint64_t flags) {
+    uint64_t d[2] = {gpa, bytes | flags << 32 | (uint64_t)(i + 1) << 48};
+    memcpy(ram + DESC + 16 * i, d, sizeof d);
+}
+
+// Chains of three descriptors for reads of `bytes`, one of each pair idle.
+static void lay_out(uint32_t first, uint32_t bytes) {
+    describe(first, HEADER, 16, 1);
+    describe(first + 1, DATA, bytes, 3);
+    describe(first + 2, HEADER + 16, 1, 2);
+}
+
+static void bind_driver(void) {
+    static const uint32_t steps[][2] = {
+        {VBLK_REG_STATUS, 1}, {VBLK_REG_STATUS, 3},
+        {VBLK_REG_DRIVER_FEATURES_SEL, 1}, {VBLK_REG_DRIVER_FEATURES, 1},
+        {VBLK_REG_STATUS, 0xb}, {VBLK_REG_QUEUE_NUM, QUEUE},
+        {VBLK_REG_QUEUE_DESC_LOW, DESC}, {VBLK_REG_QUEUE_DRIVER_LOW, AVAIL},
+        {VBLK_REG_QUEUE_DEVICE_LOW, USED}, {VBLK_REG_QUEUE_READY, 1},
+        {VBLK_REG_STATUS, 0xf}};
+    for (size_t i = 0; i < sizeof steps / sizeof steps[0]; i++) {
+        vblk_worker_mmio_write(&w, steps[i][0], 4, steps[i][1]);
     }
 }
 
-static void describe(uint32_t i, uint32_t gpa, uint32_t bytes,
-                     uint32_t flags) {
-    put(DESC + 16 * i, gpa, 8);
-    put(DESC + 16 * i + 8, bytes, 4);
-    put(DESC + 16 * i + 12, flags, 2);
-    put(DESC + 16 * i + 14, i + 1, 2);
-}
-
-// Keep 32 reads of `bytes` waiting. Returns how many were added.
-static unsigned ask(uint32_t bytes) {
+// Keep 32 reads waiting, of the chain at `head`. Returns how many were added.
+static unsigned ask(uint16_t head) {
     unsigned added = 0;
-    uint16_t used = (uint16_t)(ram[USED + 2] | ram[USED + 3] << 8);
-    describe(0, HEADER, 16, 1);
-    describe(1, DATA, bytes, 3);
-    describe(2, HEADER + 16, 1, 2);
+    uint16_t used = __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE);
     while ((uint16_t)(made - used) < 32) {
-        put(AVAIL + 4 + 2u * (made % QUEUE), 0, 2);
-        put(AVAIL + 2, ++made, 2);
+        word(AVAIL + 4)[made++ % QUEUE] = head;
         added++;
     }
+    __atomic_store_n(word(AVAIL + 2), made, __ATOMIC_RELEASE);
+    vblk_worker_mmio_write(&w, VBLK_REG_QUEUE_NOTIFY, 4, 0);
     return added;
 }
 
@@ -77,41 +86,37 @@ int main(void) {
     vblk_ram guest = {&region, 1};
     vblk_memdisk image = {disk, sizeof disk, false};
     vblk_options o = {0};
+    vblk_worker_options wo = {0};
     o.memory = vblk_ram_memory(&guest);
     o.backend = vblk_memdisk_backend(&image);
     o.limits.iops = IOPS;
     o.limits.bps = BPS;
-    int err = vblk_init(&dev, &o);
+    int err = vblk_worker_init(&w, &o, &wo);
     if (err) {
         fprintf(stderr, "throttle: %s\n", vblk_strerror(err));
         return 1;
     }
-    vblk_ring ring = {QUEUE, DESC, AVAIL, USED, 0};
-    vblk_set_status(&dev, 1);
-    vblk_set_status(&dev, 3);
-    vblk_accept(&dev, vblk_features(&dev) & ~VBLK_F_EVENT_IDX);
-    vblk_set_status(&dev, 0xb);
-    vblk_queue_start(&dev, 0, &ring);
-    vblk_set_status(&dev, 0xf);
+    lay_out(0, 512);
+    lay_out(3, 16384);
+    bind_driver();
 
     printf("limit: %d operations/s, %d bytes/s; the first second's worth is "
            "saved up\n%4s %6s %8s %10s %9s\n", IOPS, BPS, "s", "asked",
            "passed", "bytes", "waited ms");
-    uint64_t start = now();
-    vblk_counts last = vblk_counters(&dev), settled = last;
+    uint64_t start = vblk__clock();
+    vblk_counts last = vblk_counters(&w.dev), settled = last;
     for (int s = 0; s < SECONDS; s++) {
-        uint32_t bytes = s < SECONDS / 2 ? 512 : 16384;
         unsigned asked = 0;
-        uint64_t end = start + (uint64_t)(s + 1) * 1000000000u, t;
-        while ((t = now()) < end) {
-            asked += ask(bytes);
-            vblk_outcome out = vblk_drain(&dev, 0, t);
-            if (out.state == VBLK_STALLED) {
-                uint64_t left = end - t;
-                vblk__sleep(out.wait_ns < left ? out.wait_ns : left);
+        uint64_t count, end = start + (uint64_t)(s + 1) * VBLK__SECOND, now;
+        while ((now = vblk__clock()) < end) {
+            struct pollfd p = {w.irq_fd, POLLIN, 0};
+            asked += ask(s < SECONDS / 2 ? 0 : 3);
+            poll(&p, 1, (int)((end - now) / 1000000));
+            if (read(w.irq_fd, &count, sizeof count) > 0) {
+                vblk_worker_mmio_write(&w, VBLK_REG_INTERRUPT_ACK, 4, 3);
             }
         }
-        vblk_counts c = vblk_counters(&dev);
+        vblk_counts c = vblk_counters(&w.dev);
         uint64_t ops = c.reads - last.reads;
         uint64_t moved = c.bytes_read - last.bytes_read;
         double by_ops = (double)ops / IOPS, by_bytes = (double)moved / BPS;
@@ -135,5 +140,5 @@ int main(void) {
     double rate = (double)(last.bytes_read - settled.bytes_read) /
                   (SECONDS / 2 - 2);
     printf("     measured %.0f bytes/s, limit %d\n", rate, BPS);
-    return 0;
+    return !vblk_worker_end(&w);
 }

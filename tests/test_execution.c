@@ -227,7 +227,7 @@ void x4_write_through_when_flush_is_declined(void) {
     CHECK_EQ(0, g.flushes);
 }
 
-void x4_unsafe_never_flushes(void) {
+void b3_unsafe_never_flushes(void) {
     g.o.cache = VBLK_CACHE_UNSAFE;
     guest_up();
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
@@ -626,7 +626,7 @@ static void read_only_backend(vblk_backend b) {
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
 }
 
-void b2_memory_disk(void) {
+void b2_b5_memory_disk(void) {
     static uint8_t data[64 * 512];
     vblk_memdisk disk = {data, sizeof data, false};
     over_backend(vblk_memdisk_backend(&disk));
@@ -647,7 +647,7 @@ static void make_file(char *path, off_t bytes) {
     close(fd);
 }
 
-void b2_file(void) {
+void b2_b5_file(void) {
     char path[64];
     vblk_file file;
     make_file(path, 64 * 512 + 100);

@@ -86,11 +86,11 @@ void v1_chain_limit_strict(void) {
     chain_limit(VBLK_STRICT);
 }
 
-void v1_chain_limit_standard(void) {
+void v1_p5_chain_limit_standard(void) {
     chain_limit(VBLK_STANDARD);
 }
 
-void v2_no_place_for_the_status(void) {
+void v2_p5_no_place_for_the_status(void) {
     for (int profile = 0; profile < 2; profile++) {
         guest_init();
         g.o.profile = (vblk_profile)profile;
@@ -566,7 +566,7 @@ static int64_t read_and_change(void *user, uint64_t offset,
     return (int64_t)done;
 }
 
-void v18_what_changes_after_the_first_look_does_not_count(void) {
+void v18_what_changes_later_does_not_count(void) {
     g.o.backend.read = read_and_change;
     guest_up();
     victim = prepare(VBLK_T_IN, 4, 512);

@@ -638,7 +638,7 @@ static void close_pipes(void) {
     }
 }
 
-void w7_reset_of_a_stuck_worker(void) {
+void w7_w8_reset_of_a_stuck_worker(void) {
     up_stuck();
     uint8_t before[0x3000];
     uint64_t start = clock_ns();

@@ -82,8 +82,8 @@
     X(q13_buffers_that_leave_memory, GUEST)                                    \
     X(q_spurious_kicks, GUEST)                                                 \
     X(v1_chain_limit_strict, GUEST)                                            \
-    X(v1_chain_limit_standard, GUEST)                                          \
-    X(v2_no_place_for_the_status, GUEST)                                       \
+    X(v1_p5_chain_limit_standard, GUEST)                                       \
+    X(v2_p5_no_place_for_the_status, GUEST)                                    \
     X(v2_strict_wants_the_status_last, GUEST)                                  \
     X(v3_short_header, GUEST)                                                  \
     X(v3_strict_wants_the_header_first, GUEST)                                 \
@@ -110,7 +110,7 @@
     X(p4_get_id_standard, GUEST)                                               \
     X(v16_get_id_outside_memory, GUEST)                                        \
     X(v17_status_outside_memory, GUEST)                                        \
-    X(v18_what_changes_after_the_first_look_does_not_count, GUEST)             \
+    X(v18_what_changes_later_does_not_count, GUEST)                            \
     X(v18_each_descriptor_and_header_is_read_once, GUEST)                      \
     X(p1_any_framing, GUEST)                                                   \
     X(p1_a_header_in_sixteen_descriptors, GUEST)                               \
@@ -127,7 +127,7 @@
     X(x3_a_write_without_progress, GUEST)                                      \
     X(x4_flush, GUEST)                                                         \
     X(x4_write_through_when_flush_is_declined, GUEST)                          \
-    X(x4_unsafe_never_flushes, GUEST)                                          \
+    X(b3_unsafe_never_flushes, GUEST)                                          \
     X(x5_one_bad_segment_among_good_ones, GUEST)                               \
     X(x5_memory_that_changes_its_mind, GUEST)                                  \
     X(x5_status_byte_refused_at_the_end, GUEST)                                \
@@ -140,8 +140,8 @@
     X(options_refused_with_a_code_and_nothing_half_set_up, GUEST)              \
     X(b1_without_write_the_disk_is_read_only, GUEST)                           \
     X(b4_capacity_is_rounded_down_to_sectors, GUEST)                           \
-    X(b2_memory_disk, GUEST)                                                   \
-    X(b2_file, GUEST)                                                          \
+    X(b2_b5_memory_disk, GUEST)                                                \
+    X(b2_b5_file, GUEST)                                                       \
     X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
@@ -194,7 +194,7 @@
     X(w5_pause_in_every_state, ONCE)                                           \
     X(w5_the_parked_eventfd, ONCE)                                             \
     X(w5_all_writes_are_visible_when_paused, ONCE)                             \
-    X(w7_reset_of_a_stuck_worker, ONCE)                                        \
+    X(w7_w8_reset_of_a_stuck_worker, ONCE)                                     \
     X(w7_end_of_a_stuck_worker, ONCE)                                          \
     X(w7_end_after_a_reset_left_one_behind, ONCE)                              \
     X(w7_pause_of_a_stuck_worker, ONCE)                                        \

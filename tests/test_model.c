@@ -1,0 +1,1215 @@
+// The device against the model: a driver that does anything at random, and
+// after each step everything that can be seen of both is compared.
+//
+//     MODEL_TIMES=1000 vblk_test model_
+//
+// runs a thousand times as long. A mismatch prints the seed (-s SEED repeats
+// it), the session and step it happened in, and what the step was.
+#include "model.h"
+
+#include <stdarg.h>
+
+enum { SESSIONS = 36, STEPS = 220, MOST_PARTS = 160 };
+
+typedef struct range {
+    uint64_t gpa, last;
+} range;
+
+// What the driver knows of a queue, and where its rings lie.
+typedef struct rings {
+    uint32_t size;
+    uint64_t desc, avail, used;
+    uint16_t idx;  // avail.idx as last written
+    uint16_t slot; // next free descriptor, more or less
+} rings;
+
+static model m;
+
+static struct {
+    model_disk    disk; // the device's, as m.disk is the model's
+    model_effects effects;
+    uint64_t      most; // bytes a backend call moves at most
+    bool          out_of_bounds;
+
+    rings    ring[MODEL_QUEUES];
+    range    taken[4096]; // memory in use: rings, then buffers
+    unsigned takens, fixed;
+    bool     throttled;
+    vblk_memory memory;
+    uint64_t now, wait; // what the last stall said
+    uint64_t session, step, requests;
+    uint32_t generation, resets; // as last compared
+    unsigned fired, lowered;
+    bool     line;
+    char     said[3000];
+    size_t   said_bytes;
+    unsigned differs;
+} d;
+
+
+// ---- Words -----------------------------------------------------------------
+
+static void say(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(d.said + d.said_bytes, sizeof d.said - d.said_bytes,
+                      format, args);
+    va_end(args);
+    if (n > 0) {
+        d.said_bytes += (size_t)n;
+    }
+    if (d.said_bytes >= sizeof d.said) {
+        d.said_bytes = sizeof d.said - 1;
+    }
+}
+
+static void differ(const char *what, uint64_t where, uint64_t want,
+                   uint64_t got) {
+    if (d.differs++) {
+        printf("    also: %s %#" PRIx64 ": model %#" PRIx64
+               ", device %#" PRIx64 "\n", what, where, want, got);
+        return;
+    }
+    char text[sizeof d.said + 400];
+    snprintf(text, sizeof text,
+             "seed %" PRIu64 ", session %" PRIu64 ", step %" PRIu64
+             ": %s %#" PRIx64 ": model %#" PRIx64 ", device %#" PRIx64
+             "\n    %s, %s, features %#" PRIx64 ", seg_max %u, size_max %u\n"
+             "    step:%s",
+             test_seed, d.session, d.step, what, where, want, got,
+             m.standard ? "standard" : "strict",
+             g.mapped ? "with map" : "without map", m.accepted, m.seg_max,
+             m.size_max, d.said);
+    test_fail(__FILE__, __LINE__, text);
+    for (unsigned i = 0; i < m.queues; i++) {
+        const model_queue *q = &m.queue[i];
+        printf("    queue %u: size %u, %sready%s, desc %#" PRIx64
+               ", avail %#" PRIx64 ", used %#" PRIx64 ", next %u, done %u\n",
+               i, q->size, q->ready ? "" : "not ",
+               q->poisoned ? ", broken" : "", q->desc, q->avail, q->used,
+               q->next, q->done);
+    }
+}
+
+static bool one_in(uint32_t n) {
+    return test_below(n) == 0;
+}
+
+
+// ---- The device's disk -----------------------------------------------------
+
+static int64_t move(uint64_t offset, const vblk_seg *seg, unsigned segs,
+                    bool in) {
+    uint64_t total = 0, done = 0;
+    for (unsigned i = 0; i < segs; i++) {
+        total += seg[i].n;
+        d.out_of_bounds |= seg[i].n == 0 || !seg[i].ptr;
+    }
+    d.out_of_bounds |= total == 0 || offset > m.capacity * 512 ||
+                       total > m.capacity * 512 - offset;
+    if (d.out_of_bounds) {
+        return -1;
+    }
+    for (unsigned i = 0; i < segs; i++) {
+        for (size_t k = 0; k < seg[i].n; k++, done++) {
+            uint64_t at_ = offset + done;
+            bool     bad = at_ == d.disk.bad;
+            if (at_ >= d.disk.backing || (!in && at_ == d.disk.stuck) ||
+                done == d.most || bad) {
+                model_note(&d.effects, in ? 'r' : 'w', offset, done);
+                return bad && done == 0 && at_ < d.disk.backing
+                           ? -5
+                           : (int64_t)done;
+            }
+            if (in) {
+                seg[i].ptr[k] = d.disk.data[at_];
+            } else {
+                d.disk.data[at_] = seg[i].ptr[k];
+            }
+        }
+    }
+    model_note(&d.effects, in ? 'r' : 'w', offset, done);
+    return (int64_t)done;
+}
+
+static int64_t disk_read(void *user, uint64_t offset, const vblk_seg *seg,
+                         unsigned segs) {
+    (void)user;
+    return move(offset, seg, segs, true);
+}
+
+static int64_t disk_write(void *user, uint64_t offset, const vblk_seg *seg,
+                          unsigned segs) {
+    (void)user;
+    return move(offset, seg, segs, false);
+}
+
+static int disk_flush(void *user) {
+    (void)user;
+    model_note(&d.effects, 'f', 0, 0);
+    return d.disk.bad_flush ? -5 : 0;
+}
+
+static uint64_t disk_size(void *user) {
+    (void)user;
+    return d.disk.backing;
+}
+
+
+// ---- Comparison ------------------------------------------------------------
+
+// The four stretches of guest memory that the driver uses.
+enum { WINDOW = 0x10000 };
+static const uint64_t windows[] = {0, SEAM - WINDOW / 2, RAM_END - WINDOW,
+                                   HIGH};
+
+static void compare_bytes(const char *what, uint64_t base,
+                          const uint8_t *want, const uint8_t *got, size_t n) {
+    if (memcmp(want, got, n) == 0) {
+        return;
+    }
+    size_t i = 0;
+    while (want[i] == got[i]) {
+        i++;
+    }
+    differ(what, base + i, want[i], got[i]);
+}
+
+static void compare_memory(bool all) {
+    for (size_t i = 0; i < m.loose_count; i++) {
+        size_t   k = m.loose_at[i];
+        uint64_t gpa = k < RAM_END ? k : HIGH + (k - RAM_END);
+        if (m.loose[k] == MODEL_ANY || m.other[k] == *at(gpa)) {
+            m.memory[k] = *at(gpa);
+        }
+        m.loose[k] = 0;
+    }
+    m.loose_count = 0;
+    for (size_t i = 0; i < COUNT(windows); i++) {
+        uint64_t end = windows[i] + WINDOW - 1;
+        for (uint64_t gpa = windows[i]; gpa - 1 != end; gpa += WINDOW / 2) {
+            compare_bytes("guest memory at", gpa, model_at(&m, gpa), at(gpa),
+                          WINDOW / 2);
+        }
+    }
+    if (all) {
+        compare_bytes("guest memory at", 0, m.memory, at(0), SEAM);
+        compare_bytes("guest memory at", SEAM, m.memory + SEAM, at(SEAM),
+                      RAM_END - SEAM);
+        for (size_t i = 0; i < GAP; i++) {
+            if (at(0)[SEAM + i] != CANARY || at(SEAM)[SEAM + i] != CANARY) {
+                differ("host memory outside the guest's, byte", i, CANARY, 0);
+            }
+        }
+    }
+}
+
+static void compare_registers(void) {
+    for (uint32_t offset = 0; offset < 0x200; offset += 4) {
+        uint64_t want = model_read(&m, offset, 4);
+        uint64_t got = vblk_mmio_read(&g.dev, offset, 4);
+        if (offset == VBLK_REG_CONFIG_GENERATION) { // moves on a reset alone
+            bool moved = got != d.generation;
+            if (moved != (m.resets != d.resets)) {
+                differ("ConfigGeneration moved", offset, !moved, moved);
+            }
+            d.generation = (uint32_t)got;
+            d.resets = m.resets;
+        } else if (want != got) {
+            differ("register", offset, want, got);
+        }
+    }
+    bool line = vblk_interrupt_line(&g.dev);
+    if (line != m.line) {
+        differ("interrupt line", 0, m.line, line);
+    }
+    if (g.fired != m.fired) {
+        differ("interrupts fired", 0, m.fired, g.fired);
+    }
+    if (d.line && !line && g.lowered == d.lowered) {
+        differ("the line fell, calls to say so", 0, 1, 0);
+    }
+    d.line = line;
+    d.lowered = g.lowered;
+}
+
+static void compare_counts(void) {
+    vblk_counts got = vblk_counters(&g.dev), want = m.counts;
+#define COMPARE(field)                                                         \
+    if (want.field != got.field) {                                             \
+        differ("counter " #field, 0, want.field, got.field);                   \
+    }
+    COMPARE(reads)
+    COMPARE(writes)
+    COMPARE(flushes)
+    COMPARE(bytes_read)
+    COMPARE(bytes_written)
+    COMPARE(io_errors)
+    COMPARE(throttled)
+    COMPARE(currently_throttled)
+    COMPARE(throttled_ns)
+    COMPARE(invalid_avail_idx)
+#undef COMPARE
+}
+
+static void compare_disk(void) {
+    unsigned most = m.effects.count > d.effects.count ? m.effects.count
+                                                      : d.effects.count;
+    for (unsigned i = 0; i < most && i < COUNT(m.effects.list); i++) {
+        model_effect none = {'-', 0, 0};
+        model_effect want = i < m.effects.count ? m.effects.list[i] : none;
+        model_effect got = i < d.effects.count ? d.effects.list[i] : none;
+        if (want.what != got.what) {
+            differ("backend call, number", i, (uint64_t)want.what,
+                   (uint64_t)got.what);
+        }
+        if (want.offset != got.offset) {
+            differ("offset of backend call", i, want.offset, got.offset);
+        }
+        if (want.bytes != got.bytes) {
+            differ("bytes of backend call", i, want.bytes, got.bytes);
+        }
+    }
+    m.effects.count = d.effects.count = 0;
+    compare_bytes("disk at", 0, m.disk.data, d.disk.data, sizeof m.disk.data);
+    if (d.out_of_bounds) {
+        differ("backend asked for what is not there", 0, 0, 1);
+    }
+}
+
+static void compare(bool all) {
+    compare_registers();
+    compare_counts();
+    compare_disk();
+    compare_memory(all);
+}
+
+
+// ---- Both at once ----------------------------------------------------------
+
+// At `offset` of what begins at `base`: what is no memory is left out, and so
+// is what lies beyond the end of the address space.
+static void poke_in(uint64_t base, uint64_t offset, uint64_t value,
+                    unsigned bytes) {
+    for (unsigned i = 0; i < bytes; i++) {
+        uint64_t gpa = base + offset + i;
+        uint8_t *p = gpa < base ? NULL : model_at(&m, gpa);
+        if (p) {
+            *p = *at(gpa) = (uint8_t)(value >> 8 * i);
+        }
+    }
+}
+
+static void poke(uint64_t gpa, uint64_t value, unsigned bytes) {
+    poke_in(gpa, 0, value, bytes);
+}
+
+static void drain_both(int queue) {
+    // Which queue comes first is the device's own affair.
+    for (int i = 0; queue == VBLK_ALL_QUEUES && i < (int)m.queues; i++) {
+        drain_both(i);
+    }
+    for (int i = 0; i < 3; i++) {
+        vblk_outcome want = model_drain(&m, queue, d.now);
+        vblk_outcome got = vblk_drain(&g.dev, queue, d.now);
+        say(" drain(%d)=%d", queue, (int)got.state);
+        if (want.state != got.state) {
+            differ("outcome of a drain of", (uint64_t)queue,
+                   (uint64_t)want.state, (uint64_t)got.state);
+        } else if (want.state == VBLK_STALLED && want.wait_ns != got.wait_ns) {
+            differ("wait of a drain of", (uint64_t)queue, want.wait_ns,
+                   got.wait_ns);
+        }
+        if (want.state == VBLK_STALLED) {
+            d.wait = want.wait_ns;
+            say(" wait %" PRIu64, d.wait);
+        }
+        if (want.state != VBLK_MORE || d.differs) {
+            break;
+        }
+    }
+}
+
+static int write_both(uint64_t offset, unsigned bytes, uint64_t value) {
+    int want = model_write(&m, offset, bytes, value);
+    int got = vblk_mmio_write(&g.dev, offset, bytes, value);
+    say(" %#x/%u=%#" PRIx64, (unsigned)offset, bytes, value);
+    if (want != got) {
+        differ("answer to a write of register", offset,
+               (uint64_t)(int64_t)want, (uint64_t)(int64_t)got);
+    }
+    return want;
+}
+
+static void read_both(uint64_t offset, unsigned bytes) {
+    uint64_t want = model_read(&m, offset, bytes);
+    uint64_t got = vblk_mmio_read(&g.dev, offset, bytes);
+    say(" read %#" PRIx64 "/%u", offset, bytes);
+    if (offset != VBLK_REG_CONFIG_GENERATION && want != got) {
+        differ("read of register", offset, want, got);
+    }
+}
+
+static void set(uint32_t offset, uint32_t value) {
+    int queue = write_both(offset, 4, value);
+    if (queue != VBLK_NO_QUEUE && !one_in(20)) {
+        drain_both(queue);
+    }
+}
+
+
+// ---- Memory for rings and buffers ------------------------------------------
+
+static bool is_free(uint64_t gpa, uint64_t n) {
+    uint64_t last = n - 1 > UINT64_MAX - gpa ? UINT64_MAX : gpa + (n - 1);
+    for (unsigned i = 0; n > 0 && i < d.takens; i++) {
+        const range *t = &d.taken[i];
+        if (gpa <= t->last && t->gpa <= last) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void take(uint64_t gpa, uint64_t n) {
+    if (n > 0 && d.takens < COUNT(d.taken)) {
+        bool wraps = n - 1 > UINT64_MAX - gpa;
+        d.taken[d.takens].gpa = gpa;
+        d.taken[d.takens++].last = wraps ? UINT64_MAX : gpa + (n - 1);
+    }
+}
+
+// `n` bytes that nobody uses, preferably where memory ends or crosses the
+// seam. UINT64_MAX if there are none.
+static uint64_t place(uint64_t n, uint64_t align) {
+    for (int tries = 0; tries < 60 && n <= WINDOW; tries++) {
+        uint64_t base = windows[test_below(COUNT(windows))], gpa;
+        uint32_t room = (uint32_t)(WINDOW - n);
+        switch (test_below(8)) {
+        case 0:  gpa = base; break;
+        case 1:  gpa = base + room; break;
+        case 2:  gpa = SEAM - test_below((uint32_t)n + 1); break;
+        default: gpa = base + test_below(room + 1); break;
+        }
+        gpa = gpa / align * align;
+        if (is_free(gpa, n)) {
+            take(gpa, n);
+            return gpa;
+        }
+    }
+    return UINT64_MAX;
+}
+
+static bool pending(void) {
+    for (unsigned i = 0; i < m.queues; i++) {
+        const model_queue *q = &m.queue[i];
+        if (q->ready && !q->poisoned && q->next != d.ring[i].idx) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static const uint64_t nowhere[] = {
+    RAM_END, RAM_END + 4096, 0x40000000, 0x5000000000, HIGH - 0x1000,
+};
+
+// `n` bytes, more than one, that are not all memory.
+static uint64_t bad_place(uint64_t n) {
+    uint64_t back = 1 + test_below((uint32_t)(n < 99 ? n - 1 : 98)), gpa;
+    switch (test_below(4)) {
+    case 0:  gpa = RAM_END - back; break;
+    case 1:  gpa = HIGH - back; break;
+    case 2:  gpa = UINT64_MAX - back + 1; break;
+    default: gpa = nowhere[test_below(COUNT(nowhere))]; break;
+    }
+    if (!is_free(gpa, n)) {
+        return RAM_END;
+    }
+    take(gpa, n);
+    return gpa;
+}
+
+
+// ---- Requests --------------------------------------------------------------
+
+static void add(part *p, unsigned *n, uint64_t gpa, uint64_t bytes,
+                uint16_t flags) {
+    if (*n < MOST_PARTS) {
+        p[*n].gpa = gpa;
+        p[*n].n = (uint32_t)bytes;
+        p[(*n)++].flags = flags;
+    }
+}
+
+static uint32_t random_type(void) {
+    static const uint32_t odd[] = {2, 5, 7, 9, 11, 13, 0x80000000, 0x100,
+                                   UINT32_MAX};
+    switch (test_below(20)) {
+    case 0:  return odd[test_below(COUNT(odd))];
+    case 1:
+    case 2:  return VBLK_T_FLUSH;
+    case 3:
+    case 4:  return VBLK_T_GET_ID;
+    default: return one_in(2) ? VBLK_T_IN : VBLK_T_OUT;
+    }
+}
+
+static uint64_t random_sector(uint32_t bytes) {
+    static const uint64_t odd[] = {UINT64_MAX, UINT64_C(1) << 55,
+                                   (UINT64_C(1) << 55) - 1,
+                                   UINT64_C(1) << 32, UINT64_MAX / 512};
+    uint32_t sectors = bytes / 512, capacity = (uint32_t)m.capacity;
+    if (one_in(50)) {
+        return odd[test_below(COUNT(odd))];
+    }
+    if (one_in(25)) {
+        return capacity - sectors + test_below(3);
+    }
+    return sectors < capacity ? test_below(capacity - sectors + 1) : 0;
+}
+
+static uint32_t random_bytes(uint32_t type) {
+    if (type == VBLK_T_FLUSH) {
+        return one_in(8) ? test_below(1000) : 0;
+    }
+    if (type == VBLK_T_GET_ID) {
+        return one_in(2) ? 20 : test_below(50);
+    }
+    if (one_in(15)) {
+        return one_in(3) ? 0 : test_below(3000);
+    }
+    if (one_in(20)) {
+        return 512 * test_below(40);
+    }
+    return 512 * (1 + test_below(4));
+}
+
+// `bytes` of data, cut up, in one piece of memory or in several.
+static bool add_data(part *p, unsigned *n, uint32_t bytes, uint16_t flags,
+                     unsigned most) {
+    unsigned cuts = one_in(3) ? 1 : 1 + test_below(most);
+    uint64_t whole = one_in(2) ? place(bytes + 1, 1) : UINT64_MAX;
+    for (uint32_t done = 0; done < bytes;) {
+        if (one_in(12)) { // an empty one: its address is nobody's
+            add(p, n, one_in(2) ? UINT64_MAX : RAM_END, 0,
+                one_in(2) ? WRITE : 0);
+        }
+        uint32_t size = bytes - done;
+        if (cuts-- > 1) {
+            size = one_in(2) ? 1 + test_below(size)
+                             : size > 512 ? 512
+                                          : size;
+        }
+        uint64_t gpa = whole == UINT64_MAX ? place(size, 1) : whole + done;
+        if (gpa == UINT64_MAX) {
+            return false;
+        }
+        add(p, n, gpa, size, flags);
+        done += size;
+    }
+    return true;
+}
+
+// Header, data, status as a driver writes them.
+static unsigned usual_parts(part *p, uint32_t type, uint64_t sector,
+                            uint32_t bytes, unsigned most) {
+    unsigned n = 0;
+    uint64_t header = place(16, 1), status = place(1, 1);
+    if (header == UINT64_MAX || status == UINT64_MAX) {
+        return 0;
+    }
+    poke(header, type, 4);
+    poke(header + 4, test_random(), 4);
+    poke(header + 8, sector, 8);
+    poke(status, 0xee, 1);
+    add(p, &n, header, 16, 0);
+    bool out = type == VBLK_T_OUT ||
+               (type != VBLK_T_IN && type != VBLK_T_GET_ID && one_in(2));
+    if (!add_data(p, &n, bytes, out ? 0 : WRITE, most)) {
+        return 0;
+    }
+    add(p, &n, status, 1, WRITE);
+    return n;
+}
+
+// The same with no regard for what belongs together: two areas, cut anyhow.
+static unsigned free_parts(part *p, uint32_t type, uint64_t sector,
+                           uint32_t bytes, unsigned most) {
+    unsigned n = 0;
+    bool     in = type != VBLK_T_OUT;
+    uint32_t size[2] = {16 + (in ? 0 : bytes), 1 + (in ? bytes : 0)};
+    for (unsigned i = 0; i < 2; i++) {
+        uint64_t area = place(size[i], 1);
+        if (area == UINT64_MAX) {
+            return 0;
+        }
+        if (i == 0) {
+            poke(area, type, 4);
+            poke(area + 4, test_random(), 4);
+            poke(area + 8, sector, 8);
+        }
+        unsigned cuts = 1 + test_below(one_in(4) ? 20 : most);
+        for (uint32_t done = 0; done < size[i];) {
+            uint32_t left = size[i] - done;
+            uint32_t cut = cuts-- > 1 ? test_below(left < 30 || one_in(2)
+                                                       ? left + 1
+                                                       : 30)
+                                      : left;
+            add(p, &n, area + done, cut, i ? WRITE : 0);
+            done += cut;
+        }
+    }
+    return n;
+}
+
+// One thing wrong, or at least unusual.
+static unsigned spoil(part *p, unsigned n) {
+    if (n == 0) {
+        return 0;
+    }
+    unsigned k = test_below(n);
+    part    *first = &p[0], *last = &p[n - 1];
+    uint64_t gpa;
+    switch (test_below(24)) {
+    case 0: first->n = test_below(16); break;
+    case 1: first->gpa = bad_place(16); break;
+    case 2: first->flags ^= WRITE; break;
+    case 3: // a header that ends where the address space does, and goes on
+        gpa = UINT64_MAX - 15;
+        if (is_free(gpa, 16)) {
+            take(gpa, 16);
+            poke(gpa, random_type(), 4);
+            poke(gpa + 8, test_below(8), 8);
+            first->gpa = gpa;
+            first->n = 16 + 512 * test_below(3) + test_below(2);
+        }
+        break;
+    case 4: n--; break;
+    case 5: last->flags ^= WRITE; break;
+    case 6: last->n = 0; break;
+    case 7:
+        last->n = 2 + test_below(40);
+        last->gpa = bad_place(last->n);
+        break;
+    case 8: last->gpa = nowhere[test_below(COUNT(nowhere))]; break;
+    case 9:
+    case 10:
+        last->n = 1 + test_below(40);
+        gpa = place(last->n, 1);
+        last->gpa = gpa == UINT64_MAX ? RAM_END : gpa;
+        break;
+    case 11: p[k].flags ^= WRITE; break;
+    case 12:
+        p[k].n += p[k].n < 2 ? 2 : 0;
+        p[k].gpa = bad_place(p[k].n);
+        break;
+    case 13: p[k].n = one_in(2) ? UINT32_MAX : 0x80000000; break;
+    case 14: p[k].n = 0x20000 + 512 * test_below(100); break;
+    case 15: add(p, &n, RAM_END, 0, one_in(2) ? WRITE : 0); break;
+    case 16:
+        gpa = place(30, 1);
+        if (gpa != UINT64_MAX) {
+            add(p, &n, gpa, 30, one_in(2) ? WRITE : 0);
+        }
+        break;
+    case 17: { // about as long as a chain may be
+        unsigned want = m.seg_max + test_below(5);
+        part     end = p[n - 1];
+        for (n--; n + 1 < want && n + 1 < MOST_PARTS;) {
+            add(p, &n, UINT64_MAX, 0, end.flags);
+        }
+        p[n++] = end;
+        break;
+    }
+    case 18: { // two change places
+        part     was = p[k];
+        unsigned other = test_below(n);
+        p[k] = p[other];
+        p[other] = was;
+        break;
+    }
+    case 19:
+        memmove(&p[k], &p[k + 1], sizeof p[0] * (n - k - 1));
+        n--;
+        break;
+    case 20: n = 1; break;
+    case 21: p[k].n = test_below(p[k].n + 1); break;
+    case 22: // a segment about as long as allowed
+        if (m.size_max < 0x4000) {
+            uint32_t size = m.size_max + test_below(3) - 1;
+            gpa = place(size, 1);
+            if (gpa != UINT64_MAX) {
+                p[k].gpa = gpa;
+                p[k].n = size;
+            }
+        }
+        break;
+    default: p[k].flags |= 0xfff8; break;
+    }
+    return n;
+}
+
+static void desc(uint64_t table, uint64_t i, part p, uint32_t next) {
+    poke_in(table, 16 * i, p.gpa, 8);
+    poke_in(table, 16 * i + 8, p.n, 4);
+    poke_in(table, 16 * i + 12, p.flags, 2);
+    poke_in(table, 16 * i + 14, next, 2);
+    if (d.said_bytes < 2000) {
+        say(" {%#" PRIx64 ",%u,%#x,%u}", p.gpa, p.n, p.flags, next);
+    }
+}
+
+// Parts [from, n) as an indirect table; what points to it.
+static part table_of(const part *p, unsigned n) {
+    unsigned entries = n + (one_in(3) ? test_below(4) : 0);
+    uint64_t gpa = place(16 * (uint64_t)entries, one_in(3) ? 1 : 16);
+    part     in = {gpa, 16 * entries, INDIRECT};
+    if (gpa == UINT64_MAX || n == 0) {
+        in.gpa = RAM_END;
+        return in;
+    }
+    uint16_t slot[MOST_PARTS + 4];
+    for (unsigned i = 0; i < entries; i++) {
+        slot[i] = (uint16_t)i;
+        desc(gpa, i, (part){UINT64_MAX, 0, 0}, 0);
+    }
+    for (unsigned i = 2; i < entries && one_in(2); i++) { // out of order
+        unsigned k = 1 + test_below(i);
+        uint16_t was = slot[i];
+        slot[i] = slot[k];
+        slot[k] = was;
+    }
+    int wrong = one_in(12) ? (int)test_below(10) : -1;
+    for (unsigned i = 0; i < n; i++) {
+        part     here = p[i];
+        uint32_t next = i + 1 < n ? slot[i + 1] : test_below(0x10000);
+        here.flags |= i + 1 < n ? NEXT : 0;
+        if (i + 1 == n && wrong == 0) { // loops, or leaves its table
+            here.flags |= NEXT;
+            next = one_in(2) ? test_below(n) : entries;
+        }
+        if (i + 1 == n && wrong == 1) {
+            here = in;
+        }
+        desc(gpa, slot[i], here, next);
+    }
+    switch (wrong) {
+    case 2: in.n -= 1 + test_below(15); break;
+    case 3: in.n = 0; break;
+    case 4: in.n += 16 * (1 + test_below(100)); break;
+    case 5: in.flags |= NEXT; break;
+    case 6: in.gpa = bad_place(in.n); break;
+    case 7: in.n = (n - 1) * 16; break;
+    case 8: in.n = 0xfffffff0; break;
+    default: break;
+    }
+    in.flags |= one_in(3) ? WRITE : 0;
+    return in;
+}
+
+// Put the parts into the queue's table and offer them.
+static void offer_parts(unsigned queue, part *p, unsigned n) {
+    rings   *r = &d.ring[queue];
+    bool     indirect = m.accepted & VBLK_F_INDIRECT_DESC;
+    unsigned direct = n;
+    if (n > 0 && (indirect ? n > r->size || one_in(3) : one_in(60))) {
+        direct = one_in(2) ? 0 : test_below(n < r->size ? n : r->size);
+        p[direct] = table_of(p + direct, n - direct);
+        n = direct + 1;
+    }
+    uint32_t head = r->slot % r->size;
+    int      wrong = one_in(40) ? (int)test_below(4) : -1;
+    for (unsigned i = 0; i < n; i++) {
+        uint32_t here = r->slot % r->size;
+        uint32_t next = (here + 1) % r->size;
+        bool     last = i + 1 == n;
+        r->slot++;
+        if (!last) {
+            p[i].flags |= NEXT;
+        } else if (wrong == 0) { // a loop, or a walk into older chains
+            p[i].flags |= NEXT;
+            next = test_below(r->size);
+        } else if (wrong == 1) {
+            p[i].flags |= NEXT;
+            next = r->size + test_below(2) * test_below(0x8000);
+        } else {
+            next = test_below(0x10000);
+        }
+        desc(r->desc, here, p[i], next);
+    }
+    poke_in(r->avail, 4 + 2 * (uint64_t)(r->idx % r->size), head, 2);
+    poke_in(r->avail, 2, ++r->idx, 2);
+    say(" head %u idx %u;", head, r->idx);
+}
+
+static void submit_one(unsigned queue) {
+    part     p[MOST_PARTS + 1];
+    uint32_t type = random_type();
+    uint32_t bytes = random_bytes(type);
+    uint64_t sector = random_sector(bytes);
+    uint32_t size = d.ring[queue].size;
+    unsigned most = m.seg_max < 6 ? m.seg_max : 6;
+    if (size < 8 && !(m.accepted & VBLK_F_INDIRECT_DESC)) {
+        most = 1;
+    }
+    say(" q%u type %u sector %" PRIu64 " bytes %u:", queue, type, sector,
+        bytes);
+    unsigned n = one_in(m.standard ? 3 : 30)
+                     ? free_parts(p, type, sector, bytes, most)
+                     : usual_parts(p, type, sector, bytes, most);
+    for (int i = 0; i < 3 && one_in(4); i++) {
+        n = spoil(p, n);
+    }
+    if (n > 0) {
+        offer_parts(queue, p, n);
+    }
+}
+
+
+// ---- Bringing it up --------------------------------------------------------
+
+static bool live(unsigned queue) {
+    return d.ring[queue].size > 0 && m.queue[queue].ready &&
+           m.status & VBLK_STATUS_DRIVER_OK;
+}
+
+// Where a ring of `n` bytes goes: anywhere it may, or somewhere odd.
+static uint64_t place_ring(uint64_t n, uint64_t align, bool odd) {
+    uint64_t gpa = UINT64_MAX;
+    if (odd) {
+        switch (test_below(8)) {
+        case 5:
+        case 6:
+        case 7:  gpa = 0x4000 + align / 2; break; // misaligned
+        case 1:  gpa = UINT64_MAX / align * align - align; break; // wraps
+        case 2:  gpa = nowhere[test_below(COUNT(nowhere))]; break;
+        case 3:  gpa = RAM_END - (1 + test_below(8)) * align; break;
+        case 4:  gpa = HIGH - (align == 4 ? 4096 : align); break;
+        default: gpa = (UINT64_MAX - n + 1) / align * align; break;
+        }
+        if (is_free(gpa, n)) {
+            take(gpa, n);
+            return gpa;
+        }
+    }
+    gpa = place(n, align);
+    return gpa == UINT64_MAX ? 0x40000000 : gpa;
+}
+
+static void bring_up_queue(unsigned queue) {
+    rings *r = &d.ring[queue];
+    memset(r, 0, sizeof *r);
+    uint32_t most = m.queue_size > 64 && !one_in(8) ? 64 : m.queue_size;
+    r->size = 1;
+    while (r->size < most && !one_in(6)) {
+        r->size *= 2;
+    }
+    uint64_t bytes[3] = {16 * (uint64_t)r->size, 6 + 2 * (uint64_t)r->size,
+                         6 + 8 * (uint64_t)r->size};
+    unsigned odd = one_in(10) ? test_below(3) : 3;
+    r->desc = place_ring(bytes[0], 16, odd == 0);
+    r->avail = place_ring(bytes[1], 2, odd == 1);
+    r->used = place_ring(bytes[2], 4, odd == 2);
+    uint64_t base[3] = {r->desc, r->avail, r->used};
+    for (unsigned i = 0; i < 3; i++) {
+        for (uint64_t k = 0; k < bytes[i]; k++) {
+            poke_in(base[i], k, 0, 1);
+        }
+    }
+    if (one_in(6)) {
+        poke(r->used, 1, 2); // left behind by an earlier driver
+    }
+    say(" rings %#" PRIx64 " %#" PRIx64 " %#" PRIx64 ":", r->desc, r->avail,
+        r->used);
+    set(VBLK_REG_QUEUE_SEL, queue);
+    if (!one_in(60)) {
+        set(VBLK_REG_QUEUE_NUM, r->size);
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        uint32_t low = VBLK_REG_QUEUE_DESC_LOW + 0x10 * i;
+        uint32_t high = one_in(2) ? 4 : 0;
+        set(low + high, (uint32_t)(base[i] >> (high ? 32 : 0)));
+        high ^= 4;
+        set(low + high, (uint32_t)(base[i] >> (high ? 32 : 0)));
+    }
+    if (!one_in(20)) {
+        set(VBLK_REG_QUEUE_READY, 1);
+    }
+    d.fixed = d.takens;
+}
+
+static void needs_reset(void) {
+    if (!(m.status & VBLK_STATUS_NEEDS_RESET)) {
+        say(" needs reset");
+        model_needs_reset(&m);
+        vblk_needs_reset(&g.dev);
+    }
+}
+
+// A step of the handshake, sometimes with a false one before it.
+static void set_status(uint32_t value) {
+    if (one_in(60)) {
+        needs_reset();
+    }
+    if (one_in(12)) {
+        set(VBLK_REG_STATUS, m.status | 1u << test_below(9));
+        set(VBLK_REG_STATUS, value & ~(1u << test_below(4)));
+        set(VBLK_REG_STATUS, 1 + test_below(0xff));
+    }
+    set(VBLK_REG_STATUS, value);
+}
+
+// From a reset to DRIVER_OK, as a driver does it, mostly.
+static void bind_driver(void) {
+    bool uboot = m.standard && one_in(5);
+    d.takens = d.fixed = 0;
+    memset(d.ring, 0, sizeof d.ring);
+    say(" bind:");
+    set(VBLK_REG_STATUS, 0);
+    if (!uboot) {
+        set_status(1);
+    }
+    set_status(uboot ? 2 : 3);
+    uint64_t features = m.offered;
+    for (unsigned bit = 0; bit < 32; bit++) {
+        if (one_in(3)) {
+            features &= ~(UINT64_C(1) << bit);
+        }
+    }
+    if (one_in(50)) {
+        features ^= UINT64_C(1) << test_below(64);
+    }
+    for (uint32_t sel = one_in(30); sel < 2; sel++) {
+        if (one_in(30)) {
+            continue;
+        }
+        set(VBLK_REG_DRIVER_FEATURES_SEL, sel);
+        set(VBLK_REG_DRIVER_FEATURES, (uint32_t)(features >> 32 * sel));
+    }
+    set_status(uboot ? 0xa : 0xb);
+    for (unsigned i = 0; i < m.queues; i++) {
+        if (!one_in(15)) {
+            bring_up_queue(i);
+            if (one_in(4) && m.queue[i].ready) {
+                submit_one(i); // before DRIVER_OK (Q10)
+            }
+        }
+    }
+    set_status(uboot ? 0xe : 0xf);
+}
+
+// A rate and what may be saved up: tight ones mostly, and absurd ones.
+static void random_limit(uint64_t *rate, uint64_t *burst, uint32_t usual) {
+    *rate = *burst = 0;
+    if (one_in(4)) {
+        return;
+    }
+    *rate = 1 + test_below(usual);
+    if (MODEL_WIDE && one_in(8)) {
+        *rate = (uint64_t)INT64_MAX >> test_below(63);
+    }
+    if (one_in(2)) {
+        uint64_t room = INT64_MAX - *rate;
+        uint64_t more = one_in(8) && MODEL_WIDE ? room : test_below(usual);
+        *burst = *rate + (more < room ? more : room);
+    }
+}
+
+static vblk_limits random_limits(void) {
+    vblk_limits l;
+    random_limit(&l.iops, &l.iops_burst, one_in(2) ? 5 : 1000);
+    random_limit(&l.bps, &l.bps_burst, one_in(2) ? 3000 : 100000);
+    return l;
+}
+
+static void make(vblk_profile profile) {
+    static const uint32_t backings[] = {MODEL_SECTORS * 512, 511, 0, 512,
+                                        0x4000, 0x4000 + 100};
+    guest_init();
+    memset(&d, 0, offsetof(struct { model_disk disk; int after; }, after));
+    uint64_t session = d.session, requests = d.requests;
+    bool     throttled = d.throttled;
+    memset(&d, 0, sizeof d);
+    d.session = session;
+    d.requests = requests;
+    d.throttled = throttled;
+    for (size_t i = 0; i < sizeof d.disk.data; i++) {
+        d.disk.data[i] = (uint8_t)test_random();
+    }
+    d.disk.backing = backings[one_in(3) ? test_below(COUNT(backings)) : 0];
+    d.disk.bad = d.disk.stuck = MODEL_NEVER;
+    d.most = MODEL_NEVER;
+    g.o.profile = profile;
+    g.o.backend.read = disk_read;
+    g.o.backend.write = one_in(20) ? NULL : disk_write;
+    g.o.backend.flush = one_in(10) ? NULL : disk_flush;
+    g.o.backend.size = disk_size;
+    g.o.read_only = one_in(10);
+    g.o.backend.read_only = one_in(20);
+    g.o.cache = one_in(8) ? VBLK_CACHE_UNSAFE : VBLK_CACHE_WRITEBACK;
+    g.o.capacity = one_in(4) ? 1 + test_below(MODEL_SECTORS) : 0;
+    g.o.queues = test_below(4);
+    g.o.queue_size = 1u << test_below(10);
+    g.o.queue_size = g.o.queue_size == 512 ? 0 : g.o.queue_size;
+    g.o.seg_max = one_in(2) ? 1 + test_below(VBLK_MAX_SEGS) : 0;
+    g.o.seg_max = one_in(4) ? 1 + test_below(4) : g.o.seg_max;
+    g.o.size_max = one_in(3) ? 512 * (1 + test_below(3)) : 0;
+    g.o.size_max = one_in(6) ? 512 + test_below(3000) : g.o.size_max;
+    g.o.vendor_id = test_random();
+    g.o.id = one_in(4) ? "an id of more than twenty bytes" : "id";
+    g.o.features_off = one_in(6) ? VBLK_F_INDIRECT_DESC : 0;
+    g.o.features_off |= one_in(6) ? VBLK_F_EVENT_IDX : 0;
+    g.o.features_off |= one_in(6) ? VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX : 0;
+    g.o.features_off |= one_in(6) ? VBLK_F_BLK_SIZE : 0;
+    if (d.throttled) {
+        g.o.limits = random_limits();
+        d.now = one_in(2) ? test_random() : 0;
+    }
+    d.memory = g.o.memory;
+    if (one_in(12)) { // given later (W9)
+        memset(&g.o.memory, 0, sizeof g.o.memory);
+    }
+    model_init(&m, &g.o);
+    memcpy(m.memory, at(0), SEAM);
+    memcpy(m.memory + SEAM, at(SEAM), RAM_END - SEAM);
+    memcpy(m.memory + RAM_END, at(HIGH), HIGH_SIZE);
+    m.disk = d.disk;
+    guest_make();
+    d.generation = (uint32_t)rd(VBLK_REG_CONFIG_GENERATION);
+}
+
+
+// ---- Steps -----------------------------------------------------------------
+
+static void step_requests(void) {
+    unsigned queue = test_below(m.queues);
+    rings   *r = &d.ring[queue];
+    if (!live(queue)) {
+        return;
+    }
+    unsigned batch = one_in(3) ? 1 + test_below(16) : 1;
+    for (unsigned i = 0; i < batch; i++) {
+        bool full = (uint16_t)(r->idx - m.queue[queue].next) >= r->size;
+        if ((full && !one_in(500)) || d.takens > COUNT(d.taken) - 300) {
+            break;
+        }
+        submit_one(queue);
+    }
+    if (one_in(400)) { // older heads again, or a jump
+        r->idx = (uint16_t)(r->idx + test_below(one_in(2) ? 3 : 0x10000));
+        poke_in(r->avail, 2, r->idx, 2);
+        say(" idx jumps to %u", r->idx);
+    }
+    if (one_in(400)) {
+        uint64_t entry = 4 + 2 * (uint64_t)(r->idx % r->size);
+        uint32_t head = r->size + (one_in(2) ? 0 : test_below(0x8000));
+        poke_in(r->avail, entry, head, 2);
+        poke_in(r->avail, 2, ++r->idx, 2);
+        say(" head out of range");
+    }
+    if (!one_in(12)) {
+        set(VBLK_REG_QUEUE_NOTIFY, queue);
+    }
+}
+
+static void step_suppression(void) {
+    unsigned queue = test_below(m.queues);
+    rings   *r = &d.ring[queue];
+    if (!live(queue)) {
+        return;
+    }
+    poke(r->avail, test_below(2), 2);
+    uint32_t event = m.queue[queue].done + test_below(6) - 2;
+    poke_in(r->avail, 4 + 2 * (uint64_t)r->size, event, 2);
+    say(" used_event %u", event & 0xffff);
+}
+
+static void step_register(void) {
+    static const uint32_t values[] = {0, 1, 2, 3, 4, 7, 8, 0xb, 0xf, 0x10,
+                                      0x4f, 0x80, 0x8f, 0xcf, 0x100,
+                                      0x40000000, 0xffffffff};
+    uint32_t value = values[test_below(COUNT(values))];
+    uint32_t offset = 4 * test_below(0x200 / 4);
+    unsigned bytes = 4;
+    switch (test_below(8)) {
+    case 0: offset = VBLK_REG_STATUS; break;
+    case 1: offset = VBLK_REG_QUEUE_NOTIFY; break;
+    case 2: offset = VBLK_REG_QUEUE_READY; break;
+    case 3:
+        offset = test_below(0x210);
+        bytes = 1 + test_below(8);
+        break;
+    default: break;
+    }
+    bool address = offset >= VBLK_REG_QUEUE_DESC_LOW &&
+                   offset <= VBLK_REG_QUEUE_DEVICE_HIGH;
+    if (address) { // rings may go where no memory is, not over buffers
+        value = offset & 4 ? value | 1 : 0x40000000 | value << 1 | 1;
+    }
+    if (offset == VBLK_REG_STATUS && one_in(3)) {
+        value = m.status | 1u << test_below(8);
+    }
+    if (offset == VBLK_REG_STATUS && value == 0 && !one_in(8)) {
+        value = 1;
+    }
+    int queue = write_both(offset, bytes, value);
+    if (queue != VBLK_NO_QUEUE) {
+        drain_both(queue);
+    }
+    read_both(offset, bytes);
+}
+
+static void step_read(void) {
+    uint64_t offset = one_in(2) ? VBLK_REG_CONFIG + test_below(70)
+                                : test_below(0x300);
+    if (one_in(20)) {
+        offset = UINT64_MAX - test_below(9);
+    }
+    read_both(offset, 1 + test_below(8));
+}
+
+static void step_selectors(void) {
+    set(VBLK_REG_QUEUE_SEL, test_below(4));
+    set(VBLK_REG_DEVICE_FEATURES_SEL, test_below(3));
+    set(VBLK_REG_DRIVER_FEATURES_SEL, test_below(3));
+}
+
+static void step_disk(void) {
+    uint64_t disk = m.capacity * 512;
+    uint64_t where = disk ? test_below((uint32_t)disk) : 0;
+    d.disk.bad = one_in(3) ? where : MODEL_NEVER;
+    d.disk.stuck = one_in(4) ? where / 2 : MODEL_NEVER;
+    d.disk.bad_flush = one_in(4);
+    d.most = one_in(3) ? 1 + test_below(3000) : MODEL_NEVER;
+    d.disk.backing = one_in(4) ? where : disk;
+    m.disk.bad = d.disk.bad;
+    m.disk.stuck = d.disk.stuck;
+    m.disk.bad_flush = d.disk.bad_flush;
+    m.disk.backing = d.disk.backing;
+    say(" disk: bad %" PRId64 ", stuck %" PRId64 ", flush %d, backing %" PRIu64
+        ", most %" PRId64, (int64_t)d.disk.bad, (int64_t)d.disk.stuck,
+        d.disk.bad_flush, d.disk.backing, (int64_t)d.most);
+}
+
+// P8: a queue is stopped, and comes up again somewhere else.
+static void step_restart(void) {
+    unsigned queue = test_below(m.queues);
+    set(VBLK_REG_QUEUE_SEL, queue);
+    set(VBLK_REG_QUEUE_READY, 0);
+    if (!m.queue[queue].ready && !pending()) {
+        d.takens = d.fixed; // the old rings stay taken
+        bring_up_queue(queue);
+    }
+}
+
+static void step_time(void) {
+    static const uint64_t most[] = {1, 1000, 1000000, 1000000000, UINT32_MAX};
+    uint64_t wait = d.wait;
+    if (wait > 0 && wait < UINT64_C(1) << 60 && !one_in(4)) {
+        // Too early by a nanosecond, and just in time.
+        d.now += wait - 1;
+        say(" +%" PRIu64, wait - 1);
+        drain_both(VBLK_ALL_QUEUES);
+        d.now++;
+        drain_both(VBLK_ALL_QUEUES);
+        d.wait = 0;
+    } else {
+        uint64_t ns = test_below((uint32_t)most[test_below(COUNT(most))]);
+        ns = one_in(30) ? ns << test_below(20) : ns;
+        d.now += ns;
+        say(" +%" PRIu64, ns);
+        drain_both(VBLK_ALL_QUEUES);
+    }
+    if (one_in(40)) {
+        vblk_limits l = random_limits();
+        model_set_limits(&m, &l, d.now);
+        if (vblk_set_limits(&g.dev, &l, d.now) != VBLK_OK) {
+            differ("vblk_set_limits", 0, 0, 1);
+        }
+        say(" limits %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64, l.iops,
+            l.iops_burst, l.bps, l.bps_burst);
+    }
+}
+
+static void step(void) {
+    bool down = !(m.status & VBLK_STATUS_DRIVER_OK) ||
+                m.status & VBLK_STATUS_NEEDS_RESET;
+    if (!pending()) {
+        d.takens = d.fixed;
+    }
+    if (down ? one_in(6) : one_in(100)) {
+        bind_driver();
+        return;
+    }
+    if (d.throttled && one_in(3)) {
+        step_time();
+        return;
+    }
+    switch (test_below(32)) {
+    case 0:
+    case 1: step_register(); break;
+    case 2: step_read(); break;
+    case 3: step_selectors(); break;
+    case 4: set(VBLK_REG_INTERRUPT_ACK, test_below(8)); break;
+    case 5: step_disk(); break;
+    case 6:
+    case 7: step_suppression(); break;
+    case 8: drain_both((int)test_below(12) - 2); break;
+    case 9: drain_both(VBLK_ALL_QUEUES); break;
+    case 10:
+        if (one_in(4)) {
+            step_restart();
+        }
+        break;
+    case 11:
+        if (one_in(20) || (!m.memory_given && one_in(2))) {
+            say(" set_memory");
+            m.memory_given = true;
+            vblk_set_memory(&g.dev, d.memory);
+        }
+        if (one_in(20)) {
+            needs_reset();
+        }
+        break;
+    default: step_requests(); break;
+    }
+}
+
+static void agree(vblk_profile profile, bool throttled) {
+    const char *times = getenv("MODEL_TIMES");
+    uint64_t    sessions = throttled ? SESSIONS / 2 : SESSIONS;
+    sessions *= times ? strtoull(times, NULL, 0) : 1;
+    memset(&d, 0, sizeof d);
+    d.throttled = throttled;
+    for (uint64_t i = 0; i < sessions && !d.differs; i++) {
+        make(profile);
+        for (uint64_t k = 0; k < STEPS && !d.differs; k++) {
+            d.session = i;
+            d.step = k;
+            d.said_bytes = 0;
+            d.said[0] = 0;
+            step();
+            compare(k % 100 == 0 || k + 1 == STEPS);
+        }
+        d.requests += m.requests;
+    }
+    if (times) {
+        printf("  %" PRIu64 " requests compared\n", d.requests);
+    }
+    guest_init(); // its own rules are about another driver
+}
+
+void model_agrees_strict(void) {
+    agree(VBLK_STRICT, false);
+}
+
+void model_agrees_standard(void) {
+    agree(VBLK_STANDARD, false);
+}
+
+// Both profiles, and time: it moves when the test says so.
+void model_agrees_throttled(void) {
+    agree(VBLK_STRICT, true);
+    agree(VBLK_STANDARD, true);
+}
