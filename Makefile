@@ -9,8 +9,11 @@ B        = build
 
 TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_queue.c tests/test_request.c tests/test_execution.c \
-           tests/test_throttle.c tests/test_transport.c tests/test_worker.c
-HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h
+           tests/test_throttle.c tests/test_transport.c \
+           tests/test_worker.c \
+           tests/test_exhaustive.c tests/test_fault.c tests/model.c \
+           tests/test_model.c
+HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
 all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded

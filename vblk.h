@@ -588,7 +588,7 @@ typedef struct vblk_backend {
     int64_t (*write)(void *user, uint64_t offset, const vblk_seg *seg,
                      unsigned segs);
     // Make every completed write durable; 0 or a negative error number.
-    // NULL: the guest is not offered FLUSH.
+    // NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
     bool  read_only;
@@ -679,7 +679,7 @@ typedef struct vblk_counts {
     uint64_t io_errors;
     uint64_t throttled;              // stalls: drains that had to stop
     uint64_t currently_throttled;    // queues that wait now
-    uint64_t throttled_ns;           // time that requests waited, once passed
+    uint64_t throttled_ns;           // time waited, added when it is over
     uint64_t invalid_avail_idx;      // times a queue broke
 } vblk_counts;
 
@@ -695,13 +695,16 @@ typedef struct vblk_bucket {
 
 // A virtqueue. Private.
 typedef struct vblk_queue {
-    bool     ready; // atomic
     // Register calls, before DRIVER_OK.
+    bool     ready; // atomic
     uint32_t size;
     uint64_t desc_gpa, avail_gpa, used_gpa;
-    // The drainer, from DRIVER_OK to reset. Positions are free-running.
-    bool     resolved;     // the pointers below are up to date
+    // The drainer, from DRIVER_OK to reset.
     bool     poisoned;
+    uint32_t epoch;        // changes when requests of this queue go stale
+    // The same, and afresh whenever the queue starts. Positions are
+    // free-running.
+    bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
     bool     switch_failed;
     uint16_t avail_next;   // next entry to take
@@ -712,7 +715,6 @@ typedef struct vblk_queue {
     uint64_t stalled_ns;   // when the request at the head began to wait
     bool     stalled;      // there is one
     uint32_t under_way;    // handed out, not completed
-    uint32_t epoch;        // changes when requests of this queue go stale
     uint8_t *desc, *avail, *used; // NULL: through the accessors
     // Any thread reads, the drainer adds.
     vblk_counts counts;
@@ -1543,6 +1545,9 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
 // EMPTY, MORE (there is an entry) or BROKEN.
 static vblk_state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx;
+    if (q->poisoned) {
+        return VBLK_BROKEN;
+    }
     if (q->avail_next != q->avail_seen) {
         return VBLK_MORE;
     }
@@ -1829,6 +1834,9 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
         uint32_t n = VBLK__HEADER_BYTES - got;
         n = d->n < n ? d->n : n;
         uint8_t *p = vblk__whole(dev, d->gpa, n, false);
+        if (vblk__wraps(d->gpa, d->n)) {
+            return VBLK_EV_HEADER_UNREADABLE;
+        }
         if (p && n == VBLK__HEADER_BYTES) {
             vblk__fetch16(dev, p, 0, header);
         } else if (!vblk__read(dev, d->gpa, header + got, n)) {
@@ -2493,13 +2501,22 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
 
 // ---- Device: features, status, reset ----------------------------------------
 
-static void vblk__start_over(vblk_queue *q) {
-    uint32_t epoch = q->epoch + 1;
+// Stop a queue, so that it can start from position 0. What is under way goes
+// stale.
+static void vblk__stop_queue(vblk_queue *q) {
     VBLK__STORE(&q->ready, false);
-    VBLK_MEMSET(&q->size, 0, offsetof(vblk_queue, counts) -
-                                 offsetof(vblk_queue, size));
-    q->epoch = epoch;
+    q->epoch++;
+    VBLK_MEMSET(&q->resolved, 0, offsetof(vblk_queue, counts) -
+                                     offsetof(vblk_queue, resolved));
     VBLK__STORE(&q->counts.currently_throttled, 0);
+}
+
+// The same, and forget what the driver said of it.
+static void vblk__forget_queue(vblk_queue *q) {
+    vblk__stop_queue(q);
+    q->poisoned = false;
+    q->size = 0;
+    q->desc_gpa = q->avail_gpa = q->used_gpa = 0;
 }
 
 // The level line falls with InterruptStatus.
@@ -2518,7 +2535,7 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
 // Back to where the device was after power-on, but for `status`.
 static void vblk__reset(vblk_dev *dev, uint32_t status) {
     for (unsigned i = 0; i < dev->o.queues; i++) {
-        vblk__start_over(&dev->queue[i]);
+        vblk__forget_queue(&dev->queue[i]);
     }
     VBLK__STORE(&dev->accepted, 0);
     dev->event_idx = dev->indirect = dev->write_through = false;
@@ -2767,7 +2784,7 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
                 return vblk__index(dev, q);
             }
             if (value != 1) {
-                vblk__start_over(q);
+                vblk__stop_queue(q);
             }
         } else {
             VBLK__STORE(&q->ready, value == 1);
@@ -2863,7 +2880,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
 VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
     VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
     uint16_t position = dev->queue[queue].avail_next;
-    vblk__start_over(&dev->queue[queue]);
+    vblk__forget_queue(&dev->queue[queue]);
     return position;
 }
 

@@ -102,6 +102,7 @@ static bool refused(uint64_t gpa, uint64_t n) {
     g.accesses++;
     if (g.fail_access > 0 && --g.fail_access == 0) {
         g.fail_access = g.keep_failing ? 1 : 0;
+        g.tripped++;
         return true;
     }
     return in_hole(gpa, n);
@@ -174,6 +175,7 @@ static bool call_fails(char what, uint64_t offset, const vblk_seg *seg,
     g.broken_rule |= what != 'f' && op->bytes == 0;
     if (g.fail_call > 0 && --g.fail_call == 0) {
         g.fail_call = g.keep_failing_calls ? 1 : 0;
+        g.tripped++;
         return true;
     }
     return false;

@@ -56,6 +56,7 @@ typedef struct guest {
     uint64_t    hole, hole_bytes;  // refused from now on
     int         fail_access;       // the nth access from now is refused
     bool        keep_failing;      // and all after it
+    unsigned    tripped;           // how many failed, calls included
     unsigned    accesses;
     guest_access trace[4096];      // ring, without map
     unsigned     traced;

@@ -14,6 +14,11 @@ static uint64_t random_state;
 // Private functions that tests look at.
 bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns);
 int  test_meaning(uint64_t token);
+bool test_crosses(uint16_t event, uint16_t now, uint16_t old);
+
+bool test_crosses(uint16_t event, uint16_t now, uint16_t old) {
+    return vblk__crosses(event, now, old);
+}
 
 bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns) {
     vblk__plan plan = vblk__plan_after(out, again_already);

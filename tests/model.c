@@ -51,17 +51,17 @@ static bool store(model *m, uint64_t gpa, unsigned bytes, uint64_t value) {
     return true;
 }
 
-// The byte at `gpa` may also be `other`.
-static void leave_open(model *m, uint64_t gpa, uint8_t other) {
+// The byte at `gpa` may also be `other`, or anything.
+static void leave_open(model *m, uint64_t gpa, uint8_t how, uint8_t other) {
     uint8_t *p = model_at(m, gpa);
-    if (!p) {
+    size_t   i = p ? (size_t)(p - m->memory) : 0;
+    if (!p || (!m->loose[i] && m->loose_count == COUNT(m->loose_at))) {
         return;
     }
-    size_t i = (size_t)(p - m->memory);
     if (!m->loose[i]) {
-        m->loose[i] = true;
         m->loose_at[m->loose_count++] = i;
     }
+    m->loose[i] = how;
     m->other[i] = other;
 }
 
@@ -89,11 +89,6 @@ void model_note(model_effects *e, char what, uint64_t offset,
 
 // ---- Set-up ----------------------------------------------------------------
 
-static void bucket_init(model_bucket *b, uint64_t rate, uint64_t burst) {
-    b->rate = rate;
-    b->burst = burst ? burst : rate;
-}
-
 void model_init(model *m, const vblk_options *o) {
     memset(m, 0, sizeof *m);
     m->standard = o->profile == VBLK_STANDARD;
@@ -101,7 +96,8 @@ void model_init(model *m, const vblk_options *o) {
     m->read_only = o->read_only || o->backend.read_only || !o->backend.write;
     m->can_flush = o->backend.flush && !m->unsafe;
     m->memory_given = o->memory.read != NULL;
-    m->capacity = o->capacity;
+    m->capacity = o->capacity ? o->capacity
+                              : o->backend.size(o->backend.user) / 512;
     m->queues = o->queues ? o->queues : 1;
     m->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
     m->seg_max = o->seg_max;
@@ -115,15 +111,16 @@ void model_init(model *m, const vblk_options *o) {
     m->vendor = o->vendor_id;
     m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
                  VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
-    m->offered |= m->can_flush ? VBLK_F_FLUSH : 0;
+    if (m->can_flush || (m->read_only && !m->unsafe)) { // nothing to flush
+        m->offered |= VBLK_F_FLUSH;
+    }
     m->offered |= m->read_only ? VBLK_F_RO : 0;
     m->offered |= m->queues > 1 ? VBLK_F_MQ : 0;
     m->offered &= ~o->features_off;
     for (size_t i = 0; o->id && i < 20 && o->id[i]; i++) {
         m->id[i] = (uint8_t)o->id[i];
     }
-    bucket_init(&m->ops, 0, 0);
-    bucket_init(&m->bytes, 0, 0);
+    model_set_limits(m, &o->limits, 0);
 }
 
 
@@ -227,8 +224,8 @@ uint64_t model_read(model *m, uint64_t offset, unsigned bytes) {
 }
 
 static void start_over(model *m, model_queue *q) {
-    q->next = 0;
-    q->done = 0;
+    q->next = q->seen = q->done = 0;
+    q->switch_failed = false;
     if (q->stalled) {
         q->stalled = false;
         m->counts.currently_throttled--;
@@ -256,7 +253,7 @@ static bool status_step(const model *m, uint32_t value) {
     if (added == VBLK_STATUS_FAILED) {
         return true;
     }
-    if (old & VBLK_STATUS_NEEDS_RESET) {
+    if (old & (VBLK_STATUS_NEEDS_RESET | VBLK_STATUS_FAILED)) {
         return false;
     }
     switch (added) {
@@ -305,11 +302,12 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
     if (live && !m->standard) {
         return VBLK_NO_QUEUE;
     }
+    if (live && offset == VBLK_REG_QUEUE_READY && value != 1) { // P8
+        start_over(m, q);
+        q->ready = false;
+        return VBLK_NO_QUEUE;
+    }
     if (live && q->ready) {
-        if (offset == VBLK_REG_QUEUE_READY && value != 1) {
-            q->ready = false;
-            start_over(m, q);
-        }
         return VBLK_NO_QUEUE;
     }
     bool high = offset & 4;
@@ -492,7 +490,7 @@ static bool frame_strict(model *m, chain *c) {
     }
     c->status = last->gpa + (last->n - 1);
     c->header_there = !first->write && first->n >= 16;
-    c->header_readable = !wraps(first->gpa, 16);
+    c->header_readable = !first->wrapped;
     if (c->header_there && c->header_readable) {
         uint64_t address[16];
         for (unsigned i = 0; i < 16; i++) {
@@ -508,6 +506,9 @@ static bool frame_strict(model *m, chain *c) {
 
 // Standard: the first 16 readable bytes, the last writable one (P1).
 static bool frame_standard(model *m, chain *c) {
+    if (readable_after_writable(c)) {
+        return false;
+    }
     unsigned last = c->count;
     for (unsigned i = 0; i < c->count; i++) {
         if (c->all[i].write && c->all[i].n > 0) {
@@ -524,8 +525,7 @@ static bool frame_standard(model *m, chain *c) {
     for (unsigned i = 0; i < c->count; i++) {
         piece p = c->all[i];
         while (!p.write && p.n > 0 && have < 16) {
-            // A wrap inside the header is no memory.
-            c->header_readable &= !(p.wrapped && p.gpa < c->all[i].gpa);
+            c->header_readable &= !p.wrapped;
             address[have++] = p.gpa;
             p.gpa++;
             p.n--;
@@ -545,10 +545,65 @@ static bool frame_standard(model *m, chain *c) {
 
 // ---- Throttle (T) ----------------------------------------------------------
 
-// Nanoseconds until the request passes; 0: it passes, and has paid.
+static const model_wide billion = 1000000000;
+
+static void refill(model_bucket *b, uint64_t now_ns) {
+    if (now_ns > b->then_ns) {
+        b->balance += (model_wide)(now_ns - b->then_ns) * (model_wide)b->rate;
+        b->then_ns = now_ns;
+    }
+    if (b->balance > (model_wide)b->burst * billion) {
+        b->balance = (model_wide)b->burst * billion;
+    }
+}
+
+// Nanoseconds until `n` tokens pass; 0: they do.
+static uint64_t wait_for(model_bucket *b, uint64_t n, uint64_t now_ns) {
+    if (b->rate == 0 || n == 0) {
+        return 0;
+    }
+    refill(b, now_ns);
+    // More than it ever holds passes as soon as there is no debt (T3).
+    model_wide need = n > b->burst ? 0 : (model_wide)n * billion;
+    model_wide rate = (model_wide)b->rate;
+    if (b->balance >= need) {
+        return 0;
+    }
+    return (uint64_t)((need - b->balance + rate - 1) / rate);
+}
+
+static void pay(model_bucket *b, uint64_t n) {
+    if (b->rate > 0) {
+        b->balance -= (model_wide)n * billion;
+    }
+}
+
+// Nanoseconds until the request passes; 0: it passes, and has paid (T2).
 static uint64_t throttle(model *m, uint64_t bytes, uint64_t now_ns) {
-    (void)m, (void)bytes, (void)now_ns;
-    return 0;
+    uint64_t a = wait_for(&m->ops, 1, now_ns);
+    uint64_t b = wait_for(&m->bytes, bytes, now_ns);
+    if (a == 0 && b == 0) {
+        pay(&m->ops, 1);
+        pay(&m->bytes, bytes);
+    }
+    return a > b ? a : b;
+}
+
+static void set_limit(model_bucket *b, uint64_t rate, uint64_t burst,
+                      uint64_t now_ns) {
+    bool unlimited = b->rate == 0;
+    refill(b, now_ns);
+    b->rate = rate;
+    b->burst = burst ? burst : rate;
+    b->then_ns = now_ns;
+    if (unlimited || b->balance > (model_wide)b->burst * billion) {
+        b->balance = (model_wide)b->burst * billion;
+    }
+}
+
+void model_set_limits(model *m, const vblk_limits *l, uint64_t now_ns) {
+    set_limit(&m->ops, l->iops, l->iops_burst, now_ns);
+    set_limit(&m->bytes, l->bps, l->bps_burst, now_ns);
 }
 
 
@@ -631,7 +686,7 @@ static uint8_t read_data(model *m, const chain *c) { // X2, X3
             if (!fails) {
                 *model_at(m, gpa) = at < end ? m->disk.data[at] : 0;
             } else if (at < end) { // it may have got there, or not
-                leave_open(m, gpa, m->disk.data[at]);
+                leave_open(m, gpa, MODEL_EITHER, m->disk.data[at]);
             }
         }
     }
@@ -681,17 +736,16 @@ static void write_id(model *m, const chain *c) {
 // Do what a valid chain asks for: its status byte, or STALLS with `wait`.
 static uint32_t execute(model *m, const chain *c, uint64_t now_ns,
                         uint64_t *wait) {
-    bool move = c->type == VBLK_T_IN || c->type == VBLK_T_OUT;
     if (c->type == VBLK_T_FLUSH && m->read_only) { // V10
         m->counts.flushes++;
         return VBLK_S_OK;
     }
-    if (move && c->bytes == 0) { // P4
+    if (c->type != VBLK_T_FLUSH && c->bytes == 0) { // P4
         m->counts.reads += c->type == VBLK_T_IN;
         m->counts.writes += c->type == VBLK_T_OUT;
         return VBLK_S_OK;
     }
-    *wait = throttle(m, move ? c->bytes : 0, now_ns);
+    *wait = throttle(m, c->type == VBLK_T_FLUSH ? 0 : c->bytes, now_ns);
     if (*wait > 0) {
         return STALLS;
     }
@@ -737,7 +791,7 @@ static int serve(model *m, model_queue *q, uint32_t head, uint64_t now_ns,
     chain c;
     memset(&c, 0, sizeof c);
     *len = 0;
-    bool fine = walk(m, q, head, &c) && !readable_after_writable(&c) &&
+    bool fine = walk(m, q, head, &c) &&
                 (m->standard ? frame_standard(m, &c) : frame_strict(m, &c));
     if (!fine) { // V1, V2, P5
         m->counts.io_errors++;
@@ -800,14 +854,20 @@ static void leave_switch_open(model *m, const model_queue *q) {
         return;
     }
     store(m, q->used, 2, 0);
-    if (!(m->accepted & VBLK_F_EVENT_IDX)) {
-        leave_open(m, q->used, 1);
-        return;
+    if (m->accepted & VBLK_F_EVENT_IDX) {
+        leave_open(m, q->used, MODEL_EITHER, (uint8_t)flags);
+        leave_open(m, event, MODEL_ANY, 0);
+        leave_open(m, event + 1, MODEL_ANY, 0);
+    } else {
+        leave_open(m, q->used, MODEL_EITHER, 1);
     }
-    leave_open(m, q->used, (uint8_t)flags);
-    if (mapped(event, 2)) {
-        leave_open(m, event, (uint8_t)q->next);
-        leave_open(m, event + 1, (uint8_t)(q->next >> 8));
+}
+
+static void stall_ends(model *m, model_queue *q, uint64_t now_ns) { // T5
+    if (q->stalled) {
+        q->stalled = false;
+        m->counts.currently_throttled--;
+        m->counts.throttled_ns += now_ns - q->stalled_ns;
     }
 }
 
@@ -822,11 +882,21 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
         return out;
     }
     uint16_t before = q->done;
-    uint64_t idx = 0;
-    bool fine = well_placed(q) && load(m, q->avail + 2, 2, &idx) &&
-                (uint16_t)(idx - q->next) <= q->size;
-    while (fine && q->next != idx) {
-        uint64_t head, len, wait = 0;
+    bool     fine = well_placed(q);
+    for (uint32_t taken = 0; fine; taken++) {
+        uint64_t head, len, idx, wait = 0;
+        if (q->next == q->seen) { // all that was there is taken: look again
+            fine = load(m, q->avail + 2, 2, &idx) &&
+                   (uint16_t)(idx - q->next) <= q->size;
+            if (!fine || q->next == idx) {
+                break;
+            }
+            q->seen = (uint16_t)idx;
+        }
+        if (taken == q->size) { // Q11
+            out.state = VBLK_MORE;
+            break;
+        }
         uint64_t slot = q->next % q->size;
         fine = load(m, q->avail + 4 + 2 * slot, 2, &head) && head < q->size;
         if (!fine) {
@@ -837,16 +907,16 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
             out.state = VBLK_STALLED;
             out.wait_ns = wait;
             m->counts.throttled++;
-            m->counts.currently_throttled += !q->stalled;
-            q->stalled = true;
+            if (!q->stalled) {
+                m->counts.currently_throttled++;
+                q->stalled = true;
+                q->stalled_ns = now_ns;
+            }
             break;
         }
         m->requests++;
         q->next++;
-        if (q->stalled) {
-            q->stalled = false;
-            m->counts.currently_throttled--;
-        }
+        stall_ends(m, q, now_ns);
         if (end == RETURNED) {
             uint64_t element = q->used + 4 + 8 * (uint64_t)(q->done % q->size);
             fine = mapped(element, 8);
@@ -859,21 +929,22 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
     }
     if (q->done != before && !store(m, q->used + 2, 2, q->done)) {
         fine = false;
-        before = q->done;
     }
-    bool shown = q->done != before, sure = false;
-    if (fine && out.state == VBLK_EMPTY) {
-        sure = !switch_on(m, q);
-    } else {
+    bool shown = q->done != before;
+    if (fine) {
+        q->switch_failed = !switch_on(m, q);
+    }
+    if (!fine || out.state != VBLK_EMPTY) {
         leave_switch_open(m, q);
     }
     if (shown) { // Q7, P7
-        bool fire = sure || wants_interrupt(m, q, before);
+        bool fire = q->switch_failed || wants_interrupt(m, q, before);
         if (fire || !m->standard) {
             interrupt(m, VBLK_INTERRUPT_USED, fire);
         }
     }
     if (!fine) {
+        stall_ends(m, q, now_ns);
         poison(m, q);
         out.state = VBLK_BROKEN;
     }

@@ -35,16 +35,19 @@ typedef struct model_disk {
     bool     bad_flush; // flushing is an error
 } model_disk;
 
-// Tokens as 128 bits, `hi` signed, in units of 1e-9.
-typedef struct model_wide {
-    int64_t  hi;
-    uint64_t lo;
-} model_wide;
+// A billionth of a token, or that times a billion: wide enough for any limit.
+#ifdef __SIZEOF_INT128__
+#define MODEL_WIDE true
+__extension__ typedef __int128 model_wide;
+#else
+#define MODEL_WIDE false // the driver sets small limits alone
+typedef int64_t model_wide;
+#endif
 
 typedef struct model_bucket {
     uint64_t   rate, burst;
-    model_wide balance;
-    uint64_t   since;
+    model_wide balance; // billionths of a token
+    uint64_t   then_ns; // when it was that
 } model_bucket;
 
 typedef struct model_queue {
@@ -52,9 +55,14 @@ typedef struct model_queue {
     bool     ready;
     uint64_t desc, avail, used;
     bool     poisoned, stalled;
+    bool     switch_failed; // the driver could not be told to notify (Q3)
+    uint64_t stalled_ns; // since when
     uint16_t next; // position in the available ring
+    uint16_t seen; // avail.idx, last time it was looked at
     uint16_t done; // position in the used ring
 } model_queue;
+
+enum { MODEL_EITHER = 1, MODEL_ANY };
 
 typedef struct model {
     // What it is made from.
@@ -81,10 +89,11 @@ typedef struct model {
     model_bucket ops, bytes;
     uint64_t     requests; // chains taken
 
-    // Where the rules leave a choice: the byte may be this one as well.
+    // Where the rules leave a choice: the byte may be this one as well, or
+    // any one.
     uint8_t  other[MODEL_BYTES];
-    bool     loose[MODEL_BYTES];
-    size_t   loose_at[MODEL_BYTES];
+    uint8_t  loose[MODEL_BYTES];
+    size_t   loose_at[1u << 18];
     size_t   loose_count;
 } model;
 
@@ -99,5 +108,7 @@ int          model_write(model *m, uint64_t offset, unsigned bytes,
                          uint64_t value);
 vblk_outcome model_drain(model *m, int queue, uint64_t now_ns);
 void         model_needs_reset(model *m);
+void         model_set_limits(model *m, const vblk_limits *limits,
+                              uint64_t now_ns);
 
 #endif

@@ -1,7 +1,7 @@
 // The device against the model: a driver that does anything at random, and
 // after each step everything that can be seen of both is compared.
 //
-//     MODEL_TIMES=1000 vblk_test model_
+//     VBLK_SOAK=1000 vblk_test model_
 //
 // runs a thousand times as long. A mismatch prints the seed (-s SEED repeats
 // it), the session and step it happened in, and what the step was.
@@ -660,7 +660,7 @@ static void desc(uint64_t table, uint64_t i, part p, uint32_t next) {
     }
 }
 
-// Parts [from, n) as an indirect table; what points to it.
+// The parts as an indirect table; what points to it.
 static part table_of(const part *p, unsigned n) {
     unsigned entries = n + (one_in(3) ? test_below(4) : 0);
     uint64_t gpa = place(16 * (uint64_t)entries, one_in(3) ? 1 : 16);
@@ -927,7 +927,6 @@ static void make(vblk_profile profile) {
     static const uint32_t backings[] = {MODEL_SECTORS * 512, 511, 0, 512,
                                         0x4000, 0x4000 + 100};
     guest_init();
-    memset(&d, 0, offsetof(struct { model_disk disk; int after; }, after));
     uint64_t session = d.session, requests = d.requests;
     bool     throttled = d.throttled;
     memset(&d, 0, sizeof d);
@@ -1177,7 +1176,7 @@ static void step(void) {
 }
 
 static void agree(vblk_profile profile, bool throttled) {
-    const char *times = getenv("MODEL_TIMES");
+    const char *times = getenv("VBLK_SOAK");
     uint64_t    sessions = throttled ? SESSIONS / 2 : SESSIONS;
     sessions *= times ? strtoull(times, NULL, 0) : 1;
     memset(&d, 0, sizeof d);

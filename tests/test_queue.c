@@ -213,6 +213,20 @@ void q4_used_element_outside_memory(void) {
     CHECK_EQ(0, used_count(0));
 }
 
+// What cannot be returned is not done either, but for the request at which it
+// showed.
+void q4_a_drain_stops_where_the_queue_breaks(void) {
+    guest_up();
+    for (int i = 0; i < 5; i++) {
+        request(VBLK_T_FLUSH, 0, 0);
+    }
+    g.hole = g.queue[0].used + 4;
+    g.hole_bytes = 64;
+    vblk_set_memory(&g.dev, g.o.memory);
+    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(1, g.calls);
+}
+
 void q4_used_idx_outside_memory(void) {
     guest_up();
     request(VBLK_T_FLUSH, 0, 0);

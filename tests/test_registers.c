@@ -596,6 +596,25 @@ void p8_queue_ready_0_stops_a_queue_and_it_starts_over(void) {
     CHECK_EQ(1, get16(g.queue[0].used + 2));
 }
 
+// Size and addresses stay; so does poison, which only a reset clears (Q4).
+void p8_a_stopped_queue_keeps_what_it_was_told(void) {
+    guest_up_standard();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    wr(VBLK_REG_QUEUE_READY, 0);
+    guest_queue *q = &g.queue[0];
+    put16(q->avail + 2, 0);
+    fill(q->used, 0, 4);
+    q->avail_idx = q->used_idx = 0;
+    wr_drain(VBLK_REG_QUEUE_READY, 1);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    put16(q->avail + 2, 5000);
+    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    put16(q->avail + 2, 0);
+    wr(VBLK_REG_QUEUE_READY, 0);
+    int queue = wr(VBLK_REG_QUEUE_READY, 1);
+    CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, queue, 0).state);
+}
+
 void p8_a_ready_queue_is_not_reconfigured_live(void) {
     guest_up_standard();
     wr(VBLK_REG_QUEUE_NUM, 8);

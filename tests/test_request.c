@@ -172,6 +172,20 @@ void v4_header_outside_memory(void) {
     }
 }
 
+// Cutting the header off a descriptor that wraps must not leave a piece of it
+// at address 0, where there is memory.
+void v4_header_descriptor_that_wraps(void) {
+    for (int profile = 0; profile < 2; profile++) {
+        guest_init();
+        g.o.profile = (vblk_profile)profile;
+        guest_up();
+        put(UINT64_MAX - 15, at(put_header(VBLK_T_OUT, 0)), 16);
+        uint64_t status = alloc(1, 1);
+        part p[2] = {{UINT64_MAX - 15, 16 + 512, 0}, {status, 1, WRITE}};
+        refused(send_parts(p, 2, status), VBLK_EV_HEADER_UNREADABLE);
+    }
+}
+
 void v4_header_across_a_seam(void) {
     guest_up();
     req r = prepare(VBLK_T_IN, 6, 512);

@@ -35,6 +35,7 @@
     X(f7_needs_reset_belongs_to_the_device, GUEST)                             \
     X(f8_event_idx_only_if_negotiated, GUEST)                                  \
     X(p8_queue_ready_0_stops_a_queue_and_it_starts_over, GUEST)                \
+    X(p8_a_stopped_queue_keeps_what_it_was_told, GUEST)                        \
     X(p8_a_ready_queue_is_not_reconfigured_live, GUEST)                        \
     X(p8_enabling_a_live_queue_names_it, GUEST)                                \
     X(r1_reset_clears_what_belongs_to_the_driver, GUEST)                       \
@@ -54,6 +55,7 @@
     X(q4_avail_ring_outside_memory, GUEST)                                     \
     X(q4_avail_entry_outside_memory, GUEST)                                    \
     X(q4_used_element_outside_memory, GUEST)                                   \
+    X(q4_a_drain_stops_where_the_queue_breaks, GUEST)                          \
     X(q4_used_idx_outside_memory, GUEST)                                       \
     X(q4_misplaced_rings, GUEST)                                               \
     X(q4_a_queue_without_a_size, GUEST)                                        \
@@ -89,6 +91,7 @@
     X(v3_strict_wants_the_header_first, GUEST)                                 \
     X(v3_a_longer_header_descriptor_is_fine, GUEST)                            \
     X(v4_header_outside_memory, GUEST)                                         \
+    X(v4_header_descriptor_that_wraps, GUEST)                                  \
     X(v4_header_across_a_seam, GUEST)                                          \
     X(v5_size_max, GUEST)                                                      \
     X(p3_size_max_binds_who_accepted_it, GUEST)                                \
@@ -176,6 +179,18 @@
     X(t8_blocking_limiter, GUEST)                                              \
     X(t8_no_rate_passes_everything, GUEST)                                     \
     X(t8_real_time, GUEST)                                                     \
+    X(all_status_sequences, GUEST)                                             \
+    X(all_status_writes_from_every_state, GUEST)                               \
+    X(all_descriptor_shapes, GUEST)                                            \
+    X(all_config_reads, GUEST)                                                 \
+    X(all_event_idx_triples, ONCE)                                             \
+    X(fault_in_every_backend_call, GUEST)                                      \
+    X(fault_in_every_memory_access, GUEST)                                     \
+    X(fault_statuses_and_counters, GUEST)                                      \
+    X(race_on_guest_memory, GUEST)                                             \
+    X(model_agrees_strict, GUEST)                                              \
+    X(model_agrees_standard, GUEST)                                            \
+    X(model_agrees_throttled, GUEST)                                           \
     X(w3_plan_after_a_drain, ONCE)                                             \
     X(w4_meaning_of_an_event, ONCE)                                            \
     X(w2_no_thread_before_driver_ok, ONCE)                                     \
