@@ -11,8 +11,8 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_queue.c tests/test_request.c tests/test_execution.c \
            tests/test_throttle.c tests/test_transport.c \
            tests/test_worker.c \
-           tests/test_exhaustive.c tests/test_fault.c tests/model.c \
-           tests/test_model.c
+           tests/test_exhaustive.c tests/test_fault.c tests/test_cases.c \
+           tests/model.c tests/test_model.c
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
@@ -42,6 +42,18 @@ tsan:                          ## the tests under the thread sanitizer (clang)
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party
+
+conformance: $(B)/vblk_test    ## each statement of the standard and its test
+	@sh tests/conformance.sh $(B)/vblk_test
+
+test-32:                       ## the tests as a 32-bit program (gcc-multilib)
+	@B=$(B) sh tests/compile/elsewhere.sh 32 $(TESTS)
+
+test-be:                       ## the tests on big-endian s390x (qemu-user,
+	@B=$(B) sh tests/compile/elsewhere.sh be $(TESTS)  # gcc-s390x-linux-gnu)
+
+test-O:                        ## the tests at -O0, -O2, -O3 and -Os
+	@B=$(B) sh tests/compile/elsewhere.sh O $(TESTS)
 
 model:                         ## the barriers and the worker's states (spin)
 	@sh tests/model/run.sh
@@ -101,5 +113,5 @@ $(B)/bench: tests/bench.c vblk.h
 clean:
 	rm -rf $(B)
 
-.PHONY: all test demo throttle threaded asan tsan soak model bench interop \
-        interop-uboot size lint help clean
+.PHONY: all test conformance test-32 test-be test-O demo throttle threaded asan \
+        tsan soak model bench interop interop-uboot size lint help clean

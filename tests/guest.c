@@ -2,6 +2,7 @@
 
 guest g;
 bool  guest_use_map;
+vblk_profile guest_profile;
 
 
 // ---- Memory ----------------------------------------------------------------
@@ -276,6 +277,7 @@ void guest_init(void) {
     g.o.backend.flush = disk_flush;
     g.o.backend.size = disk_size;
     g.o.id = "disk-0";
+    g.o.profile = guest_profile;
     g.o.interrupt = on_interrupt;
     g.o.event = on_event;
 }

@@ -84,6 +84,7 @@ typedef struct guest {
 
 extern guest g;
 extern bool  guest_use_map;
+extern vblk_profile guest_profile; // unless the test chooses
 
 // A fresh guest: dirty memory, patterned disk, default options in g.o.
 void guest_init(void);

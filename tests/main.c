@@ -1,4 +1,7 @@
-// The one test binary: vblk_test [-l] [-s SEED] [part of a name]
+// The one test binary: vblk_test [-l] [-v] [-p] [-s SEED] [part of a name]
+//
+//     -l  list the tests       -v  a line for each that passes
+//     -p  the standard profile, where a test does not choose
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -83,15 +86,20 @@ static bool run_one(const struct test *t, bool map) {
 
 int main(int argc, char **argv) {
     const char *filter = "";
-    bool list = false;
+    bool list = false, verbose = false;
     int passed = 0, failed = 0;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "-l")) {
             list = true;
+        } else if (!strcmp(argv[i], "-v")) {
+            verbose = true;
+        } else if (!strcmp(argv[i], "-p")) {
+            guest_profile = VBLK_STANDARD;
         } else if (!strcmp(argv[i], "-s") && i + 1 < argc) {
             test_seed = strtoull(argv[++i], NULL, 0);
         } else if (argv[i][0] == '-') {
-            fprintf(stderr, "usage: %s [-l] [-s SEED] [part of a name]\n",
+            fprintf(stderr,
+                    "usage: %s [-l] [-v] [-p] [-s SEED] [part of a name]\n",
                     argv[0]);
             return 2;
         } else {
@@ -110,6 +118,9 @@ int main(int argc, char **argv) {
         bool ok = run_one(&tests[i], true);
         if (tests[i].how == GUEST) {
             ok = run_one(&tests[i], false) && ok;
+        }
+        if (ok && verbose) {
+            printf("ok %s\n", tests[i].name);
         }
         passed += ok;
         failed += !ok;

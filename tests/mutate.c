@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MOST (1u << 20) // bytes of source
+
 enum { NAME, NUMBER, TEXT, SIGN };
 
 typedef struct token {
@@ -86,7 +88,6 @@ static size_t sign_length(const char *p) {
 }
 
 static void add_token(int kind, size_t at, size_t n, unsigned line) {
-    tokens = (token *)realloc(tokens, (count + 1) * sizeof *tokens);
     token t = {kind, at, n, line, 0, false, 0};
     tokens[count++] = t;
 }
@@ -271,7 +272,7 @@ static size_t statement_end(size_t i) {
         }
         return i;
     }
-    while (!is(i, ";") || tokens[i].nested) {
+    while (i + 1 < count && (!is(i, ";") || tokens[i].nested)) {
         i = is(i, "{") ? closing(i) + 1 : i + 1;
     }
     return i;
@@ -339,14 +340,11 @@ int main(int argc, char **argv) {
         return 2;
     }
     wanted = one ? strtol(argv[2], NULL, 10) : -1;
-    for (int c; (c = getc(f)) != EOF;) {
-        source = (char *)realloc(source, size + 2);
-        source[size++] = (char)c;
-        source[size] = 0;
-    }
+    source = (char *)calloc(MOST, 1);
+    tokens = (token *)calloc(MOST, sizeof *tokens);
+    size = fread(source, 1, MOST - 1, f);
     fclose(f);
-    const char *from = source ? strstr(source, "#define VBLK_IMPLEMENTED\n")
-                              : NULL;
+    const char *from = strstr(source, "#define VBLK_IMPLEMENTED\n");
     if (!from) {
         fprintf(stderr, "mutate: no VBLK_IMPLEMENTED in %s\n", argv[argc - 1]);
         return 2;

@@ -199,6 +199,18 @@ void x4_flush(void) {
     CHECK_EQ(1, counts().flushes);
 }
 
+// BDUR-05: the flush is for the disk, whichever queue it came by.
+void x4_flush_covers_all_queues(void) {
+    g.o.queues = 2;
+    guest_up();
+    req w = prepare(VBLK_T_OUT, 0, 512);
+    send(1, &w);
+    kick(1);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ('w', g.op[0].what);
+    CHECK_EQ('f', g.op[1].what);
+}
+
 // BDUR-02: the driver declined FLUSH, so each write is durable before it
 // completes; a failed sync is a failed write.
 void x4_write_through_when_flush_is_declined(void) {
@@ -320,7 +332,7 @@ void x6_counters(void) {
 }
 
 
-// ---- The request interface --------------------------------------------------
+// ---- The request interface ------------------------------------------------
 
 void next_and_complete_in_any_order(void) {
     enum { N = 20 };
@@ -449,7 +461,7 @@ void w9_memory_later(void) {
 }
 
 
-// ---- Options ----------------------------------------------------------------
+// ---- Options --------------------------------------------------------------
 
 void options_defaults(void) {
     guest_make();
@@ -465,6 +477,19 @@ void options_defaults(void) {
         g.o.queue_size = rows[i].queue_size;
         guest_make();
         CHECK_EQ(rows[i].seg_max, g.dev.o.seg_max);
+    }
+}
+
+// BCFG-20: no limit that a driver sees is 0.
+void options_defaults_are_usable(void) {
+    static const uint32_t sizes[] = {1, 2, 4, 256, 32768};
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        g.o.queue_size = sizes[i];
+        guest_make();
+        uint64_t size_max = vblk_mmio_read(&g.dev, 0x108, 4);
+        uint64_t seg_max = vblk_mmio_read(&g.dev, 0x10c, 4);
+        CHECK(size_max >= 512 && seg_max >= 1);
+        CHECK(seg_max + 2 <= sizes[i] || sizes[i] < 4);
     }
 }
 
@@ -569,7 +594,7 @@ void events_of_strict_rules_name_the_standard_profile(void) {
 }
 
 
-// ---- Backends ---------------------------------------------------------------
+// ---- Backends -------------------------------------------------------------
 
 void b1_without_write_the_disk_is_read_only(void) {
     g.o.backend.write = NULL;

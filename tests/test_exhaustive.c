@@ -5,7 +5,7 @@
 bool test_crosses(uint16_t event, uint16_t now, uint16_t old);
 
 
-// ---- Status -----------------------------------------------------------------
+// ---- Status ---------------------------------------------------------------
 
 // The table: from a state, the writes that move it on. Everything else leaves
 // it as it was; 0 always leads to 0.
@@ -95,7 +95,7 @@ void all_status_writes_from_every_state(void) {
 }
 
 
-// ---- Descriptor shapes --------------------------------------------------------
+// ---- Descriptor shapes ----------------------------------------------------
 
 // What the rules say of a chain: returned or not, used length, status byte.
 typedef struct verdict {
@@ -265,7 +265,7 @@ void all_descriptor_shapes(void) {
 }
 
 
-// ---- Config space, notification -----------------------------------------------
+// ---- Config space, notification -------------------------------------------
 
 void all_config_reads(void) {
     uint8_t whole[128];

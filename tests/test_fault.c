@@ -111,7 +111,7 @@ void fault_statuses_and_counters(void) {
 }
 
 
-// ---- A guest that changes its mind --------------------------------------------
+// ---- A guest that changes its mind ----------------------------------------
 
 static uint32_t racing; // atomic
 

@@ -47,7 +47,7 @@ static struct {
 } d;
 
 
-// ---- Words -----------------------------------------------------------------
+// ---- Words ----------------------------------------------------------------
 
 static void say(const char *format, ...) {
     va_list args;
@@ -96,7 +96,7 @@ static bool one_in(uint32_t n) {
 }
 
 
-// ---- The device's disk -----------------------------------------------------
+// ---- The device's disk ----------------------------------------------------
 
 static int64_t move(uint64_t offset, const vblk_seg *seg, unsigned segs,
                     bool in) {
@@ -156,7 +156,7 @@ static uint64_t disk_size(void *user) {
 }
 
 
-// ---- Comparison ------------------------------------------------------------
+// ---- Comparison -----------------------------------------------------------
 
 // The four stretches of guest memory that the driver uses.
 enum { WINDOW = 0x10000 };
@@ -285,7 +285,7 @@ static void compare(bool all) {
 }
 
 
-// ---- Both at once ----------------------------------------------------------
+// ---- Both at once ---------------------------------------------------------
 
 // At `offset` of what begins at `base`: what is no memory is left out, and so
 // is what lies beyond the end of the address space.
@@ -358,7 +358,7 @@ static void set(uint32_t offset, uint32_t value) {
 }
 
 
-// ---- Memory for rings and buffers ------------------------------------------
+// ---- Memory for rings and buffers -----------------------------------------
 
 static bool is_free(uint64_t gpa, uint64_t n) {
     uint64_t last = n - 1 > UINT64_MAX - gpa ? UINT64_MAX : gpa + (n - 1);
@@ -431,7 +431,7 @@ static uint64_t bad_place(uint64_t n) {
 }
 
 
-// ---- Requests --------------------------------------------------------------
+// ---- Requests -------------------------------------------------------------
 
 static void add(part *p, unsigned *n, uint64_t gpa, uint64_t bytes,
                 uint16_t flags) {
@@ -767,7 +767,7 @@ static void submit_one(unsigned queue) {
 }
 
 
-// ---- Bringing it up --------------------------------------------------------
+// ---- Bringing it up -------------------------------------------------------
 
 static bool live(unsigned queue) {
     return d.ring[queue].size > 0 && m.queue[queue].ready &&
@@ -979,7 +979,7 @@ static void make(vblk_profile profile) {
 }
 
 
-// ---- Steps -----------------------------------------------------------------
+// ---- Steps ----------------------------------------------------------------
 
 static void step_requests(void) {
     unsigned queue = test_below(m.queues);

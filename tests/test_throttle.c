@@ -134,11 +134,10 @@ void t_change_of_limits(void) {
 // A limiter that forgets the fraction of a token at each refill, as several
 // well-known ones do: the simulation must notice.
 static void lossy_refill(vblk_bucket *b, uint64_t now) {
-    uint64_t gained = (uint64_t)((double)(now - b->last_ns) / 1e9 *
-                                 (double)b->rate);
     if (now <= b->last_ns) {
         return;
     }
+    uint64_t gained = (now - b->last_ns) * b->rate / SECOND;
     b->last_ns = now;
     b->tokens += (int64_t)gained;
     b->tokens = b->tokens < (int64_t)b->burst ? b->tokens

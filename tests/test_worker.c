@@ -56,6 +56,9 @@ void w4_meaning_of_an_event(void) {
 // ---- A device with a worker, and what a driver needs around it ------------
 
 #define SECOND UINT64_C(1000000000)
+#ifndef TEST_PATIENCE
+#define TEST_PATIENCE 20
+#endif
 
 static vblk_worker w;
 static vblk_options o;
@@ -91,10 +94,11 @@ static uint64_t clock_ns(void) {
     return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
 }
 
-// Wait for a condition that a thread brings about; 20 s mean that it hangs.
+// Wait for a condition that a thread brings about; TEST_PATIENCE seconds mean
+// that it hangs.
 #define EVENTUALLY(cond)                                                       \
     do {                                                                       \
-        uint64_t end_ = clock_ns() + 20 * SECOND;                              \
+        uint64_t end_ = clock_ns() + TEST_PATIENCE * SECOND;                   \
         while (!(cond)) {                                                      \
             if (clock_ns() > end_) {                                           \
                 test_fail(__FILE__, __LINE__, "never: " #cond);                \
@@ -131,8 +135,17 @@ static uint16_t *word(uint32_t gpa) {
     return (uint16_t *)(void *)(ram + gpa);
 }
 
+// Numbers in guest memory are little-endian, whatever this host is.
+static uint16_t le16(uint16_t value) {
+    uint8_t b[2];
+    memcpy(b, &value, 2);
+    return (uint16_t)(b[0] | b[1] << 8);
+}
+
 static void put_le32(uint32_t gpa, uint32_t value) {
-    memcpy(ram + gpa, &value, 4);
+    for (unsigned i = 0; i < 4; i++) {
+        ram[gpa + i] = (uint8_t)(value >> 8 * i);
+    }
 }
 
 static void bind_driver(uint64_t declined) {
@@ -161,7 +174,7 @@ static void go(void) {
 }
 
 static uint16_t used_idx(void) {
-    return __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE);
+    return le16(__atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE));
 }
 
 // Chain `slot` (three descriptors at 3 * slot): read or write of 512 bytes.
@@ -187,9 +200,9 @@ static void chain(unsigned slot, uint32_t type, uint32_t sector) {
 static uint16_t avail_made;
 
 static void add(unsigned slot) {
-    word(AVAIL + 4)[avail_made % QUEUE] = (uint16_t)(3 * slot);
+    word(AVAIL + 4)[avail_made % QUEUE] = le16((uint16_t)(3 * slot));
     avail_made++;
-    __atomic_store_n(word(AVAIL + 2), avail_made, __ATOMIC_RELEASE);
+    __atomic_store_n(word(AVAIL + 2), le16(avail_made), __ATOMIC_RELEASE);
 }
 
 static void up(void) {
@@ -721,6 +734,43 @@ void w7_pause_of_a_stuck_worker(void) {
     close_pipes();
 }
 
+// LIB-09: the interrupt function wants a lock that the vCPU holds while it
+// writes to Status. The reset is bounded all the same.
+static pthread_mutex_t vmm_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint32_t in_interrupt;
+
+static void locking_interrupt(void *user, int queue, bool fire) {
+    (void)user, (void)queue;
+    if (fire) {
+        __atomic_store_n(&in_interrupt, 1, __ATOMIC_RELEASE);
+        pthread_mutex_lock(&vmm_lock);
+        pthread_mutex_unlock(&vmm_lock);
+    }
+}
+
+void w7_an_interrupt_that_waits_for_the_caller(void) {
+    worker_options();
+    wo.stop_ms = 20;
+    wo.released = on_released;
+    o.interrupt = locking_interrupt;
+    released = in_interrupt = 0;
+    up();
+    pthread_mutex_lock(&vmm_lock);
+    chain(0, VBLK_T_IN, 0);
+    add(0);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(__atomic_load_n(&in_interrupt, __ATOMIC_ACQUIRE));
+    uint64_t start = clock_ns();
+    store(VBLK_REG_STATUS, 0);
+    CHECK(clock_ns() - start < 5 * SECOND);
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    pthread_mutex_unlock(&vmm_lock);
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    EVENTUALLY(vblk_worker_reset(&w));
+    again_from_reset();
+    finish();
+}
+
 // A slow backend that returns in time is joined, its request thrown away.
 void w7_reset_of_a_slow_worker(void) {
     up_stuck();
@@ -732,7 +782,8 @@ void w7_reset_of_a_slow_worker(void) {
     store(VBLK_REG_STATUS, 0);
     pthread_join(helper, NULL);
     CHECK_EQ(0, load(VBLK_REG_STATUS));
-    CHECK_EQ(1, vblk_counters(&w.dev).reads); // the one before
+    uint64_t reads = vblk_counters(&w.dev).reads; // the one before, and
+    CHECK(reads >= 1 && reads <= 3);              // what it still got done
     again_from_reset();
     finish();
     close_pipes();
@@ -787,7 +838,7 @@ static void dump(const char *what) {
     printf("  %s: done %" PRIu64 " of %" PRIu64 ", avail %u, used %u, "
            "avail_event %u, status %#x, interrupt %#x, parked %d\n",
            what, party.done, party.wanted, avail_made, used_idx(),
-           *word(USED + 4 + 8 * QUEUE), load(VBLK_REG_STATUS),
+           le16(*word(USED + 4 + 8 * QUEUE)), load(VBLK_REG_STATUS),
            load(VBLK_REG_INTERRUPT_STATUS), vblk_worker_paused(&w));
 }
 
@@ -865,23 +916,22 @@ static void drive(bool event_idx) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
         bool kick_it;
         if (event_idx) {
-            uint16_t event = __atomic_load_n(word(USED + 4 + 8 * QUEUE),
-                                             __ATOMIC_ACQUIRE);
+            uint16_t event = le16(__atomic_load_n(
+                word(USED + 4 + 8 * QUEUE), __ATOMIC_ACQUIRE));
             kick_it = (uint16_t)(avail_made - event - 1) <
                       (uint16_t)(avail_made - old);
         } else {
             kick_it = old != avail_made &&
-                      !(__atomic_load_n(word(USED), __ATOMIC_ACQUIRE) & 1);
+                      !(le16(__atomic_load_n(word(USED), __ATOMIC_ACQUIRE)) & 1);
         }
         if (kick_it) {
             store(VBLK_REG_QUEUE_NOTIFY, 0);
             party.kicks++;
         }
         while (seen != used_idx()) {
-            uint32_t id;
-            memcpy(&id, ram + USED + 4 + 8 * (seen % QUEUE), 4);
+            uint16_t id = le16(*word(USED + 4 + 8 * (seen % QUEUE)));
             seen++;
-            unsigned slot = id / 3;
+            unsigned slot = id / 3u;
             if (slot >= 16 || !busy[slot] ||
                 ram[HEADER + 32 * slot + 16] != VBLK_S_OK) {
                 test_fail(__FILE__, __LINE__, "completed twice, or wrongly");
@@ -891,7 +941,7 @@ static void drive(bool event_idx) {
             party.done++;
             last_progress = clock_ns();
         }
-        if (clock_ns() - last_progress > 20 * SECOND) {
+        if (clock_ns() - last_progress > TEST_PATIENCE * SECOND) {
             test_fail(__FILE__, __LINE__, "a request was lost");
             dump("hang");
             return;

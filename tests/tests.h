@@ -129,6 +129,7 @@
     X(x3_an_error_after_a_part, GUEST)                                         \
     X(x3_a_write_without_progress, GUEST)                                      \
     X(x4_flush, GUEST)                                                         \
+    X(x4_flush_covers_all_queues, GUEST)                                       \
     X(x4_write_through_when_flush_is_declined, GUEST)                          \
     X(b3_unsafe_never_flushes, GUEST)                                          \
     X(x5_one_bad_segment_among_good_ones, GUEST)                               \
@@ -140,6 +141,7 @@
     X(get_and_put_cover_any_part, GUEST)                                       \
     X(w9_memory_later, GUEST)                                                  \
     X(options_defaults, GUEST)                                                 \
+    X(options_defaults_are_usable, GUEST)                                      \
     X(options_refused_with_a_code_and_nothing_half_set_up, GUEST)              \
     X(b1_without_write_the_disk_is_read_only, GUEST)                           \
     X(b4_capacity_is_rounded_down_to_sectors, GUEST)                           \
@@ -191,6 +193,26 @@
     X(model_agrees_strict, GUEST)                                              \
     X(model_agrees_standard, GUEST)                                            \
     X(model_agrees_throttled, GUEST)                                           \
+    X(case_cve_2011_1750_ragged_sizes, GUEST)                                  \
+    X(case_cve_2011_2212_a_huge_indirect_table, GUEST)                         \
+    X(case_cve_2011_2512_queue_index, GUEST)                                   \
+    X(case_cve_2016_5403_requests_without_end, GUEST)                          \
+    X(case_cve_2016_6490_empty_descriptors, GUEST)                             \
+    X(case_cve_2016_7422_a_buffer_longer_than_memory, GUEST)                   \
+    X(case_cve_2017_17381_a_queue_of_size_0, GUEST)                            \
+    X(case_cve_2019_9547_loops, GUEST)                                         \
+    X(case_cve_2021_3748_memory_without_pointers, GUEST)                       \
+    X(case_cve_2024_11614_header_shorter_than_16, GUEST)                       \
+    X(case_cve_2026_5747_queue_registers_when_live, GUEST)                     \
+    X(case_cve_2026_45782_completion_after_reset, GUEST)                       \
+    X(case_freebsd_sa_24_17_a_length_read_twice, GUEST)                        \
+    X(case_sector_2_to_the_55_aliases_sector_0, GUEST)                         \
+    X(case_a_length_that_wraps_32_bits, GUEST)                                 \
+    X(case_a_wide_store_to_the_status_byte, GUEST)                             \
+    X(case_the_status_lands_in_the_data_after_an_early_failure, GUEST)         \
+    X(case_discard_payloads, GUEST)                                            \
+    X(case_the_available_index_moves_backwards, GUEST)                         \
+    X(case_the_same_head_twice_in_flight, GUEST)                               \
     X(w3_plan_after_a_drain, ONCE)                                             \
     X(w4_meaning_of_an_event, ONCE)                                            \
     X(w2_no_thread_before_driver_ok, ONCE)                                     \
@@ -213,6 +235,7 @@
     X(w7_end_of_a_stuck_worker, ONCE)                                          \
     X(w7_end_after_a_reset_left_one_behind, ONCE)                              \
     X(w7_pause_of_a_stuck_worker, ONCE)                                        \
+    X(w7_an_interrupt_that_waits_for_the_caller, ONCE)                         \
     X(w7_reset_of_a_slow_worker, ONCE)                                         \
     X(p8_queue_ready_with_a_worker, ONCE)                                      \
     X(w_party_event_idx, ONCE)                                                 \
