@@ -34,11 +34,12 @@ threaded: $(B)/threaded        ## a worker thread, a file, three seconds of read
 asan: $(B)/vblk_asan           ## the tests under address and UB sanitizers
 	$(B)/vblk_asan
 
-tsan:                          ## the tests under the thread sanitizer (clang)
+tsan:                          ## the threads under the thread sanitizer (clang)
 	@command -v clang >/dev/null || { echo 'SKIP: tsan needs clang' \
 	    '(apt install clang)'; exit 0; }; \
 	mkdir -p $(B) && clang $(STD) -O1 -g -fsanitize=thread \
-	    -o $(B)/vblk_tsan $(TESTS) $(LIBS) && $(B)/vblk_tsan
+	    -o $(B)/vblk_tsan $(TESTS) $(LIBS) && $(B)/vblk_tsan w && \
+	$(B)/vblk_tsan rac
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party

@@ -921,8 +921,9 @@ static void drive(bool event_idx) {
             kick_it = (uint16_t)(avail_made - event - 1) <
                       (uint16_t)(avail_made - old);
         } else {
-            kick_it = old != avail_made &&
-                      !(le16(__atomic_load_n(word(USED), __ATOMIC_ACQUIRE)) & 1);
+            uint16_t flags = le16(
+                __atomic_load_n(word(USED), __ATOMIC_ACQUIRE));
+            kick_it = old != avail_made && !(flags & 1);
         }
         if (kick_it) {
             store(VBLK_REG_QUEUE_NOTIFY, 0);
