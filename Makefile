@@ -16,7 +16,7 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
-all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded
+all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/vblk-serve
 
 test: $(B)/vblk_test           ## build and run every test, and the compile matrix
 	$(B)/vblk_test
@@ -43,6 +43,7 @@ tsan:                          ## the threads under the thread sanitizer (clang)
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party
+	ROUNDS=20 sh tests/interop/vhost/powerloss.sh
 
 conformance: $(B)/vblk_test    ## each statement of the standard and its test
 	@sh tests/conformance.sh $(B)/vblk_test
@@ -63,10 +64,19 @@ bench: $(B)/bench $(B)/bench_worker ## ns per request, beside memcpy and preadv
 	$(B)/bench
 	$(B)/bench_worker
 
-interop: interop-uboot         ## drivers we did not write
+interop: interop-uboot interop-uml interop-qemu interop-powerloss ## all below
 
 interop-uboot:                 ## U-Boot under Unicorn (u-boot-qemu libunicorn-dev
 	@sh tests/interop/uboot/run.sh  # device-tree-compiler e2fsprogs)
+
+interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-linux)
+	@sh tests/interop/uml/run.sh
+
+interop-qemu:                  ## Linux under QEMU, on vblk-serve (qemu-system-x86
+	@sh tests/interop/qemu/run.sh  # linux-image-cloud-amd64 busybox-static cpio)
+
+interop-powerloss:             ## nothing flushed is lost (ROUNDS=20 for a soak)
+	@sh tests/interop/vhost/powerloss.sh
 
 size: $(B)                     ## bytes of code of the core at -Os
 	$(CC) $(STD) -Os -DVBLK_IMPLEMENTATION -x c -c vblk.h -o $(B)/size.o
@@ -103,6 +113,10 @@ $(B)/threaded: examples/threaded.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/threaded.c $(LIBS)
 
+$(B)/vblk-serve: examples/vhost_user_blk.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ examples/vhost_user_blk.c $(LIBS)
+
 $(B)/bench_worker: tests/bench_worker.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ tests/bench_worker.c $(LIBS)
@@ -115,4 +129,5 @@ clean:
 	rm -rf $(B)
 
 .PHONY: all test conformance test-32 test-be test-O demo throttle threaded asan \
-        tsan soak model bench interop interop-uboot size lint help clean
+        tsan soak model bench interop interop-uboot interop-uml interop-qemu \
+        interop-powerloss size lint help clean

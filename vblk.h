@@ -813,7 +813,7 @@ typedef struct vblk_ring {
 } vblk_ring;
 
 // Start `queue`, at any time after FEATURES_OK, in any profile. The position
-// in the used ring is read from there if `position` is not 0. Returns the
+// in the used ring is taken from that ring. Returns the
 // queue, for vblk_drain(); or VBLK_NO_QUEUE if there is no such queue, it runs
 // already, or the size is not valid. Thread: as register calls; the queue's
 // drainer must be outside.
@@ -2868,8 +2868,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
     q->avail_next = q->avail_seen = ring->position;
     q->used_next = 0;
     // Where guest memory refuses, the first drain says so.
-    if (ring->position && !vblk__wraps(q->used_gpa, 4) &&
-        dev->o.memory.read) {
+    if (!vblk__wraps(q->used_gpa, 4) && dev->o.memory.read) {
         vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     }
     q->used_shown = q->used_decided = q->used_next;

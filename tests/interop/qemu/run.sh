@@ -1,0 +1,278 @@
+#!/bin/sh
+# Linux under QEMU, without hardware virtualization, uses disks of
+# examples/vhost_user_blk.c through vhost-user-blk-pci and, on a microvm,
+# through virtio-mmio. One line per check; the status is 0 if all are ok, or if
+# something is not installed and INTEROP_REQUIRED is not 1. vhost/common.sh has
+# the variables.
+test=qemu
+packages="qemu-system-x86 linux-image-cloud-amd64 busybox-static cpio e2fsprogs"
+. "$(dirname "$0")/../vhost/common.sh"
+
+LIMIT=150 # seconds for what takes less than thirty
+
+need_tools qemu-system-x86_64 busybox cpio mkfs.ext4 e2fsck debugfs timeout
+kernel=$(ls /boot/vmlinuz-*-cloud-amd64 2>/dev/null | tail -n 1)
+[ -r "$kernel" ] || missing "a kernel"
+drivers=/usr/lib/modules/${kernel#/boot/vmlinuz-}/kernel/drivers
+[ -f "$drivers/block/virtio_blk.ko" ] || missing virtio_blk.ko
+build "$tmp/serve"
+[ -z "$SANITIZE" ] || build "$tmp/serve-sanitized" $SANITIZE
+
+
+# ---- The guest --------------------------------------------------------------
+
+mkdir -p "$tmp/initrd/bin" "$tmp/initrd/proc" "$tmp/initrd/sys" \
+    "$tmp/initrd/dev" "$tmp/initrd/mnt" || exit 1
+cp /bin/busybox "$tmp/initrd/bin/" || exit 1
+for module in virtio/virtio_ring virtio/virtio virtio/virtio_pci_legacy_dev \
+    virtio/virtio_pci_modern_dev virtio/virtio_pci virtio/virtio_mmio \
+    block/virtio_blk; do
+    cp "$drivers/$module.ko" "$tmp/initrd/" || exit 1
+done
+head -c 1048576 /dev/urandom >"$tmp/initrd/piece"
+head -c 512 /dev/urandom >"$tmp/initrd/sector"
+
+# What it does depends on the first word of the last sector of vda.
+cat >"$tmp/initrd/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev \
+    virtio_pci virtio_mmio virtio_blk; do
+    insmod /$module.ko
+done
+i=0
+while [ ! -b /dev/vda ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i + 1)); done
+stage=$(dd if=/dev/vda bs=512 skip=81920 count=1 iflag=direct 2>/dev/null |
+    tr -d '\0')
+say() { echo "guest ${stage:-first} $*"; }
+
+describe() {
+    say $1-size $(cat /sys/block/$1/size)
+    say $1-cache $(cat /sys/block/$1/queue/write_cache)
+    say $1-serial $(cat /sys/block/$1/serial)
+    say $1-ro $(cat /sys/block/$1/ro)
+    say $1-queues $(ls /sys/block/$1/mq | wc -l)
+}
+
+# 36 MiB and on is raw.
+write_all() {
+    dd if=/piece of=$1 bs=64k seek=576 oflag=direct 2>/dev/null
+    say raw-write $?
+    dd if=$1 bs=4k skip=9216 count=256 iflag=direct 2>/dev/null | cmp - /piece
+    say raw-read $?
+    mount -t ext4 $1 /mnt
+    say mount $?
+    say file $(sha256sum </mnt/file)
+    i=0
+    while [ $i -lt 20 ]; do
+        { echo "file $i"; head -c $((i * 50021)) /mnt/file; } >/mnt/new.$i &
+        i=$((i + 1))
+    done
+    wait
+    rm /mnt/new.3
+    dd if=/mnt/file of=/mnt/direct bs=64k oflag=direct conv=fsync 2>/dev/null
+    (cd /mnt && sha256sum file direct new.*) >/mnt/sums
+    sync
+    umount /mnt
+    say umount $?
+}
+
+verify_all() {
+    dd if=$1 bs=4k skip=9216 count=256 iflag=direct 2>/dev/null | cmp - /piece
+    say raw-read $?
+    mount -t ext4 $1 /mnt
+    say files $(cd /mnt && sha256sum -c sums | grep -c OK$)
+    umount /mnt
+}
+
+now() { cut -d ' ' -f 1 /proc/uptime; }
+
+case $stage in
+"")
+    for disk in vda vdb vdc vdd; do
+        [ -b /dev/$disk ] && describe $disk
+    done
+    write_all /dev/vda
+    if [ -b /dev/vdd ]; then
+        # Both at once, on all queues.
+        for disk in vda vda vdd vdd; do
+            dd if=/dev/$disk of=/dev/null bs=64k count=300 iflag=direct \
+                2>/dev/null &
+        done
+        wait
+        dd if=/piece of=/dev/vdb bs=4k count=1 oflag=direct 2>/dev/null
+        say read-only-write $?
+        mount -t ext4 -o ro /dev/vdb /mnt
+        say read-only-file $(sha256sum </mnt/file)
+        umount /mnt
+        sleep 1.2
+        start=$(now)
+        dd if=/dev/vdc of=/dev/null bs=4k count=600 iflag=direct 2>/dev/null
+        say seconds $(now) - $start
+        dd if=/piece of=/dev/vdd bs=64k conv=fsync 2>/dev/null
+        say unsafe-write $?
+    fi
+    say done
+    echo second | dd of=/dev/vda bs=512 seek=81920 conv=sync 2>/dev/null
+    sync
+    reboot -f
+    ;;
+second)
+    verify_all /dev/vda
+    say done
+    dd if=/sector of=/dev/vda bs=512 seek=81920 oflag=direct 2>/dev/null
+    poweroff -f
+    reboot -f
+    ;;
+esac
+INIT
+chmod +x "$tmp/initrd/init"
+(cd "$tmp/initrd" && find . | cpio -o -H newc --quiet) >"$tmp/initrd.cpio" ||
+    exit 1
+
+kernel_options=
+
+run_qemu() { # name, options of QEMU...
+    console=$tmp/$1.console
+    shift
+    timeout -k 5 $LIMIT qemu-system-x86_64 -cpu max -m 256 -nodefaults \
+        -no-user-config -display none -serial stdio \
+        -object memory-backend-memfd,id=m,size=256M,share=on \
+        -kernel "$kernel" -initrd "$tmp/initrd.cpio" \
+        -append "console=ttyS0 quiet panic=-1 reboot=t $kernel_options" "$@" \
+        </dev/null >"$console" 2>&1 &
+    guest_pid=$!
+    running="$running $guest_pid"
+    wait $guest_pid
+    forget $guest_pid
+}
+
+says_at() { # name, stage, key
+    tr -d '\r' <"$tmp/$1.console" | sed -n "s/^guest $2 $3\( \|$\)//p"
+}
+
+
+# ---- The disks --------------------------------------------------------------
+
+SECTORS=81921 # ext4 in the first 32 MiB
+
+mkdir "$tmp/seed" || exit 1
+head -c 3000001 /dev/urandom >"$tmp/seed/file"
+truncate -s $((SECTORS * 512)) "$tmp/made.img"
+mkfs.ext4 -q -F -d "$tmp/seed" "$tmp/made.img" 32m || exit 1
+
+check_writes() { # name
+    check "$1-boots" "$(grep -c '^guest .* done' "$tmp/$1.console")" 2
+    check "$1-raw-write" "$(says_at "$1" first raw-write)" 0
+    check "$1-raw-read" "$(says_at "$1" first raw-read)" 0
+    check "$1-mount" "$(says_at "$1" first mount)" 0
+    check "$1-umount" "$(says_at "$1" first umount)" 0
+    check "$1-guest-reads-file" \
+        "$(says_at "$1" first file | cut -d ' ' -f 1)" \
+        "$(sum_of "$tmp/seed/file")"
+    check "$1-raw-read-after-reboot" "$(says_at "$1" second raw-read)" 0
+    check "$1-files-after-reboot" "$(says_at "$1" second files)" 21
+
+    check "$1-host-sees-raw-write" "$(dd if="$tmp/disk.img" bs=64k skip=576 \
+        count=16 status=none | sha256sum)" "$(sha256sum <"$tmp/initrd/piece")"
+    check "$1-host-sees-last-sector" "$(tail -c 512 "$tmp/disk.img" |
+        sha256sum)" "$(sha256sum <"$tmp/initrd/sector")"
+    check "$1-image-bytes" "$(wc -c <"$tmp/disk.img")" $((SECTORS * 512))
+    check "$1-e2fsck" "$(status_of e2fsck -fn "$tmp/disk.img")" 0
+    mkdir -p "$tmp/dump"
+    debugfs -R "rdump / $tmp/dump" "$tmp/disk.img" >/dev/null 2>&1
+    check "$1-host-agrees-on-21-files" "$(cd "$tmp/dump" &&
+        sha256sum -c sums 2>&1 | grep -c 'OK$')" 21
+    rm -rf "$tmp/dump"
+}
+
+check_daemon() { # name, its pid, errors expected
+    daemon=$2
+    end TERM
+    check "$1-daemon-ends" "status $status" "status 0"
+    check "$1-errors" "$(counter "$1" io_errors) $(counter "$1" broken_rings)" \
+        "0 0"
+    check "$1-silent" "$(cat "$tmp/$1.err")" ""
+}
+
+
+# ---- PCI: four disks --------------------------------------------------------
+
+cp "$tmp/made.img" "$tmp/disk.img"
+cp "$tmp/made.img" "$tmp/other.img"
+truncate -s 20M "$tmp/raw.img"
+start a "$tmp/serve" --image "$tmp/disk.img" --id "disk A" --queues 2
+a=$daemon
+start b "$tmp/serve" --image "$tmp/other.img" --id "disk B" --read-only
+b=$daemon
+start c "$tmp/serve" --image "$tmp/made.img" --id "disk C" --iops 200
+c=$daemon
+start d "$tmp/serve" --image "$tmp/raw.img" --id "disk D" --cache unsafe
+d=$daemon
+set -- -M q35,accel=tcg,memory-backend=m -smp 2
+for disk in a b c d; do
+    queues=1
+    [ $disk = a ] && queues=2
+    set -- "$@" -chardev "socket,id=$disk,path=$tmp/$disk.sock" \
+        -device "vhost-user-blk-pci,chardev=$disk,num-queues=$queues"
+done
+run_qemu pci "$@"
+
+check pci-size "$(says_at pci first vda-size)" $SECTORS
+check pci-cache "$(says_at pci first vda-cache)" "write back"
+check pci-serials "$(for disk in vda vdb vdc vdd; do
+    says_at pci first $disk-serial; done | tr '\n' ,)" \
+    "disk A,disk B,disk C,disk D,"
+check pci-queues "$(says_at pci first vda-queues)" 2
+check_writes pci
+check pci-read-only "$(says_at pci first vda-ro) $(says_at pci first vdb-ro)" \
+    "0 1"
+check pci-read-only-write-fails "$(says_at pci first read-only-write)" 1
+check pci-read-only-file \
+    "$(says_at pci first read-only-file | cut -d ' ' -f 1)" \
+    "$(sum_of "$tmp/seed/file")"
+check pci-read-only-image-untouched \
+    "$(status_of cmp "$tmp/made.img" "$tmp/other.img")" 0
+check pci-limit-takes-2-seconds \
+    "$(between "$(says_at pci first seconds | awk '{print $1 - $3}')" 1.8 5)" \
+    yes
+check pci-unsafe-cache "$(says_at pci first vdd-cache)" "write through"
+check pci-unsafe-write "$(says_at pci first unsafe-write)" 0
+check pci-unsafe-data "$(head -c 1048576 "$tmp/raw.img" | sha256sum)" \
+    "$(sha256sum <"$tmp/initrd/piece")"
+check_daemon a $a
+check_daemon b $b
+check_daemon c $c
+check_daemon d $d
+check pci-limit-stalls "$(between "$(counter c stalls)" 1 100000)" yes
+
+
+# ---- MMIO, with the sanitized build -----------------------------------------
+
+# Without PCI and ACPI a microvm cannot be reset in place, so QEMU is run once
+# for each boot.
+# On a busy host its kernel fails to measure the TSC and hangs, so it is told.
+kernel_options="tsc_early_khz=2000000 lpj=4000000"
+cp "$tmp/made.img" "$tmp/disk.img"
+program=$tmp/serve
+[ -z "$SANITIZE" ] || program=$tmp/serve-sanitized
+start m "$program" --image "$tmp/disk.img" --id "disk M"
+for boot in first second; do
+    run_qemu mmio-$boot -M microvm,accel=tcg,memory-backend=m -smp 1 \
+        -no-reboot -global virtio-mmio.force-legacy=false \
+        -chardev "socket,id=m,path=$tmp/m.sock" \
+        -device vhost-user-blk,chardev=m,num-queues=1
+done
+cat "$tmp/mmio-first.console" "$tmp/mmio-second.console" >"$tmp/mmio.console"
+check mmio-size "$(says_at mmio first vda-size)" $SECTORS
+check mmio-serial "$(says_at mmio first vda-serial)" "disk M"
+check mmio-cache "$(says_at mmio first vda-cache)" "write back"
+check_writes mmio
+check_daemon m "$daemon"
+
+explain
+[ $failures -eq 0 ]
