@@ -3708,11 +3708,13 @@ static void *vblk__thread_main(void *arg) {
         vblk__serve_until_stopped(t->w, t);
     }
     vblk__self = NULL;
-    int done_fd = vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)
-                      ? t->w->done_fd
-                      : -1;
-    if (done_fd >= 0) {
-        vblk__signal(done_fd); // the stopper joins, then frees t
+    if (vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)) {
+        vblk_worker *w = t->w;
+        pthread_mutex_lock(&w->parking);
+        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&w->changed);
+        pthread_mutex_unlock(&w->parking);
+        vblk__signal(w->done_fd); // the stopper joins, then frees t
         return NULL;
     }
     if (t->released) {

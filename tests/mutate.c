@@ -1,7 +1,7 @@
 // Mutants of vblk.h, each with one place made worse:
 //
-//     mutate -l FILE      list them: number, line, kind, old text -> new text
-//     mutate -n N FILE    print the file with mutant N in it
+//     mutate -l vblk.h      list them: number, line, kind, old -> new text
+//     mutate -n N vblk.h    print the file with mutant N in it
 //
 // Only function bodies below VBLK_IMPLEMENTED are changed. Lines stay where
 // they are.
@@ -25,12 +25,10 @@ typedef struct token {
 } token;
 
 static char  *source;
-static size_t size;
 static token *tokens;
-static size_t count;
+static size_t size, count;
 
-static long wanted = -1; // or -1: list
-static long mutants;
+static long wanted, mutants; // wanted -1: list
 
 
 // ---- Tokens -----------------------------------------------------------------
@@ -55,8 +53,7 @@ static size_t skip(size_t i) {
         line--;
     }
     if (p[0] == '/' && p[1] == '*') {
-        const char *end = strstr(p + 2, "*/");
-        return end ? (size_t)(end + 2 - source) : size;
+        return (size_t)(strstr(p + 2, "*/") + 2 - source);
     }
     if ((p[0] == '/' && p[1] == '/') ||
         (p[0] == '#' && (line == 0 || source[line - 1] == '\n'))) {
@@ -87,8 +84,8 @@ static size_t sign_length(const char *p) {
     return 1;
 }
 
-static void add_token(int kind, size_t at, size_t n, unsigned line) {
-    token t = {kind, at, n, line, 0, false, 0};
+static void add_token(int kind, size_t at, size_t end, unsigned line) {
+    token t = {kind, at, end - at, line, 0, false, 0};
     tokens[count++] = t;
 }
 
@@ -102,7 +99,7 @@ static void tokenise(size_t from) {
         unsigned char c = (unsigned char)source[i];
         if (end > i) {
             if (c == '"' || c == '\'') {
-                add_token(TEXT, i, end - i, line);
+                add_token(TEXT, i, end, line);
             }
         } else if (isspace(c)) {
             end = i + 1;
@@ -111,10 +108,10 @@ static void tokenise(size_t from) {
             while (isalnum((unsigned char)source[end]) || source[end] == '_') {
                 end++;
             }
-            add_token(isdigit(c) ? NUMBER : NAME, i, end - i, line);
+            add_token(isdigit(c) ? NUMBER : NAME, i, end, line);
         } else {
             end = i + sign_length(source + i);
-            add_token(SIGN, i, end - i, line);
+            add_token(SIGN, i, end, line);
         }
         for (; i < end; i++) {
             line += source[i] == '\n';
@@ -127,14 +124,12 @@ static size_t closing(size_t i) {
     static const char *const opens[] = {"(", "[", "{", NULL};
     static const char *const closes[] = {")", "]", "}", NULL};
     int depth = 0;
-    for (; i < count; i++) {
+    do {
         depth += is_one_of(i, opens);
         depth -= is_one_of(i, closes);
-        if (depth == 0) {
-            return i;
-        }
-    }
-    return count - 1;
+        i++;
+    } while (depth > 0 && i < count);
+    return i - 1;
 }
 
 // Find the bodies of functions.
@@ -168,11 +163,8 @@ static void find_bodies(void) {
 static void print_flat(const char *text, size_t n) {
     size_t shown = 0;
     for (size_t i = 0; i < n && shown < 60; i++) {
-        if (!isspace((unsigned char)text[i])) {
-            putchar(text[i]);
-            shown++;
-        } else if (i > 0 && !isspace((unsigned char)text[i - 1])) {
-            putchar(' ');
+        if (!isspace((unsigned char)text[i]) || text[i - 1] != ' ') {
+            putchar(text[i] == '\n' ? ' ' : text[i]);
             shown++;
         }
     }
@@ -194,8 +186,8 @@ static void mutant(const char *kind, size_t first, size_t last,
     } else if (mutants == wanted) {
         fwrite(source, 1, a->at, stdout);
         fputs(text, stdout);
-        for (unsigned line = a->line; line < b->line; line++) {
-            fputs(strchr(text, '\n') ? "" : "\n", stdout);
+        for (unsigned line = a->line; line < b->line && !*text; line++) {
+            putchar('\n');
         }
         fwrite(source + end, 1, size - end, stdout);
     }
@@ -209,12 +201,15 @@ static char *text_of(size_t first, size_t last) {
     return text;
 }
 
+static char *joined(const char *a, const char *b, const char *c) {
+    char *text = (char *)calloc(strlen(a) + strlen(b) + strlen(c) + 1, 1);
+    return strcat(strcat(strcpy(text, a), b), c);
+}
+
 static void mutant_around(const char *kind, size_t first, size_t last,
                           const char *before, const char *after) {
     char *old = text_of(first, last);
-    char *text = (char *)calloc(strlen(old) + strlen(before) +
-                                    strlen(after) + 1, 1);
-    strcat(strcat(strcpy(text, before), old), after);
+    char *text = joined(before, old, after);
     mutant(kind, first, last, text);
     free(old);
     free(text);
@@ -304,14 +299,13 @@ static void mutate_statement(size_t i) {
     if (is_one_of(tokens[i].name, publish_path) && !is_one_of(i, stays) &&
         !is_one_of(end + 1, stays)) {
         size_t last = statement_end(end + 1);
-        char *first = text_of(i, end);
-        char *second = text_of(end + 1, last);
-        size_t gap = tokens[end].at + tokens[end].n;
-        size_t n = tokens[end + 1].at - gap;
-        char *text = (char *)calloc(strlen(first) + n + strlen(second) + 1,
-                                    1);
-        strncat(strcpy(text, second), source + gap, n);
-        mutant("swap", i, last, strcat(text, first));
+        char *first = text_of(i, end), *second = text_of(end + 1, last);
+        char *both = text_of(i, end + 1);
+        size_t gap = tokens[end].at + tokens[end].n - tokens[i].at;
+        both[tokens[end + 1].at - tokens[i].at] = 0;
+        char *text = joined(second, both + gap, first);
+        mutant("swap", i, last, text);
+        free(both);
         free(first);
         free(second);
         free(text);
@@ -335,18 +329,17 @@ int main(int argc, char **argv) {
     bool list = argc == 3 && strcmp(argv[1], "-l") == 0;
     bool one = argc == 4 && strcmp(argv[1], "-n") == 0;
     FILE *f = list || one ? fopen(argv[argc - 1], "rb") : NULL;
-    if (!f) {
-        fprintf(stderr, "usage: mutate -l FILE | mutate -n N FILE\n");
-        return 2;
-    }
+    const char *from = NULL;
     wanted = one ? strtol(argv[2], NULL, 10) : -1;
     source = (char *)calloc(MOST, 1);
     tokens = (token *)calloc(MOST, sizeof *tokens);
-    size = fread(source, 1, MOST - 1, f);
-    fclose(f);
-    const char *from = strstr(source, "#define VBLK_IMPLEMENTED\n");
+    if (f) {
+        size = fread(source, 1, MOST - 1, f);
+        from = strstr(source, "#define VBLK_IMPLEMENTED\n");
+        fclose(f);
+    }
     if (!from) {
-        fprintf(stderr, "mutate: no VBLK_IMPLEMENTED in %s\n", argv[argc - 1]);
+        fprintf(stderr, "usage: mutate -l vblk.h | mutate -n N vblk.h\n");
         return 2;
     }
     tokenise((size_t)(from - source));

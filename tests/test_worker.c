@@ -428,6 +428,8 @@ void w_a_worker_without_epoll_asks_for_a_reset(void) {
     EVENTUALLY(load(VBLK_REG_STATUS) == 0x4f);
     EVENTUALLY(load(VBLK_REG_INTERRUPT_STATUS) & 2);
     EVENTUALLY(read(w.irq_fd, &count, 8) == 8);
+    CHECK(vblk_worker_pause(&w, 10000)); // it rests for good
+    vblk_worker_resume(&w);
     w.epoll_fd = -1;
     finish();
 }
