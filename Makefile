@@ -48,6 +48,9 @@ soak: $(B)/vblk_test           ## the threads for millions of requests, minutes 
 conformance: $(B)/vblk_test    ## each statement of the standard and its test
 	@sh tests/conformance.sh $(B)/vblk_test
 
+mutants:                       ## weaken the header, see what the tests miss (hours;
+	@B=$(B) sh tests/mutants.sh  # MUTANTS="every 25" for a sample)
+
 test-32:                       ## the tests as a 32-bit program (gcc-multilib)
 	@B=$(B) sh tests/compile/elsewhere.sh 32 $(TESTS)
 
@@ -128,6 +131,6 @@ $(B)/bench: tests/bench.c vblk.h
 clean:
 	rm -rf $(B)
 
-.PHONY: all test conformance test-32 test-be test-O demo throttle threaded asan \
-        tsan soak model bench interop interop-uboot interop-uml interop-qemu \
-        interop-powerloss size lint help clean
+.PHONY: all test conformance mutants test-32 test-be test-O demo throttle \
+        threaded asan tsan soak model bench interop interop-uboot \
+        interop-uml interop-qemu interop-powerloss size lint help clean

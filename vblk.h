@@ -2101,6 +2101,9 @@ static int64_t vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
     return (int64_t)done;
 }
 
+// Guest memory refused what it had agreed to (X5): no backend's error number.
+#define VBLK__REFUSED INT64_MIN
+
 // The same without pointers, through a buffer.
 static int64_t vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
@@ -2111,7 +2114,7 @@ static int64_t vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
         vblk_seg s = {scratch, (size_t)n, 0};
         if (r->type == VBLK_T_OUT &&
             !vblk_get(dev, r, done, scratch, (size_t)n)) {
-            return -1;
+            return VBLK__REFUSED;
         }
         int64_t got = vblk__move(dev, r->type, r->offset + done, &s, 1, n);
         if (got < 0) {
@@ -2119,7 +2122,7 @@ static int64_t vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
         }
         if (r->type == VBLK_T_IN &&
             !vblk_put(dev, r, done, scratch, (size_t)got)) {
-            return -1;
+            return VBLK__REFUSED;
         }
         done += (uint64_t)got;
         if ((uint64_t)got < n) {
@@ -2161,7 +2164,10 @@ static int64_t vblk__transfer(vblk_dev *dev, const vblk_request *r) {
 static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
     int64_t moved = r->type == VBLK_T_FLUSH ? 0 : vblk__transfer(dev, r);
     bool ok = moved >= 0;
-    if (!ok) {
+    if (moved == VBLK__REFUSED) {
+        vblk__say(dev, r->queue, VBLK_EV_DATA_UNMAPPED, r->head,
+                  r->seg[0].gpa, r->bytes);
+    } else if (!ok) {
         vblk__backend_failed(dev, r, moved);
     } else if (r->type == VBLK_T_OUT && (uint64_t)moved < r->bytes) {
         vblk__say(dev, r->queue, VBLK_EV_BACKEND_STUCK, r->head,
@@ -2176,18 +2182,23 @@ static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
 
 // ---- Pipeline: next, complete, publish, drain -------------------------------
 
-// The chain of `r` is done: status byte, then used element [2.7.8.2].
+// The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
+// the error, if it is one.
 static void vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                          uint8_t status, uint32_t written) {
+    bool told = true;
     if (r->status_ptr) {
         *r->status_ptr = status;
-    } else if (!vblk__write(dev, r->status_gpa, &status, 1)) { // V17
-        vblk__count(&q->counts.io_errors, 1);
+    } else {
+        told = vblk__write(dev, r->status_gpa, &status, 1);
+    }
+    vblk__count(&q->counts.io_errors, !told || status == VBLK_S_IOERR);
+    if (told) {
+        vblk__give_back(dev, q, r->head, written);
+    } else { // V17
         vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, r->status_gpa,
                    0);
-        return;
     }
-    vblk__give_back(dev, q, r->head, written);
 }
 
 // The used length when nothing but the status byte was written: it may not
@@ -2209,16 +2220,14 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
     if (ok && req->type == VBLK_T_IN) {
         ok = vblk__pad(dev, req, bytes);
     }
-    if (!ok) {
-        vblk__count(&q->counts.io_errors, 1);
-    } else if (req->type == VBLK_T_IN) {
+    if (ok && req->type == VBLK_T_IN) {
         vblk__count(&q->counts.reads, 1);
         vblk__count(&q->counts.bytes_read, bytes);
         written = (uint32_t)req->bytes + 1;
-    } else if (req->type == VBLK_T_OUT) {
+    } else if (ok && req->type == VBLK_T_OUT) {
         vblk__count(&q->counts.writes, 1);
         vblk__count(&q->counts.bytes_written, req->bytes);
-    } else {
+    } else if (ok) {
         vblk__count(&q->counts.flushes, 1);
     }
     vblk__finish(dev, q, req, ok ? VBLK_S_OK : VBLK_S_IOERR, written);
@@ -2238,7 +2247,6 @@ static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     size_t n = r->bytes < VBLK_ID_BYTES ? (size_t)r->bytes : VBLK_ID_BYTES;
     bool to_status = n == r->bytes || dev->o.profile == VBLK_STRICT; // P6
     if (!vblk_put(dev, r, 0, dev->id, n)) {
-        vblk__count(&q->counts.io_errors, 1);
         vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
         return;
     }
@@ -2355,7 +2363,6 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     if (why.code) {
         bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN;
         vblk__tell(dev, q, why.code, r->head, why.a, why.b);
-        vblk__count(&q->counts.io_errors, !unknown);
         vblk__finish(dev, q, r, unknown ? VBLK_S_UNSUPP : VBLK_S_IOERR,
                      vblk__only_status(r));
         return VBLK_MORE;
@@ -2596,7 +2603,7 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
     if (old & ~value) {
         return VBLK_EV_STATUS_CLEARS;
     }
-    if (dev->o.profile == VBLK_STANDARD && base != 0) {
+    if (dev->o.profile == VBLK_STANDARD) {
         base |= VBLK_STATUS_ACKNOWLEDGE; // P2
     }
     switch (add) {

@@ -238,6 +238,36 @@ void q4_used_idx_outside_memory(void) {
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
 }
 
+void q4_a_queue_breaks_once(void) {
+    guest_up();
+    request(99, 0, 512); // two that the device answers in one drain
+    request(99, 0, 512);
+    g.hole = g.queue[0].used + 4;
+    g.hole_bytes = 16;
+    vblk_set_memory(&g.dev, g.o.memory);
+    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
+    CHECK_EQ(1, counts().invalid_avail_idx);
+}
+
+// A map whose pointers to the rings are odd and lead nowhere: 16-bit words
+// have to go through the accessors.
+static void *map_odd(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    static uint64_t nowhere[1024];
+    if (gpa == g.queue[0].avail || gpa == g.queue[0].used) {
+        return (uint8_t *)nowhere + 1;
+    }
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    return m.map(m.user, gpa, n, writable);
+}
+
+void q_rings_at_odd_pointers(void) {
+    g.o.memory.map = map_odd;
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(1, used_count(0));
+}
+
 // ROB-27, ROB-29: what a ready queue must have, looked at when it goes live.
 void q4_misplaced_rings(void) {
     static const struct {
@@ -689,6 +719,21 @@ void q9_used_lengths(void) {
     }
 }
 
+void q9_a_used_length_of_16_mib(void) {
+    g.o.capacity = UINT64_C(1) << 20; // the backing is shorter, X2
+    guest_up();
+    req r = prepare(VBLK_T_IN, 0, 0x80000);
+    part p[35] = {{r.header, 16, 0}};
+    for (unsigned i = 1; i < 34; i++) {
+        p[i] = (part){r.data, r.bytes, WRITE};
+    }
+    p[34] = (part){r.status, 1, WRITE};
+    submit(0, p, 35);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(33 * 0x80000 + 1, used_len(0));
+}
+
 void q10_what_waits_at_driver_ok_is_served(void) {
     g.o.queues = 3;
     guest_make();
@@ -872,6 +917,56 @@ void q13_buffers_that_leave_memory(void) {
     }
     CHECK_EQ(2 * COUNT(rows), g.events[VBLK_EV_DATA_UNMAPPED]);
     CHECK_EQ(2 * COUNT(rows), counts().io_errors);
+}
+
+// A page that the device may only read.
+static uint64_t rom;
+
+static void *map_rom(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    return writable && gpa - rom < 4096 ? NULL
+                                        : m.map(m.user, gpa, n, writable);
+}
+
+static int write_rom(void *user, uint64_t gpa, const void *src, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    return gpa - rom < 4096 ? -1 : m.write(m.user, gpa, src, n);
+}
+
+void q13_memory_that_can_only_be_read(void) {
+    g.o.memory.map = g.mapped ? map_rom : NULL;
+    g.o.memory.write = write_rom;
+    rom = alloc(4096, 4096);
+    guest_up();
+    req r = prepare(VBLK_T_OUT, 3, 512);
+    put(rom, at(r.header), 16);
+    fill(rom + 512, 0x3c, 512);
+    r.header = rom;
+    r.data = rom + 512;
+    send(0, &r);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_MEM(at(rom + 512), g.disk + 3 * 512, 512);
+
+    r = prepare(VBLK_T_IN, 5, 512);
+    r.data = rom + 512;
+    send(0, &r);
+    kick(0);
+    CHECK_EQ(VBLK_S_IOERR, status_of(&r));
+    CHECK_EQ(1, g.events[VBLK_EV_DATA_UNMAPPED]);
+
+    r = prepare(VBLK_T_IN, 5, 512);
+    r.status = rom + 1024;
+    send(0, &r);
+    kick(0);
+    CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
+    CHECK_EQ(DIRT, *at(rom + 1024));
+
+    rom = g.queue[0].used;
+    vblk_set_memory(&g.dev, g.o.memory);
+    request(VBLK_T_IN, 5, 512);
+    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
 }
 
 // SPLIT-28, ROB-47.

@@ -60,6 +60,14 @@ void m3_config_any_width_and_alignment(void) {
     CHECK_EQ(0, vblk_mmio_read(&g.dev, UINT64_MAX, 8));
 }
 
+void m3_config_of_large_numbers(void) {
+    g.o.capacity = UINT64_C(0x12345678abcdef);
+    g.o.size_max = 0x89abcdef;
+    guest_make();
+    CHECK_EQ(g.o.capacity, vblk_mmio_read(&g.dev, VBLK_REG_CONFIG, 8));
+    CHECK_EQ(g.o.size_max, rd(VBLK_REG_CONFIG + 8));
+}
+
 void m3_config_is_not_writable(void) {
     guest_up();
     for (unsigned bytes = 1; bytes <= 8; bytes++) {
@@ -193,6 +201,18 @@ void m7_queue_ready_is_frozen_when_live(void) {
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
 }
 
+void m7_queue_ready_before_driver_ok(void) {
+    guest_make();
+    guest_negotiate(VBLK_F_EVENT_IDX);
+    guest_queue_up(0, 16);
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)wr(VBLK_REG_QUEUE_READY, 0));
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)wr(VBLK_REG_QUEUE_READY, 1)); // as it was set up
+    guest_go();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+}
+
 void m8_address_halves_in_either_order(void) {
     static const uint32_t low[] = {VBLK_REG_QUEUE_DESC_LOW,
                                    VBLK_REG_QUEUE_DRIVER_LOW,
@@ -206,6 +226,17 @@ void m8_address_halves_in_either_order(void) {
     CHECK_EQ(0x123456789abcdef0, g.dev.queue[0].desc_gpa);
     CHECK_EQ(0x123456789abcdef0, g.dev.queue[0].avail_gpa);
     CHECK_EQ(0x123456789abcdef0, g.dev.queue[0].used_gpa);
+}
+
+void m8_rings_in_any_order(void) {
+    guest_make();
+    guest_negotiate(VBLK_F_EVENT_IDX);
+    guest_queue_up(0, 16);
+    wr(VBLK_REG_QUEUE_DEVICE_LOW, (uint32_t)g.queue[0].used);
+    wr(VBLK_REG_QUEUE_DRIVER_LOW, (uint32_t)g.queue[0].avail);
+    wr(VBLK_REG_QUEUE_DESC_LOW, (uint32_t)g.queue[0].desc);
+    guest_go();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
 }
 
 void m8_rings_above_4_gib(void) {
@@ -640,6 +671,16 @@ void p8_enabling_a_live_queue_names_it(void) {
     req r = request(VBLK_T_IN, 0, 512);
     wr_drain(VBLK_REG_QUEUE_READY, 1);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
+}
+
+void p8_enabling_a_queue_that_runs_is_nothing(void) {
+    guest_up_standard();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)wr(VBLK_REG_QUEUE_READY, 1));
+    CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(2, used_count(0));
 }
 
 void r1_reset_clears_what_belongs_to_the_driver(void) {

@@ -539,6 +539,22 @@ void v16_get_id_outside_memory(void) {
     refused(send_parts(p, 3, r.status), VBLK_EV_DATA_UNMAPPED);
 }
 
+// Whichever access is refused, once: no more than one error is counted.
+void v16_get_id_when_memory_changes_its_mind(void) {
+    unsigned errors = 0;
+    for (int n = 1, left = 0; left == 0; n++) {
+        guest_init();
+        guest_up();
+        request(VBLK_T_GET_ID, 0, 20);
+        g.fail_access = n;
+        kick(0);
+        left = g.fail_access;
+        CHECK(counts().io_errors <= 1);
+        errors += counts().io_errors > 0;
+    }
+    CHECK(g.mapped || errors >= 2);
+}
+
 void v17_status_outside_memory(void) {
     static const uint64_t where[] = {RAM_END, HIGH - 1, 0x5000000000};
     for (int profile = 0; profile < 2; profile++) {

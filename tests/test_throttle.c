@@ -87,6 +87,18 @@ void t6_nothing_overflows(void) {
     }
 }
 
+void t6_products_beyond_64_bits(void) {
+    vblk_bucket b;
+    vblk_bucket_init(&b, UINT64_C(1) << 32, INT64_MAX);
+    vblk_bucket_take(&b, INT64_MAX);
+    vblk_bucket_refill(&b, UINT64_C(1) << 32); // 2^64 / 10^9 tokens
+    CHECK_EQ(UINT64_C(18446744073), b.tokens);
+    CHECK_EQ(709551616, b.fraction);
+    vblk_bucket_init(&b, UINT64_C(1000000000000), UINT64_C(1000000000000));
+    vblk_bucket_take(&b, UINT64_C(1000000000000));
+    CHECK_EQ(20000001, vblk_bucket_wait(&b, UINT64_C(20000000001), 0));
+}
+
 void t6_a_clock_that_stands_still_or_goes_back(void) {
     vblk_bucket b;
     vblk_bucket_init(&b, 1000, 1000);
@@ -126,6 +138,16 @@ void t_change_of_limits(void) {
     CHECK_EQ(20, b.tokens);
     vblk_bucket_refill(&b, SECOND);
     CHECK_EQ(20, b.tokens);
+}
+
+void t_a_bucket_cut_to_full_has_no_fraction(void) {
+    vblk_bucket b;
+    vblk_bucket_init(&b, 1000, 2000);
+    vblk_bucket_take(&b, 2000);
+    vblk_bucket_change(&b, 1000, 1000, 1000500000); // 1000.5 tokens
+    CHECK_EQ(1000, b.tokens);
+    vblk_bucket_take(&b, 1000);
+    CHECK_EQ(1000000, vblk_bucket_wait(&b, 1, 1000500000));
 }
 
 
@@ -395,6 +417,27 @@ void t4_a_stalled_request_is_unseen_and_the_wait_is_exact(void) {
     }
 }
 
+void t4_only_waiting_is_counted(void) {
+    const uint64_t second = UINT64_C(1000000000);
+    g.o.limits.iops = 1;
+    guest_up();
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(1, counts().currently_throttled);
+    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, second).state);
+    CHECK_EQ(second, counts().throttled_ns);
+    CHECK_EQ(0, counts().currently_throttled);
+    request(VBLK_T_IN, 0, 512); // comes when there is a token
+    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 5 * second).state);
+    CHECK_EQ(second, counts().throttled_ns);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 5 * second).state);
+    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 6 * second).state);
+    CHECK_EQ(2 * second, counts().throttled_ns);
+    CHECK_EQ(2, counts().throttled);
+}
+
 void t4_the_longer_wait_of_the_two(void) {
     limits(10, 5120);
     for (int i = 0; i < 12; i++) {
@@ -547,6 +590,32 @@ void t_queues_share_a_limit(void) {
     CHECK(served[0] + served[1] <= 601);
 }
 
+// The shortest wait, BROKEN, EMPTY; whichever queue is first.
+void t_the_most_pressing_answer_of_all_queues(void) {
+    static const vblk_state order[] = {VBLK_EMPTY, VBLK_BROKEN, VBLK_STALLED};
+    for (unsigned row = 0; row < 18; row++) {
+        const unsigned what[2] = {row % 3, row / 3 % 3};
+        guest_init();
+        g.o.queues = 2;
+        g.o.limits.iops = 1;
+        guest_up();
+        g.dev.ops.tokens = 0;
+        g.dev.first = row / 9;
+        for (unsigned i = 0; i < 2; i++) {
+            req r = prepare(VBLK_T_IN, 0, 512);
+            if (order[what[i]] == VBLK_STALLED) {
+                send(i, &r);
+            } else if (order[what[i]] == VBLK_BROKEN) {
+                put16(g.queue[i].avail + 2, 1000);
+            }
+        }
+        ROW_BEGIN();
+        CHECK_EQ(order[what[0] > what[1] ? what[0] : what[1]],
+                 vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+        ROW("%u and %u, queue %u first", what[0], what[1], row / 9);
+    }
+}
+
 // Q3 at a stall: it ends the drain, and nothing is interrupted.
 void t_switching_on_fails_at_a_stall(void) {
     g.o.limits.iops = 1;
@@ -654,6 +723,32 @@ void t8_no_rate_passes_everything(void) {
     }
     CHECK_EQ(0, limiter_slept);
     vblk_limiter_end(&l);
+}
+
+void t8_rate_and_burst_of_a_limiter(void) {
+    static const struct {
+        uint64_t bps, burst, want;
+        int      err;
+    } rows[] = {
+        {1000, 0, 100, VBLK_OK},      {5, 0, 1, VBLK_OK},
+        {1000, 50, 50, VBLK_OK},      {0, 0, 1, VBLK_OK},
+        {INT64_MAX, INT64_MAX, INT64_MAX, VBLK_OK},
+        {UINT64_C(1) << 63, 0, 0, VBLK_ERR_LIMITS},
+        {1, UINT64_C(1) << 63, 0, VBLK_ERR_LIMITS},
+        {0, 1, 0, VBLK_ERR_LIMITS},
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        vblk_limiter l;
+        int err = vblk_limiter_init(&l, g.o.backend, rows[i].bps,
+                                    rows[i].burst);
+        ROW_BEGIN();
+        CHECK_EQ((uint64_t)rows[i].err, (uint64_t)err);
+        if (!err) {
+            CHECK_EQ(rows[i].want, l.bytes.burst);
+            vblk_limiter_end(&l);
+        }
+        ROW("limiter %zu", i);
+    }
 }
 
 // The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.

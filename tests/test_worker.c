@@ -344,6 +344,25 @@ void w10_interrupt_by_eventfd(void) {
     finish();
 }
 
+void w_every_type_of_request(void) {
+    worker_options();
+    up();
+    read_one();
+    chain(1, VBLK_T_OUT, 5);
+    ram[DATA + 512] = 0x3c;
+    add(1);
+    chain(2, VBLK_T_FLUSH, 0);
+    put_le32(DESC + 48 * 2 + 12, 1 | 8 << 16); // the header, then the status
+    add(2);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(used_idx() == 3);
+    CHECK_EQ(VBLK_S_OK, ram[HEADER + 32 + 16]);
+    CHECK_EQ(0x3c, disk[5 * 512]);
+    CHECK_EQ(VBLK_S_OK, ram[HEADER + 64 + 16]);
+    CHECK_EQ(1, vblk_counters(&w.dev).flushes);
+    finish();
+}
+
 // A KVM ioeventfd signals the descriptor and nothing else.
 void w1_the_kick_descriptor_alone_will_do(void) {
     const uint64_t one = 1;
@@ -445,6 +464,39 @@ void w11_lines_name_the_device_by_its_number(void) {
     CHECK(strstr(last_line, "width") != NULL);
     CHECK(strstr(last_line, "0x7f") == NULL); // no address
     finish();
+}
+
+static unsigned events_seen, interrupts_seen;
+
+static void on_worker_event(void *user, const vblk_event *e) {
+    (void)e;
+    __atomic_fetch_add((unsigned *)user, 1, __ATOMIC_RELEASE);
+}
+
+static void on_worker_interrupt(void *user, int queue, bool fire) {
+    (void)user;
+    __atomic_fetch_add(&interrupts_seen, fire && queue == 0, __ATOMIC_RELEASE);
+}
+
+void w11_the_host_may_have_events_and_interrupts_itself(void) {
+    worker_options();
+    o.event = on_worker_event;
+    o.interrupt = on_worker_interrupt;
+    o.user = &events_seen;
+    events_seen = interrupts_seen = 0;
+    up();
+    vblk_worker_mmio_write(&w, 0, 1, 1); // a byte access: an event
+    CHECK_EQ(1, events_seen);
+    chain(0, 99, 0); // an unknown type: an event in the thread
+    add(0);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(used_idx() == 1);
+    EVENTUALLY(__atomic_load_n(&interrupts_seen, __ATOMIC_ACQUIRE) == 1);
+    read_one(); // the thread came back from both
+    finish();
+    CHECK_EQ(2, interrupts_seen);
+    CHECK_EQ(2, events_seen);
+    CHECK_EQ(0, logged);
 }
 
 // The default printer: some lines a second, then it counts.

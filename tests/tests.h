@@ -10,6 +10,7 @@
     X(m1_identity, GUEST)                                                      \
     X(m2_registers_are_32_bits_wide, GUEST)                                    \
     X(m3_config_any_width_and_alignment, GUEST)                                \
+    X(m3_config_of_large_numbers, GUEST)                                       \
     X(m3_config_is_not_writable, GUEST)                                        \
     X(m4_device_features_by_page, GUEST)                                       \
     X(m5_driver_features_window, GUEST)                                        \
@@ -17,7 +18,9 @@
     X(m7_queue_registers_have_a_window, GUEST)                                 \
     X(m7_queue_sizes, GUEST)                                                   \
     X(m7_queue_ready_is_frozen_when_live, GUEST)                               \
+    X(m7_queue_ready_before_driver_ok, GUEST)                                  \
     X(m8_address_halves_in_either_order, GUEST)                                \
+    X(m8_rings_in_any_order, GUEST)                                            \
     X(m8_rings_above_4_gib, GUEST)                                             \
     X(m9_interrupt_status_and_ack, GUEST)                                      \
     X(m10_notify_before_driver_ok_takes_nothing, GUEST)                        \
@@ -38,6 +41,7 @@
     X(p8_a_stopped_queue_keeps_what_it_was_told, GUEST)                        \
     X(p8_a_ready_queue_is_not_reconfigured_live, GUEST)                        \
     X(p8_enabling_a_live_queue_names_it, GUEST)                                \
+    X(p8_enabling_a_queue_that_runs_is_nothing, GUEST)                         \
     X(r1_reset_clears_what_belongs_to_the_driver, GUEST)                       \
     X(r1_reset_clears_poison, GUEST)                                           \
     X(r2_reset_twice_is_harmless, GUEST)                                       \
@@ -57,6 +61,8 @@
     X(q4_used_element_outside_memory, GUEST)                                   \
     X(q4_a_drain_stops_where_the_queue_breaks, GUEST)                          \
     X(q4_used_idx_outside_memory, GUEST)                                       \
+    X(q_rings_at_odd_pointers, GUEST)                                          \
+    X(q4_a_queue_breaks_once, GUEST)                                           \
     X(q4_misplaced_rings, GUEST)                                               \
     X(q4_a_queue_without_a_size, GUEST)                                        \
     X(q4_only_the_queue_at_fault_stops, GUEST)                                 \
@@ -74,6 +80,7 @@
     X(q7_fires_if_the_question_cannot_be_read, GUEST)                          \
     X(q8_errors_interrupt_like_successes, GUEST)                               \
     X(q9_used_lengths, GUEST)                                                  \
+    X(q9_a_used_length_of_16_mib, GUEST)                                       \
     X(q10_what_waits_at_driver_ok_is_served, GUEST)                            \
     X(q11_a_drain_is_bounded_by_the_queue_size, GUEST)                         \
     X(q11_next_is_bounded_too, GUEST)                                          \
@@ -82,6 +89,7 @@
     X(q13_overlaps_do_no_harm, GUEST)                                          \
     X(q13_regions_touch_begin_at_0_and_end_at_the_top, GUEST)                  \
     X(q13_buffers_that_leave_memory, GUEST)                                    \
+    X(q13_memory_that_can_only_be_read, GUEST)                                 \
     X(q_spurious_kicks, GUEST)                                                 \
     X(v1_chain_limit_strict, GUEST)                                            \
     X(v1_p5_chain_limit_standard, GUEST)                                       \
@@ -112,6 +120,7 @@
     X(v16_get_id, GUEST)                                                       \
     X(p4_get_id_standard, GUEST)                                               \
     X(v16_get_id_outside_memory, GUEST)                                        \
+    X(v16_get_id_when_memory_changes_its_mind, GUEST)                          \
     X(v17_status_outside_memory, GUEST)                                        \
     X(v18_what_changes_later_does_not_count, GUEST)                            \
     X(v18_each_descriptor_and_header_is_read_once, GUEST)                      \
@@ -158,8 +167,10 @@
     X(t3_a_request_larger_than_the_bucket, ONCE)                               \
     X(t6_waits_are_exact_to_a_nanosecond, ONCE)                                \
     X(t6_nothing_overflows, ONCE)                                              \
+    X(t6_products_beyond_64_bits, ONCE)                                        \
     X(t6_a_clock_that_stands_still_or_goes_back, ONCE)                         \
     X(t_change_of_limits, ONCE)                                                \
+    X(t_a_bucket_cut_to_full_has_no_fraction, ONCE)                            \
     X(t6_ten_minutes_at_the_limit, ONCE)                                       \
     X(t6_the_simulation_notices_a_lossy_limiter, ONCE)                         \
     X(t1_limits_are_checked, GUEST)                                            \
@@ -168,6 +179,7 @@
     X(t2_a_read_only_flush_and_an_empty_read_cost_nothing, GUEST)              \
     X(t2_one_bucket_empty_leaves_the_other_alone, GUEST)                       \
     X(t4_a_stalled_request_is_unseen_and_the_wait_is_exact, GUEST)             \
+    X(t4_only_waiting_is_counted, GUEST)                                       \
     X(t4_the_longer_wait_of_the_two, GUEST)                                    \
     X(t4_a_stall_at_position_0, GUEST)                                         \
     X(t4_order_is_kept, GUEST)                                                 \
@@ -176,10 +188,12 @@
     X(t_next_stalls_and_gives_the_wait, GUEST)                                 \
     X(t_limits_change_at_run_time, GUEST)                                      \
     X(t_queues_share_a_limit, GUEST)                                           \
+    X(t_the_most_pressing_answer_of_all_queues, GUEST)                         \
     X(t_switching_on_fails_at_a_stall, GUEST)                                  \
     X(t_a_long_saturated_run_through_the_device, GUEST)                        \
     X(t8_blocking_limiter, GUEST)                                              \
     X(t8_no_rate_passes_everything, GUEST)                                     \
+    X(t8_rate_and_burst_of_a_limiter, GUEST)                                   \
     X(t8_real_time, GUEST)                                                     \
     X(all_status_sequences, GUEST)                                             \
     X(all_status_writes_from_every_state, GUEST)                               \
@@ -220,12 +234,14 @@
     X(w6_placement_that_fails_is_logged, ONCE)                                 \
     X(w_options_are_checked_and_nothing_leaks, ONCE)                           \
     X(w10_interrupt_by_eventfd, ONCE)                                          \
+    X(w_every_type_of_request, ONCE)                                           \
     X(w1_the_kick_descriptor_alone_will_do, ONCE)                              \
     X(w3_a_stalled_drain_is_ended_by_the_timer, ONCE)                          \
     X(w_limits_change_under_way, ONCE)                                         \
     X(w9_memory_later_with_a_worker, ONCE)                                     \
     X(w_a_worker_without_epoll_asks_for_a_reset, ONCE)                         \
     X(w11_lines_name_the_device_by_its_number, ONCE)                           \
+    X(w11_the_host_may_have_events_and_interrupts_itself, ONCE)                \
     X(w11_the_default_printer_cannot_be_flooded, ONCE)                         \
     X(w5_pause_and_resume, ONCE)                                               \
     X(w5_pause_in_every_state, ONCE)                                           \
