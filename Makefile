@@ -2,7 +2,7 @@
 CC       = cc
 CFLAGS   = -O2 -g
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes
-STD      = -std=c99 -D_GNU_SOURCE
+STD      = -std=c99 -D_GNU_SOURCE -DFUZZ_IN_TESTS
 SAN      = -fsanitize=address,undefined -fno-sanitize-recover=all
 LIBS     = -lpthread
 B        = build
@@ -12,7 +12,8 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_throttle.c tests/test_transport.c \
            tests/test_worker.c \
            tests/test_exhaustive.c tests/test_fault.c tests/test_cases.c \
-           tests/model.c tests/test_model.c
+           tests/test_worker_edges.c tests/model.c tests/test_model.c \
+           tests/fuzz.c
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
@@ -47,6 +48,12 @@ soak: $(B)/vblk_test           ## the threads for millions of requests, minutes 
 
 conformance: $(B)/vblk_test    ## each statement of the standard and its test
 	@sh tests/conformance.sh $(B)/vblk_test
+
+fuzz:                          ## libFuzzer for FUZZ_SECONDS, default 60 (clang)
+	@B=$(B) sh tests/fuzz.sh
+
+cov:                           ## lines and branches reached (clang, llvm)
+	@B=$(B) TESTS="-DFUZZ_IN_TESTS $(TESTS)" sh tests/cov.sh
 
 mutants:                       ## weaken the header, see what the tests miss (hours;
 	@B=$(B) sh tests/mutants.sh  # MUTANTS="every 25" for a sample)
@@ -131,6 +138,6 @@ $(B)/bench: tests/bench.c vblk.h
 clean:
 	rm -rf $(B)
 
-.PHONY: all test conformance mutants test-32 test-be test-O demo throttle \
-        threaded asan tsan soak model bench interop interop-uboot \
+.PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
+        throttle threaded asan tsan soak model bench interop interop-uboot \
         interop-uml interop-qemu interop-powerloss size lint help clean

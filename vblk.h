@@ -576,9 +576,10 @@ typedef struct vblk_seg {
     uint64_t gpa;
 } vblk_seg;
 
-// The disk. `offset` is in bytes, a multiple of 512; all is within the
-// capacity. read and write return how many bytes they moved, which may be
-// less than asked: they are called again for the rest. 0 means no progress:
+// The disk. `offset` is in bytes, a multiple of 512 but for the rest of a short
+// transfer; all is within the capacity. read and write return how many bytes
+// they moved, which may be less than asked: they are called again for the
+// rest. 0 means no progress:
 // for a read, the end of the backing, and the rest reads as zeroes; for a
 // write, an error. Negative: an error number for the event.
 typedef struct vblk_backend {
@@ -1201,13 +1202,15 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, uint64_t gpa, uint64_t n,
 
 static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, uint64_t n) {
     const vblk_memory *m = &dev->o.memory;
-    return !vblk__wraps(gpa, n) && m->read(m->user, gpa, dst, n) == 0;
+    return m->read && !vblk__wraps(gpa, n) &&
+           m->read(m->user, gpa, dst, n) == 0;
 }
 
 static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
                         uint64_t n) {
     const vblk_memory *m = &dev->o.memory;
-    return !vblk__wraps(gpa, n) && m->write(m->user, gpa, src, n) == 0;
+    return m->write && !vblk__wraps(gpa, n) &&
+           m->write(m->user, gpa, src, n) == 0;
 }
 
 // Sixteen bytes, each read once: a descriptor or a header.
@@ -2447,6 +2450,17 @@ static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
     return q;
 }
 
+// The end of a round: completions out, and what that did to the queue.
+static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
+                                 vblk_outcome out, uint64_t now_ns) {
+    vblk_outcome broken = {VBLK_BROKEN, 0};
+    vblk__publish(dev, q);
+    if (q->poisoned && q->stalled) {
+        vblk__end_stall(q, now_ns);
+    }
+    return q->poisoned ? broken : out;
+}
+
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req) {
     vblk_outcome out;
@@ -2455,8 +2469,7 @@ VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
         uint32_t budget = q->size;
         out = vblk__pull(dev, q, req, now_ns, &budget);
         if (out.state != VBLK_REQUEST) {
-            vblk__publish(dev, q);
-            out.state = q->poisoned ? VBLK_BROKEN : out.state;
+            out = vblk__settle(dev, q, out, now_ns);
         }
     }
     return out;
@@ -2478,8 +2491,7 @@ static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
                VBLK_REQUEST) {
             vblk__execute(dev, &req);
         }
-        vblk__publish(dev, q);
-        out.state = q->poisoned ? VBLK_BROKEN : out.state;
+        out = vblk__settle(dev, q, out, now_ns);
     }
     return out;
 }
@@ -3025,7 +3037,9 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
 VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
     dev->o.memory = memory;
     for (unsigned i = 0; i < dev->o.queues; i++) {
-        dev->queue[i].resolved = false;
+        vblk_queue *q = &dev->queue[i];
+        q->resolved = false;
+        q->desc = q->avail = q->used = NULL;
     }
 }
 
@@ -4032,6 +4046,9 @@ static bool vblk__open_all(vblk_worker *w) {
                                    w->pause_fd};
     for (unsigned i = 0; i < VBLK__TOKENS; i++) {
         struct epoll_event event;
+        if (w->epoll_fd < 0 || fds[i] < 0) {
+            return false; // with the errno of the first that failed
+        }
         memset(&event, 0, sizeof event);
         event.events = EPOLLIN;
         event.data.u64 = i;

@@ -11,7 +11,7 @@
 cd "$(dirname "$0")/.." || exit 1
 M=${B:-build}/mutants
 CC=${CC:-cc}
-std="-std=c99 -D_GNU_SOURCE -w -DTEST_PATIENCE=2"
+std="-std=c99 -D_GNU_SOURCE -DFUZZ_IN_TESTS -w -DTEST_PATIENCE=2"
 flags=${MUTANT_CFLAGS:--O1}
 slow='fault_in|model_agrees|t_a_long|t6_t|w_party|w5_pause_in|q6_|x2_a'
 

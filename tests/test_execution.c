@@ -801,3 +801,113 @@ void b2_the_lock_admits_one_call_at_a_time(void) {
     CHECK_EQ(40000, torn);
     vblk_locked_end(&locked);
 }
+
+// Rings at odd host addresses are reached through the accessors.
+void q_rings_at_odd_host_addresses(void) {
+    static uint8_t bytes[0x10001];
+    static vblk_region region;
+    static vblk_ram ram;
+    region.bytes = 0x10000;
+    region.host = bytes + 1;
+    ram.region = &region;
+    ram.regions = 1;
+    guest_init();
+    guest_up();
+    vblk_set_memory(&g.dev, vblk_ram_memory(&ram));
+    guest_queue *q = &g.queue[0];
+    memset(bytes, 0, sizeof bytes);
+    uint8_t *d = bytes + 1 + q->desc, *avail = bytes + 1 + q->avail;
+    d[0] = 0, d[1] = 0x80, d[8] = 16, d[12] = NEXT, d[14] = 1;
+    d[16] = 0, d[17] = 0x90, d[25] = 2, d[28] = NEXT | WRITE, d[30] = 2;
+    d[32] = 0, d[33] = 0xa0, d[40] = 1, d[44] = WRITE;
+    avail[2] = 1;
+    bytes[1 + 0xa000] = 0xff;
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, bytes[1 + 0xa000]);
+    CHECK_EQ(1, bytes[1 + q->used + 2]);
+    CHECK_MEM(g.disk, bytes + 1 + 0x9000, 512);
+}
+
+// Completions that were not shown yet go to the memory that is there now.
+void x_completions_outlive_a_change_of_memory(void) {
+    static uint8_t old[0x10000], now[0x10000];
+    static vblk_region was, is;
+    static vblk_ram old_ram, now_ram;
+    memset(old, 0, sizeof old);
+    was.bytes = is.bytes = sizeof old;
+    was.host = old;
+    is.host = now;
+    old_ram.region = &was;
+    now_ram.region = &is;
+    old_ram.regions = now_ram.regions = 1;
+    guest_init();
+    guest_up();
+    vblk_set_memory(&g.dev, vblk_ram_memory(&old_ram));
+    guest_queue *q = &g.queue[0];
+    uint8_t *d = old + q->desc;
+    d[1] = 0x80, d[8] = 16, d[12] = NEXT, d[14] = 1;
+    d[17] = 0x90, d[25] = 2, d[28] = NEXT | WRITE, d[30] = 2;
+    d[33] = 0xa0, d[40] = 1, d[44] = WRITE;
+    old[q->avail + 2] = 1;
+    vblk_request r;
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, r.bytes));
+    memcpy(now, old, sizeof now);
+    memset(old, 0xdd, sizeof old);
+    vblk_set_memory(&g.dev, vblk_ram_memory(&now_ram));
+    vblk_publish(&g.dev, 0);
+    CHECK_EQ(1, now[q->used + 2]);
+    CHECK_EQ(0xdd, old[q->used + 2]);
+}
+
+void m9_no_interrupt_function(void) {
+    guest_init();
+    g.o.interrupt = NULL;
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK(vblk_interrupt_line(&g.dev));
+    CHECK_EQ(1, rd(VBLK_REG_INTERRUPT_STATUS));
+    vblk_interrupt_ack(&g.dev, 1);
+    CHECK(!vblk_interrupt_line(&g.dev));
+}
+
+void b_file_writes_scattered_memory(void) {
+    char path[] = "/tmp/vblk_test_XXXXXX";
+    uint8_t a[512], b[1024], back[1536];
+    vblk_seg seg[2] = {{a, sizeof a, 0}, {b, sizeof b, 0}};
+    vblk_file file;
+    int fd = mkstemp(path);
+    memset(a, 1, sizeof a);
+    memset(b, 2, sizeof b);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    vblk_backend be = vblk_file_backend(&file);
+    CHECK_EQ(1536, be.write(be.user, 512, seg, 2));
+    CHECK_EQ(1536, pread(fd, back, sizeof back, 512));
+    CHECK_MEM(a, back, sizeof a);
+    CHECK_MEM(b, back + 512, sizeof b);
+    CHECK_EQ(2048, be.size(be.user));
+    vblk_file_close(&file);
+    CHECK_EQ(0, be.size(be.user)); // no size to be had
+    close(fd);
+    unlink(path);
+}
+
+static int64_t read_nothing(void *user, uint64_t offset, const vblk_seg *seg,
+                            unsigned segs) {
+    (void)user;
+    (void)offset;
+    (void)seg;
+    (void)segs;
+    return 0;
+}
+
+void b_limiter_offers_what_its_backend_has(void) {
+    vblk_limiter l;
+    vblk_backend inner = {read_nothing, NULL, NULL, NULL, true, NULL};
+    CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
+             (uint64_t)vblk_limiter_init(&l, inner, 1, UINT64_C(1) << 63));
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, inner, 0, 0));
+    vblk_backend b = vblk_limiter_backend(&l);
+    CHECK(b.read && !b.write && !b.flush && !b.size && b.read_only);
+    vblk_limiter_end(&l);
+}

@@ -766,3 +766,39 @@ void t8_real_time(void) {
     CHECK(l.now() - start >= 19 * 1024 * 1000);
     vblk_limiter_end(&l);
 }
+
+// A quotient of 2^64 - 1 and a remainder: one more cannot be told.
+void t_longest_wait_there_is(void) {
+    // missing * 10^9 - fraction == 2^65 - 1, at 2 tokens a second
+    vblk_bucket b = {2, INT64_MAX, 0, 0, 0};
+    uint64_t missing = UINT64_C(36893488148); // of 2^65 / 10^9, rounded up
+    b.fraction = 580896769;                   // what that is too much
+    b.burst = missing;
+    CHECK_EQ(UINT64_MAX, vblk_bucket_wait(&b, missing, 0));
+    b.fraction--;
+    CHECK_EQ(UINT64_MAX, vblk_bucket_wait(&b, missing, 0));
+}
+
+// Of several stalls the shortest is told, whichever queue comes first.
+void t_drain_of_all_tells_the_shortest_wait(void) {
+    g.o.queues = 2;
+    g.o.limits.bps = 1024;
+    guest_up();
+    for (unsigned first = 0; first < 4; first++) {
+        uint64_t now = first * 1000 * UINT64_C(1000000000);
+        req large = prepare(VBLK_T_IN, 0, 1024), small[2];
+        small[0] = prepare(VBLK_T_IN, 0, 1024);
+        small[1] = prepare(VBLK_T_IN, 0, 512);
+        send(0, &small[0]); // takes all tokens
+        send(0, &large);
+        send(1, &small[1]);
+        vblk_drain(&g.dev, 0, now);
+        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
+        CHECK_EQ(VBLK_STALLED, out.state);
+        CHECK_EQ(500000000, out.wait_ns);
+        vblk_drain(&g.dev, VBLK_ALL_QUEUES, now + 500000000);
+        vblk_drain(&g.dev, VBLK_ALL_QUEUES, now + 100 * UINT64_C(1000000000));
+        CHECK_EQ(VBLK_S_OK, status_of(&large));
+        CHECK_EQ(VBLK_S_OK, status_of(&small[1]));
+    }
+}

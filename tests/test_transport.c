@@ -100,3 +100,24 @@ void transport_moves_a_queue_to_another_device(void) {
     CHECK_EQ(101, get16(g.queue[0].used + 2));
     memset(g.writes, 0, sizeof g.writes); // buffers were used over and over
 }
+
+// A position is read from a used ring that is not there: the first drain says
+// so.
+void transport_starts_where_no_ring_can_be(void) {
+    vblk_ring ring = {16, 0x1000, 0x2000, UINT64_MAX - 1, 7};
+    vblk_memory none = {NULL, NULL, NULL, NULL}, later;
+    g.o.queues = 1;
+    later = g.o.memory;
+    g.o.memory = none;
+    guest_make();
+    guest_negotiate(0);
+    ring.used = 0x3000;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(7, vblk_queue_stop(&g.dev, 0));
+    vblk_set_memory(&g.dev, later);
+    ring.used = UINT64_MAX - 1;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    wr(VBLK_REG_STATUS, 0xf);
+    CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
+}

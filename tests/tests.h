@@ -261,6 +261,26 @@
     X(w_party_with_resets, ONCE)                                               \
     X(f7_needs_reset_races_status_writes, ONCE)                                \
     X(q12_acknowledgements_race_interrupts, ONCE)                              \
+    X(q_rings_at_odd_host_addresses, GUEST)                                    \
+    X(x_completions_outlive_a_change_of_memory, GUEST)                         \
+    X(m9_no_interrupt_function, GUEST)                                         \
+    X(b_file_writes_scattered_memory, GUEST)                                   \
+    X(b_limiter_offers_what_its_backend_has, GUEST)                            \
+    X(t_longest_wait_there_is, ONCE)                                           \
+    X(t_drain_of_all_tells_the_shortest_wait, GUEST)                           \
+    X(transport_starts_where_no_ring_can_be, GUEST)                            \
+    X(w_flush_in_the_thread, ONCE)                                             \
+    X(w_events_go_to_the_hosts_hook, ONCE)                                     \
+    X(w_registers_of_other_widths, ONCE)                                       \
+    X(w_pause_before_the_start_signals_once, ONCE)                             \
+    X(w_without_descriptors, ONCE)                                             \
+    X(w_without_a_thread, ONCE)                                                \
+    X(w_a_timer_that_breaks, ONCE)                                             \
+    X(w_events_that_mean_nothing, ONCE)                                        \
+    X(w_lines_left_out_are_counted, ONCE)                                      \
+    X(w_kick_while_stalled, ONCE)                                              \
+    X(w_pause_is_told_when_the_thread_is_left_behind, ONCE)                    \
+    X(fuzz_corpus_replays, ONCE)                                               \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 

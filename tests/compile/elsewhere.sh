@@ -4,7 +4,7 @@
 B=${B:-build}
 what=$1
 shift
-flags="-std=c99 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
+flags="-std=c99 -D_GNU_SOURCE -DFUZZ_IN_TESTS -Wall -Wextra -Wpedantic -Wshadow -Wconversion
     -Wstrict-prototypes -Werror"
 mkdir -p "$B"
 

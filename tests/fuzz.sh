@@ -1,0 +1,57 @@
+#!/bin/sh
+# Fuzz the device for FUZZ_SECONDS (60) from tests/corpus. What breaks a rule
+# is left in build/fuzz-*; new inputs are in build/fuzz.d.
+#
+#     tests/fuzz.sh merge   add what build/fuzz.d reaches and tests/corpus not
+#     tests/fuzz.sh seeds   write the seeds of fuzz.c to tests/corpus again
+cd "$(dirname "$0")/.." || exit 1
+B=${B:-build}
+skip='SKIP: fuzz needs clang with libFuzzer'
+skip="$skip (apt install clang libclang-rt-14-dev)"
+flags='-std=c99 -D_GNU_SOURCE -O2 -g'
+san='-fsanitize=address,undefined -fno-sanitize-recover=all'
+
+# The device is a unit of its own: branches of the driver are not counted.
+build() {
+    clang $flags $san -fsanitize=fuzzer-no-link -DVBLK_IMPLEMENTATION \
+        -x c -c vblk.h -o "$B/fuzz_vblk.o" &&
+        clang $flags $san -c tests/fuzz.c -o "$B/fuzz.o" &&
+        clang $san -fsanitize=fuzzer -o "$B/fuzz" "$B/fuzz.o" \
+            "$B/fuzz_vblk.o"
+}
+
+command -v clang >/dev/null || {
+    echo "$skip"
+    exit 0
+}
+mkdir -p "$B/fuzz.d"
+echo 'int LLVMFuzzerTestOneInput(const char *p, long n) { return !p && n; }' |
+    clang -fsanitize=fuzzer,address -x c - -o "$B/fuzz" 2>/dev/null || {
+    echo "$skip"
+    exit 0
+}
+build || exit 1
+case $1 in
+merge)
+    "$B/fuzz" -merge=1 -use_counters=0 tests/corpus "$B/fuzz.d" 2>/dev/null
+    ls tests/corpus | wc -l
+    ;;
+seeds)
+    clang $flags -DFUZZ_REPLAY -DFUZZ_SEEDS -o "$B/fuzz_seeds" tests/fuzz.c &&
+        mkdir -p tests/corpus && "$B/fuzz_seeds" tests/corpus
+    ;;
+*)
+    seconds=${FUZZ_SECONDS:-60}
+    echo "fuzzing for $seconds s"
+    if "$B/fuzz" -max_total_time="$seconds" -max_len=300 -timeout=10 \
+        -artifact_prefix="$B/fuzz-" -print_final_stats=1 \
+        "$B/fuzz.d" tests/corpus >"$B/fuzz.log" 2>&1; then
+        grep -E 'DONE|number_of_executed|average_exec' "$B/fuzz.log"
+        echo "1 passed, 0 failed"
+    else
+        grep -E 'fuzz:|ERROR|runtime error|Assertion|written to' "$B/fuzz.log"
+        echo "0 passed, 1 failed"
+        exit 1
+    fi
+    ;;
+esac

@@ -1,0 +1,382 @@
+// The worker's edges: descriptors that break or cannot be had, the host's own
+// hooks, registers of other widths, kicks and pauses at awkward moments.
+#include "guest.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
+
+static vblk_worker         w;
+static vblk_options        o;
+static vblk_worker_options wo;
+static uint8_t             ram[1 << 16];
+static vblk_region         region = {0, sizeof ram, ram};
+static vblk_ram            guest_ram = {&region, 1};
+static uint8_t             disk[1 << 16];
+static vblk_memdisk        memdisk = {disk, sizeof disk, false};
+static unsigned            said, flushed, evented;
+static char                told[8192]; // all lines
+static pthread_mutex_t     lock = PTHREAD_MUTEX_INITIALIZER;
+
+#define EVENTUALLY(cond)                                                       \
+    do {                                                                       \
+        for (unsigned ms_ = 0; !(cond); ms_++) {                               \
+            struct timespec t_ = {0, 1000000};                                 \
+            if (ms_ == 20000) {                                                \
+                test_fail(__FILE__, __LINE__, "never: " #cond);                \
+                break;                                                         \
+            }                                                                  \
+            nanosleep(&t_, NULL);                                              \
+        }                                                                      \
+    } while (0)
+
+static void on_log(void *user, const char *line) {
+    (void)user;
+    pthread_mutex_lock(&lock);
+    strncat(told, line, sizeof told - strlen(told) - 1);
+    __atomic_fetch_add(&said, 1, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&lock);
+}
+
+static bool was_told(const char *text) {
+    pthread_mutex_lock(&lock);
+    bool is = strstr(told, text) != NULL;
+    pthread_mutex_unlock(&lock);
+    return is;
+}
+
+static int count_flush(void *user) {
+    (void)user;
+    __atomic_fetch_add(&flushed, 1, __ATOMIC_RELEASE);
+    return 0;
+}
+
+static void count_event(void *user, const vblk_event *event) {
+    (void)user;
+    (void)event;
+    __atomic_fetch_add(&evented, 1, __ATOMIC_RELEASE);
+}
+
+static void worker_options(void) {
+    memset(&o, 0, sizeof o);
+    memset(&wo, 0, sizeof wo);
+    memset(ram, 0, sizeof ram);
+    o.memory = vblk_ram_memory(&guest_ram);
+    o.backend = vblk_memdisk_backend(&memdisk);
+    o.backend.flush = count_flush;
+    o.queue_size = 16;
+    wo.log = on_log;
+    said = flushed = evented = 0;
+    memset(told, 0, sizeof told);
+}
+
+static void make_worker(void) {
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+}
+
+static void store(uint32_t offset, uint32_t value) {
+    vblk_worker_mmio_write(&w, offset, 4, value);
+}
+
+static uint32_t load(uint32_t offset) {
+    return (uint32_t)vblk_mmio_read(&w.dev, offset, 4);
+}
+
+static void bind_driver(void) {
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_FLUSH);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 1);
+    store(VBLK_REG_STATUS, 0xb);
+    store(VBLK_REG_QUEUE_NUM, 16);
+    store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
+    store(VBLK_REG_QUEUE_DEVICE_LOW, 0x2000);
+    store(VBLK_REG_QUEUE_READY, 1);
+    store(VBLK_REG_STATUS, 0xf);
+}
+
+// A request of a header and a status byte at 0x3000.
+static void put_flush(uint16_t n) {
+    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
+    ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
+    ram[0x3000] = VBLK_T_FLUSH;
+    ram[0x3010] = 0xff;
+    uint8_t idx[2] = {(uint8_t)n, (uint8_t)(n >> 8)};
+    uint16_t word;
+    memcpy(&word, idx, 2);
+    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
+                     __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+}
+
+static bool used_is(uint8_t n) {
+    uint16_t word = __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
+                                    __ATOMIC_ACQUIRE);
+    uint8_t b[2];
+    memcpy(b, &word, 2);
+    return b[0] == n;
+}
+
+void w_flush_in_the_thread(void) {
+    worker_options();
+    make_worker();
+    bind_driver();
+    put_flush(1);
+    EVENTUALLY(used_is(1));
+    CHECK_EQ(1, flushed);
+    CHECK_EQ(VBLK_S_OK, ram[0x3010]);
+    CHECK(vblk_worker_end(&w));
+}
+
+void w_events_go_to_the_hosts_hook(void) {
+    worker_options();
+    o.event = count_event;
+    o.backend.write = NULL;
+    o.backend.flush = NULL;
+    make_worker();
+    bind_driver();
+    ram[0x1004] = 99; // no head
+    put_flush(1);
+    EVENTUALLY(__atomic_load_n(&evented, __ATOMIC_ACQUIRE) > 0);
+    EVENTUALLY(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
+    CHECK_EQ(0, said);
+    CHECK(vblk_worker_end(&w));
+}
+
+void w_registers_of_other_widths(void) {
+    worker_options();
+    o.event = count_event;
+    o.profile = VBLK_STANDARD;
+    make_worker();
+    bind_driver();
+    vblk_worker_mmio_write(&w, VBLK_REG_QUEUE_NOTIFY, 2, 0);
+    vblk_worker_mmio_write(&w, VBLK_REG_STATUS, 1, 0);
+    vblk_worker_mmio_write(&w, VBLK_REG_INTERRUPT_ACK, 8, 1);
+    vblk_worker_mmio_write(&w, VBLK_REG_QUEUE_READY, 1, 0);
+    CHECK_EQ(4, evented);
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+    CHECK_EQ(1, load(VBLK_REG_QUEUE_READY));
+    CHECK(vblk_worker_end(&w));
+    int cpu = CPU_SETSIZE;
+    wo.cpus = &cpu;
+    wo.cpu_count = 1;
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS, (uint64_t)vblk_worker_init(&w, &o, &wo));
+}
+
+void w_pause_before_the_start_signals_once(void) {
+    uint64_t n = 0;
+    worker_options();
+    wo.parked_fd = eventfd(0, EFD_NONBLOCK);
+    make_worker();
+    CHECK(vblk_worker_pause(&w, 1000));
+    CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+    CHECK_EQ(1, n);
+    bind_driver();
+    put_flush(1);
+    CHECK(!used_is(1));
+    vblk_worker_resume(&w);
+    EVENTUALLY(used_is(1));
+    // Asked for while the thread runs, and told when it ends first.
+    CHECK(vblk_worker_pause(&w, 1000));
+    CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+    CHECK(vblk_worker_end(&w));
+    close(wo.parked_fd);
+}
+
+// Descriptors are made all or none, and none is left open.
+void w_without_descriptors(void) {
+    struct rlimit was, few;
+    worker_options();
+    int next = dup(0);
+    close(next);
+    getrlimit(RLIMIT_NOFILE, &was);
+    for (int n = 0; n < 7; n++) {
+        few = was;
+        few.rlim_cur = (rlim_t)(next + n);
+        setrlimit(RLIMIT_NOFILE, &few);
+        int err = vblk_worker_init(&w, &o, &wo);
+        int saved = errno;
+        setrlimit(RLIMIT_NOFILE, &was);
+        CHECK_EQ((uint64_t)VBLK_ERR_WORKER, (uint64_t)err);
+        CHECK_EQ(EMFILE, saved);
+        int after = dup(0);
+        close(after);
+        CHECK_EQ(next, after);
+    }
+}
+
+void w_without_a_thread(void) {
+    pthread_attr_t was, huge;
+    worker_options();
+    make_worker();
+    pthread_getattr_default_np(&was);
+    pthread_attr_init(&huge);
+    pthread_attr_setstacksize(&huge, (size_t)1 << 47);
+    CHECK_EQ(0, pthread_setattr_default_np(&huge));
+    bind_driver();
+    CHECK_EQ(0, pthread_setattr_default_np(&was));
+    CHECK_EQ(0x4f, load(VBLK_REG_STATUS));
+    CHECK(was_told("cannot be started"));
+    CHECK(vblk_worker_paused(&w));
+    store(VBLK_REG_STATUS, 0);
+    bind_driver();
+    put_flush(1);
+    EVENTUALLY(used_is(1));
+    CHECK(vblk_worker_end(&w));
+    pthread_attr_destroy(&huge);
+}
+
+void w_a_timer_that_breaks(void) {
+    for (int armed = 0; armed < 2; armed++) {
+        struct itimerspec soon = {{0, 0}, {0, 1000000}};
+        worker_options();
+        o.limits.iops = 1;
+        make_worker();
+        int timer = w.timer_fd;
+        w.timer_fd = -1;
+        bind_driver();
+        if (armed) {
+            timerfd_settime(timer, 0, &soon, NULL);
+            EVENTUALLY(was_told("waiting for events failed"));
+        } else {
+            put_flush(2);
+            EVENTUALLY(was_told("the timer cannot be set"));
+        }
+        EVENTUALLY(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
+        CHECK(vblk_worker_end(&w));
+        close(timer);
+    }
+}
+
+void w_events_that_mean_nothing(void) {
+    worker_options();
+    make_worker();
+    bind_driver();
+    struct epoll_event e;
+    int fd = eventfd(1, EFD_NONBLOCK), ends[2];
+    memset(&e, 0, sizeof e);
+    e.events = EPOLLIN | EPOLLONESHOT;
+    e.data.u64 = 99;
+    CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, fd, &e));
+    EVENTUALLY(was_told("no descriptor of ours"));
+    CHECK_EQ(0, pipe(ends));
+    close(ends[1]);
+    e.data.u64 = 1; // the kick
+    CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, ends[0], &e));
+    EVENTUALLY(was_told("descriptor 1: events"));
+    put_flush(1);
+    EVENTUALLY(used_is(1));
+    CHECK(vblk_worker_end(&w));
+    close(fd);
+    close(ends[0]);
+}
+
+// The default printer says how many lines it left out.
+void w_lines_left_out_are_counted(void) {
+    char text[16384] = "";
+    FILE *file = tmpfile();
+    int saved = dup(2);
+    fflush(stderr);
+    worker_options();
+    wo.log = NULL;
+    make_worker();
+    dup2(fileno(file), 2);
+    for (int i = 0; i < 60; i++) {
+        store(VBLK_REG_QUEUE_NOTIFY, 9);
+    }
+    w.lines.tokens = 1; // time has passed
+    store(VBLK_REG_QUEUE_NOTIFY, 9);
+    fflush(stderr);
+    dup2(saved, 2);
+    close(saved);
+    rewind(file);
+    size_t n = fread(text, 1, sizeof text - 1, file);
+    text[n] = 0;
+    CHECK(strstr(text, "lines left out)") != NULL);
+    fclose(file);
+    CHECK(vblk_worker_end(&w));
+}
+
+// Reads of 512 bytes, all by the chain at 0.
+static void put_reads(uint16_t n) {
+    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
+    ram[17] = 0x40, ram[25] = 2, ram[28] = NEXT | WRITE, ram[30] = 2;
+    ram[32] = 16, ram[33] = 0x30, ram[40] = 1, ram[44] = WRITE;
+    uint8_t idx[2] = {(uint8_t)n, (uint8_t)(n >> 8)};
+    uint16_t word;
+    memcpy(&word, idx, 2);
+    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
+                     __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+}
+
+// A kick neither shortens a stall nor loses it; bytes alone are limited.
+void w_kick_while_stalled(void) {
+    worker_options();
+    o.limits.bps = 5120;
+    make_worker();
+    bind_driver();
+    put_reads(11);
+    EVENTUALLY(used_is(10));
+    for (int i = 0; i < 3; i++) {
+        struct timespec t = {0, 5000000};
+        store(VBLK_REG_QUEUE_NOTIFY, 0);
+        nanosleep(&t, NULL);
+    }
+    EVENTUALLY(used_is(11));
+    CHECK_EQ(1, vblk_counters(&w.dev).throttled);
+    CHECK(vblk_worker_end(&w));
+}
+
+static unsigned hold, inside, released;
+
+static int slow_flush(void *user) {
+    (void)user;
+    __atomic_store_n(&inside, 1, __ATOMIC_RELEASE);
+    while (__atomic_load_n(&hold, __ATOMIC_ACQUIRE)) {
+        sched_yield();
+    }
+    return 0;
+}
+
+static void on_released(void *user) {
+    (void)user;
+    __atomic_store_n(&released, 1, __ATOMIC_RELEASE);
+}
+
+// Whoever waits for a pause hears of it when the thread is left behind.
+void w_pause_is_told_when_the_thread_is_left_behind(void) {
+    for (int with_fd = 0; with_fd < 2; with_fd++) {
+        uint64_t n = 0;
+        worker_options();
+        hold = 1, inside = released = 0;
+        o.backend.flush = slow_flush;
+        wo.released = on_released;
+        wo.stop_ms = 20;
+        wo.parked_fd = with_fd ? eventfd(0, EFD_NONBLOCK) : 0;
+        make_worker();
+        bind_driver();
+        put_flush(1);
+        EVENTUALLY(__atomic_load_n(&inside, __ATOMIC_ACQUIRE));
+        CHECK(!vblk_worker_pause(&w, 1));
+        CHECK(!vblk_worker_reset(&w));
+        CHECK(vblk_worker_paused(&w));
+        CHECK(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
+        if (with_fd) {
+            CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+        }
+        __atomic_store_n(&hold, 0, __ATOMIC_RELEASE);
+        EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+        CHECK(vblk_worker_end(&w));
+        if (with_fd) {
+            close(wo.parked_fd);
+        }
+    }
+}

@@ -1,0 +1,468 @@
+// front SOCKET abuse: one broken rule after the other.
+#include "front.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define NO (REFUSED | CLOSED)
+
+
+// ---- Wrong messages ---------------------------------------------------------
+
+// An `early` case comes before memory is shared and the ring is started.
+static const struct {
+    const char *name;
+    bool        early;
+    uint32_t    request, bytes, word[2];
+    unsigned    nfds, allowed;
+} message_cases[] = {
+    {"unknown-request", 0, 999, 0, {0, 0}, 0, NO},
+    {"short-payload", 0, SET_VRING_NUM, 4, {0, 0}, 0, NO},
+    {"ring-1000", 0, SET_VRING_NUM, 8, {1000, 128}, 0, NO},
+    {"enable-ring-1000", 0, SET_VRING_ENABLE, 8, {1000, 1}, 0, NO},
+    {"ring-size-0", 1, SET_VRING_NUM, 8, {0, 0}, 0, NO},
+    {"ring-size-3", 1, SET_VRING_NUM, 8, {0, 3}, 0, NO},
+    {"ring-size-2M", 1, SET_VRING_NUM, 8, {0, 1 << 21}, 0, NO},
+    {"size-of-running-ring", 0, SET_VRING_NUM, 8, {0, 64}, 0, NO},
+    {"kick-without-descriptor", 0, SET_VRING_KICK, 8, {0, 0}, 0, NO},
+    {"kick-of-ring-200", 0, SET_VRING_KICK, 8, {200, 0}, 1, NO},
+    {"kick-is-a-file", 0, SET_VRING_KICK, 8, {0, 0}, 1, NO},
+    {"call-with-3-descriptors", 0, SET_VRING_CALL, 8, {0, 0}, 3, NO},
+    {"30-stray-descriptors", 0, SET_OWNER, 0, {0, 0}, 30, ACCEPTED | NO},
+    {"60-stray-descriptors", 0, SET_OWNER, 0, {0, 0}, 60, ACCEPTED | NO},
+    {"memory-table-cut-off", 0, SET_MEM_TABLE, 8, {1, 0}, 1, NO},
+    {"features-not-offered", 1, SET_FEATURES, 8, {0, 1u << 31}, 0, NO},
+    {"config-write", 0, SET_CONFIG, 12, {0, 0}, 0, NO},
+};
+
+static unsigned message_case(size_t k) {
+    uint32_t payload[3] = {message_cases[k].word[0], message_cases[k].word[1]};
+    int      fds[64];
+    for (unsigned i = 0; i < message_cases[k].nfds; i++) {
+        fds[i] = m.memory_fd;
+    }
+    return message(message_cases[k].request, payload, message_cases[k].bytes,
+                   fds, message_cases[k].nfds);
+}
+
+// All memory is one file of 4 MiB; a table repeats its region.
+static const struct {
+    const char *name;
+    region      region;
+    uint32_t    count;
+    unsigned    nfds;
+    bool        not_a_file;
+} memory_cases[] = {
+    {"200-regions", {LOW, 4096, LOW, 0}, 200, 8, 0},
+    {"regions-without-descriptors", {LOW, 4096, LOW, 0}, 2, 0, 0},
+    {"regions-overlap", {LOW, 4096, LOW, 0}, 2, 2, 0},
+    {"region-of-0-bytes", {LOW, 0, LOW, 0}, 1, 1, 0},
+    {"region-wraps", {LOW, UINT64_MAX - 4095, LOW, 8192}, 1, 1, 0},
+    {"region-past-its-file", {LOW, 4 << 20, LOW, 4096}, 1, 1, 0},
+    {"region-of-no-file", {LOW, 4096, LOW, 0}, 1, 1, 1},
+};
+
+static unsigned memory_case(size_t k) {
+    memory_table t = {.count = memory_cases[k].count};
+    int          fds[8];
+    for (unsigned i = 0; i < 8; i++) {
+        t.region[i] = memory_cases[k].region;
+        fds[i] = memory_cases[k].not_a_file ? m.kick : m.memory_fd;
+    }
+    return message(SET_MEM_TABLE, &t, sizeof t, fds, memory_cases[k].nfds);
+}
+
+static unsigned send_bytes(const void *bytes, size_t n) {
+    uint8_t byte;
+    send(m.socket, bytes, n, MSG_NOSIGNAL);
+    shutdown(m.socket, SHUT_WR);
+    ssize_t got = recv(m.socket, &byte, 1, 0);
+    return got == 0 || (got < 0 && errno == ECONNRESET) ? CLOSED : SILENT;
+}
+
+static unsigned garbage(void) {
+    uint8_t noise[4096];
+    fill_random(noise, sizeof noise);
+    return send_bytes(noise, sizeof noise);
+}
+
+static unsigned half_a_header(void) {
+    return send_bytes("\1\0\0\0\1", 5);
+}
+
+static unsigned payload_of_2gib(void) {
+    const struct {
+        header  h;
+        uint8_t body[16384];
+    } msg = {.h = {SET_VRING_NUM, VERSION, 0x7fffffff}};
+    return send_bytes(&msg, sizeof msg);
+}
+
+static unsigned version_2(void) {
+    const header h = {SET_OWNER, 2, 0};
+    return send_bytes(&h, sizeof h);
+}
+
+static unsigned config_far_out(void) {
+    uint64_t data;
+    return get_config(0xffffff00, 8, &data);
+}
+
+static unsigned config_of_4gib(void) {
+    uint64_t data;
+    return get_config(0, UINT32_MAX, &data);
+}
+
+
+// ---- Wrong chains -----------------------------------------------------------
+
+// A chain whose header, data and status are in one of these places, from
+// descriptor 0 on. `table` is the size of the indirect table that it is in.
+#define IN          VIRTIO_BLK_T_IN
+#define OUT         VIRTIO_BLK_T_OUT
+#define INDIRECTLY  VRING_DESC_F_INDIRECT
+#define TO(next)    (NEXT | ((next) + 1u) << 16)
+#define END_OF_DISK BIT(62) // in a sector: the capacity
+#define DATA        HIGH
+#define TAIL        (LOW + LOW_BYTES - 512)
+#define HEAD        {CONTROL(0), 16, R}
+#define LAST        {CONTROL(0) + STATUS, 1, W}
+#define SECTOR_IN   {DATA, 512, W}
+#define SECTOR_OUT  {DATA, 512, R}
+
+static const struct {
+    const char *name;
+    uint32_t    type;
+    uint64_t    sector;
+    struct {
+        uint64_t gpa;
+        uint32_t bytes, flags;
+    } d[3]; // as many as are not at 0
+    uint32_t table;
+    unsigned allowed;
+} chain_cases[] = {
+    {"header-unmapped", IN, 0, {{UNMAPPED, 16, R}, SECTOR_IN, LAST}, 0, IOERR},
+    {"header-of-8-bytes", IN, 0, {{CONTROL(0), 8, R}, SECTOR_IN, LAST}, 0,
+     IOERR},
+    {"header-alone", IN, 0, {HEAD}, 0, UNJUDGED},
+    {"data-unmapped", IN, 0, {HEAD, {UNMAPPED, 512, W}, LAST}, 0, IOERR},
+    {"data-wraps", IN, 0, {HEAD, {UINT64_MAX - 255, 512, W}, LAST}, 0, IOERR},
+    {"data-past-region", OUT, 0, {HEAD, {TAIL, 1024, R}, LAST}, 0, IOERR},
+    {"data-of-4GiB", IN, 0, {HEAD, {DATA, UINT32_MAX, W}, LAST}, 0, IOERR},
+    {"data-of-513-bytes", IN, 0, {HEAD, {DATA, 513, W}, LAST}, 0, IOERR},
+    {"data-read-only", IN, 0, {HEAD, SECTOR_OUT, LAST}, 0, IOERR},
+    {"writable-first", OUT, 0, {SECTOR_IN, HEAD, LAST}, 0, UNJUDGED},
+    {"status-unmapped", IN, 0, {HEAD, SECTOR_IN, {UNMAPPED, 1, W}}, 0, SILENT},
+    {"status-read-only", IN, 0, {HEAD, SECTOR_OUT, SECTOR_OUT}, 0, UNJUDGED},
+    {"unknown-type", 0x7777, 0, {HEAD, SECTOR_IN, LAST}, 0, UNSUPP},
+    {"read-at-end", IN, END_OF_DISK, {HEAD, SECTOR_IN, LAST}, 0, IOERR},
+    {"read-across-end", IN, END_OF_DISK - 1, {HEAD, {DATA, 1024, W}, LAST}, 0,
+     IOERR},
+    {"write-across-end", OUT, END_OF_DISK - 1, {HEAD, {DATA, 1024, R}, LAST},
+     0, IOERR},
+    {"read-sector-2^55", IN, BIT(55), {HEAD, SECTOR_IN, LAST}, 0, IOERR},
+    {"write-sector-2^55", OUT, BIT(55), {HEAD, SECTOR_OUT, LAST}, 0, IOERR},
+    {"read-sector-2^64-1", IN, UINT64_MAX, {HEAD, SECTOR_IN, LAST}, 0, IOERR},
+
+    {"next-outside", IN, 0, {HEAD, {DATA, 512, W | TO(128)}, LAST}, 0,
+     UNJUDGED},
+    {"loop-of-one", IN, 0, {HEAD, {DATA, 512, W | TO(1)}, LAST}, 0, UNJUDGED},
+    {"loop-to-head", IN, 0, {HEAD, {DATA, 512, R | TO(0)}, LAST}, 0, UNJUDGED},
+    {"loop-of-no-bytes", IN, 0, {HEAD, {DATA, 0, W | TO(1)}, LAST}, 0,
+     UNJUDGED},
+    {"table-unmapped", IN, 0, {{UNMAPPED, 48, INDIRECTLY}}, 0, UNJUDGED},
+    {"table-of-0-bytes", IN, 0, {HEAD, SECTOR_IN, LAST}, UINT32_MAX, UNJUDGED},
+    {"table-of-47-bytes", IN, 0, {HEAD, SECTOR_IN, LAST}, 47, UNJUDGED},
+    {"table-too-short", IN, 0, {HEAD, SECTOR_IN, LAST}, 32, UNJUDGED},
+    {"table-of-4GiB", IN, 0, {HEAD, {DATA, 512, W | TO(65000)}, LAST},
+     0xfffffff0, UNJUDGED},
+    {"table-in-itself", IN, 0, {{TABLE, 48, INDIRECTLY}}, 48, UNJUDGED},
+    {"table-loops", IN, 0, {HEAD, {DATA, 512, W | TO(1)}, LAST}, 48, UNJUDGED},
+};
+
+static unsigned await(uint32_t head) {
+    for (uint64_t end = now_ns() + 1000000000u; now_ns() < end; usleep(50)) {
+        eventfd_t n;
+        while (any_used()) {
+            uint8_t status = *(uint8_t *)at(CONTROL(0) + STATUS);
+            if (take_used() == head) {
+                return status == VIRTIO_BLK_S_OK    ? DONE
+                     : status == VIRTIO_BLK_S_IOERR ? IOERR
+                     : status == 0xee               ? UNJUDGED : UNSUPP;
+            }
+        }
+        if (eventfd_read(m.err, &n) == 0) {
+            return STOPPED;
+        }
+        if (hung_up()) {
+            return CLOSED;
+        }
+    }
+    return SILENT;
+}
+
+static unsigned go(unsigned head) {
+    offer(head);
+    publish();
+    return await(head);
+}
+
+static unsigned chain_case(size_t k) {
+    uint64_t sector = chain_cases[k].sector;
+    uint32_t table = chain_cases[k].table;
+    if (sector >= END_OF_DISK - 1 && sector <= END_OF_DISK) {
+        sector = sector - END_OF_DISK + m.capacity;
+    }
+    ask(0, chain_cases[k].type, sector);
+    struct vring_desc *d = table ? at(TABLE) : m.desc;
+    for (unsigned i = 0; i < 3 && chain_cases[k].d[i].gpa; i++) {
+        bool     more = i < 2 && chain_cases[k].d[i + 1].gpa;
+        uint32_t flags = chain_cases[k].d[i].flags | (more ? NEXT : 0);
+        uint32_t next = flags >> 16 ? (flags >> 16) - 1 : i + 1;
+        d[i] = describe(chain_cases[k].d[i].gpa, chain_cases[k].d[i].bytes,
+                        flags & 0xffff, next);
+    }
+    if (table) {
+        m.desc[0] = describe(TABLE, table == UINT32_MAX ? 0 : table,
+                             INDIRECTLY, 0);
+    }
+    return go(0);
+}
+
+static unsigned good_read(uint64_t sector) {
+    lay_out(m.desc, 0, DATA, SECTOR, W);
+    ask(0, IN, sector);
+    return go(0);
+}
+
+
+// ---- Wrong rings, and memory that goes --------------------------------------
+
+// Every index that is read there is 1.
+static unsigned ring_at(uint64_t desc, uint64_t avail, uint64_t used) {
+    const uint16_t ones[] = {1, 1, 1, 1, 1, 1, 1, 1};
+    ring_place     p = {.desc = desc, .avail = avail, .used = used};
+    unsigned       answer = share_memory();
+    memcpy(at(LOW + LOW_BYTES - sizeof ones), ones, sizeof ones);
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    if (answer == ACCEPTED) {
+        eventfd_write(m.kick, 1);
+        return await(0);
+    }
+    return answer;
+}
+
+static unsigned ring_unmapped(void) {
+    return ring_at(0x1000, 0x2000, 0x3000);
+}
+
+static unsigned ring_at_the_end(void) {
+    uint64_t end = (uintptr_t)at(LOW) + LOW_BYTES;
+    return ring_at(end - 16, end - 4, end - 8);
+}
+
+static unsigned ring_odd(void) {
+    ring_place p = usual_place();
+    return ring_at(p.desc + 1, p.avail + 1, p.used + 1);
+}
+
+static unsigned head_outside(void) {
+    return go(60000);
+}
+
+static unsigned idx_jump(unsigned by) {
+    m.avail_idx = (uint16_t)(m.avail_idx + by);
+    publish();
+    eventfd_write(m.kick, 1);
+    return await(0);
+}
+
+static unsigned idx_ahead(void) {
+    return idx_jump(m.size + 1u);
+}
+
+static unsigned idx_back(void) {
+    return idx_jump(UINT16_MAX);
+}
+
+static unsigned many_kicks(void) {
+    for (int i = 0; i < 1000; i++) {
+        eventfd_write(m.kick, 1);
+    }
+    return good_read(0);
+}
+
+static unsigned call_is_full(void) {
+    int      fd = eventfd(0, EFD_CLOEXEC); // blocks its writer
+    unsigned answer = set_fd(SET_VRING_CALL, fd);
+    eventfd_write(fd, UINT64_MAX - 1);
+    answer = answer == ACCEPTED ? good_read(0) : answer;
+    // A second one shows that the first signal did not block.
+    answer = answer == DONE ? good_read(1) : answer;
+    close(fd);
+    return answer;
+}
+
+static unsigned memory_replaced(void) {
+    const memory_table t = {1, 0, {{HIGH, m.high_bytes, (uintptr_t)m.memory,
+                                    0}}};
+    unsigned answer = message(SET_MEM_TABLE, &t, sizeof t, &m.memory_fd, 1);
+    return answer == ACCEPTED ? good_read(0) : answer;
+}
+
+static unsigned memory_truncated(void) {
+    unsigned answer = good_read(0);
+    if (answer != DONE || ftruncate(m.memory_fd, 0)) {
+        return answer;
+    }
+    eventfd_write(m.kick, 1);
+    for (int i = 0; i < 3000 && !hung_up(); i++) {
+        usleep(1000);
+    }
+    return hung_up() ? CLOSED : SILENT;
+}
+
+static unsigned left_at_work(void) {
+    lay_out(m.desc, 0, DATA, 1 << 20, W);
+    ask(0, IN, 0);
+    for (unsigned i = 0; i < m.size; i++) {
+        offer(0);
+    }
+    publish();
+    return CLOSED;
+}
+
+static const struct {
+    const char *name;
+    bool        early;
+    unsigned    (*run)(void);
+    unsigned    allowed;
+} other_cases[] = {
+    {"garbage", 0, garbage, CLOSED},
+    {"half-a-header", 0, half_a_header, CLOSED},
+    {"payload-of-2GiB", 0, payload_of_2gib, CLOSED},
+    {"version-2", 0, version_2, CLOSED},
+    {"config-far-out", 0, config_far_out, NO},
+    {"config-of-4GiB", 0, config_of_4gib, NO},
+    {"ring-unmapped", 1, ring_unmapped, NO},
+    {"ring-at-the-end", 1, ring_at_the_end, NO | STOPPED},
+    {"ring-odd", 1, ring_odd, NO | STOPPED},
+    {"head-outside", 0, head_outside, STOPPED},
+    {"avail-idx-ahead", 0, idx_ahead, STOPPED},
+    {"avail-idx-back", 0, idx_back, STOPPED},
+    {"many-kicks", 0, many_kicks, DONE},
+    {"call-is-full", 0, call_is_full, DONE},
+    {"memory-replaced", 0, memory_replaced, NO | STOPPED},
+    {"memory-truncated", 0, memory_truncated, CLOSED},
+    {"left-at-work", 0, left_at_work, CLOSED},
+};
+
+
+// ---- Judging ----------------------------------------------------------------
+
+static int failures;
+
+static void judge(const char *name, bool ok, const char *seen) {
+    if (ok) {
+        printf("ok %s\n", name);
+    } else {
+        printf("FAIL %s: %s\n", name, seen);
+    }
+    fflush(stdout);
+    failures += !ok;
+}
+
+static const char *answer_text(unsigned answer) {
+    static const char *const text[] = {
+        "accepted", "refused", "the connection was closed", "nothing happened",
+        "status OK", "status IOERR", "status UNSUPP", "used without a status",
+        "the ring was stopped"};
+    return text[__builtin_ctz(answer)];
+}
+
+static bool fresh_read(uint64_t number) {
+    power_on(2 << 20, 128);
+    bool ok = boot(true);
+    if (ok) {
+        uint64_t sector = number % m.capacity;
+        unsigned answer = good_read(sector);
+        ok = answer != DONE ? fail("%s", answer_text(answer))
+                            : in_file(at(DATA), sector, SECTOR) ||
+                                  fail("wrong data");
+    }
+    power_off();
+    return ok;
+}
+
+static unsigned run_other(size_t k) {
+    return other_cases[k].run();
+}
+
+static void try_case(const char *name, bool early, unsigned (*run)(size_t),
+                     size_t k, unsigned allowed) {
+    static uint64_t state;
+    char            seen[160];
+    power_on(2 << 20, 128);
+    bool ok = boot(!early);
+    snprintf(seen, sizeof seen, "no connection: %s", why);
+    if (ok) {
+        unsigned answer = run(k);
+        ok = answer & allowed;
+        snprintf(seen, sizeof seen, "%s", answer_text(answer));
+    }
+    power_off();
+    if (!fresh_read(draw(&state))) {
+        ok = false;
+        snprintf(seen, sizeof seen, "then a good read: %s", why);
+    }
+    judge(name, ok, seen);
+}
+
+static int open_descriptors(pid_t pid) {
+    char name[64];
+    int  n = 0;
+    snprintf(name, sizeof name, "/proc/%d/fd", (int)pid);
+    DIR *d = opendir(name);
+    while (d && readdir(d)) {
+        n++;
+    }
+    if (d) {
+        closedir(d);
+    }
+    return n;
+}
+
+int run_abuse(pid_t pid) {
+    int before = open_descriptors(pid), after = 0;
+    judge("a-good-read", fresh_read(0), why);
+    for (size_t k = 0; k < COUNT(message_cases); k++) {
+        try_case(message_cases[k].name, message_cases[k].early, message_case,
+                 k, message_cases[k].allowed);
+    }
+    for (size_t k = 0; k < COUNT(memory_cases); k++) {
+        try_case(memory_cases[k].name, true, memory_case, k, NO);
+    }
+    for (size_t k = 0; k < COUNT(other_cases); k++) {
+        try_case(other_cases[k].name, other_cases[k].early, run_other, k,
+                 other_cases[k].allowed);
+    }
+    for (size_t k = 0; k < COUNT(chain_cases); k++) {
+        try_case(chain_cases[k].name, false, chain_case, k,
+                 chain_cases[k].allowed);
+    }
+    // It may not have seen the last connection end.
+    for (int i = 0; i < 1000 && after != before; i++) {
+        usleep(1000);
+        after = open_descriptors(pid);
+    }
+    char seen[64];
+    snprintf(seen, sizeof seen, "%d, before %d", after, before);
+    judge("the-process-lives", after > 2, "it has no descriptors");
+    judge("no-descriptor-leaks", after == before, seen);
+    return failures > 0;
+}

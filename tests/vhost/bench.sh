@@ -1,0 +1,125 @@
+#!/bin/sh
+# Throughput, latency and processor time of vblk-serve, and of
+# qemu-storage-daemon in turn with it, each beside a preadv or pwritev loop in
+# the same second. The image is 256 MiB, in memory and then on a disk, whose
+# pages are cached, except for aio=native, which asks for O_DIRECT.
+#
+#     SECS    seconds for a cell of the table (1)
+#     ROUNDS  a cell is the median of this many (1)
+#     DEPTHS  requests under way ("1 8 32 128")
+#     FILES   "memory disk"
+test=bench-vhost
+. "$(dirname "$0")/common.sh"
+SECS=${SECS:-1}
+ROUNDS=${ROUNDS:-1}
+DEPTHS=${DEPTHS:-1 8 32 128}
+FILES=${FILES:-memory disk}
+
+build_both
+disk=$(mktemp -d "/var/tmp/$test.XXXXXX") || exit 1
+
+export=type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix
+
+start_qsd() { # name, options of the file
+    start "$shm/$1" qemu-storage-daemon \
+        --blockdev "driver=file,node-name=f,locking=off,filename=$image,$2" \
+        --export "$export,addr.path=$shm/$1"
+}
+
+# A server is name:pid; one that does not start says why.
+add() { # name, command...
+    name=$1
+    shift
+    if "$@"; then
+        servers="$servers $name:$daemon"
+    else
+        echo "$name: not here: $(tail -n 1 "$shm/$name.log" |
+            sed 's/.*locking=off[^:]*: //' | cut -c 1-60)"
+    fi
+}
+
+start_servers() {
+    servers=
+    add vblk-serve start "$shm/vblk-serve" "$tmp/vblk-serve" \
+        --socket "$shm/vblk-serve" --image "$image"
+    serve_pid=$daemon
+    if [ -n "$qsd" ]; then
+        add qsd-threads start_qsd qsd-threads aio=threads
+        add qsd-io_uring start_qsd qsd-io_uring aio=io_uring
+        add qsd-native start_qsd qsd-native aio=native,cache.direct=on
+    fi
+}
+
+stop_servers() {
+    for server in $servers; do
+        end "${server#*:}"
+    done
+    rm -f "$shm"/qsd-* "$shm"/vblk-serve*
+}
+
+medians() { # of each column
+    awk '{ for (i = 1; i <= NF; i++) v[i, NR] = $i; n = NF }
+    END {
+        for (i = 1; i <= n; i++) {
+            for (a = 2; a <= NR; a++)
+                for (b = a; b > 1 && v[i, b - 1] + 0 > v[i, b] + 0; b--) {
+                    t = v[i, b]; v[i, b] = v[i, b - 1]; v[i, b - 1] = t
+                }
+            m[i] = v[i, int((NR + 1) / 2)]
+        }
+        printf "%9.0f %6.2f %8.1f %8.1f %8.2f\n", m[1], m[2], m[3], m[4], m[5]
+    }' "$1"
+}
+
+# The first write to a page of a file that is clean costs more than the next.
+make_dirty() {
+    timeout 20 "$tmp/front" "$shm/vblk-serve" load --ref "$image" \
+        --pid "$serve_pid" --secs 1 --rw randwrite --depth 32
+} >/dev/null
+
+cell() { # rw, bytes, depth
+    for server in $servers; do
+        : >"$tmp/cell.${server%:*}"
+    done
+    for round in $(seq "$ROUNDS"); do
+        for server in $servers; do
+            timeout $((${SECS%.*} + 20)) "$tmp/front" "$shm/${server%:*}" \
+                load --ref "$image" --pid "${server#*:}" --secs "$SECS" \
+                --rw "$1" --bs "$2" --depth "$3" \
+                >>"$tmp/cell.${server%:*}" ||
+                { echo "FAIL $1 $2 $3 ${server%:*}"; exit 1; }
+        done
+    done
+    for server in $servers; do
+        printf '%-6s %-9s %4sk %5s %-12s %s\n' "$where" "$1" $(($2 / 1024)) \
+            "$3" "${server%:*}" "$(medians "$tmp/cell.${server%:*}")"
+    done
+}
+
+table() {
+    printf '%-6s %-9s %5s %5s %-12s %9s %6s %8s %8s %8s\n' image kind size \
+        depth server IOPS ratio 'p50 us' 'p99 us' 'cpu us'
+    for where in $FILES; do
+        image=$shm/image
+        [ "$where" = memory ] || image=$disk/image
+        head -c 268435456 /dev/urandom >"$image" || exit 1
+        sync "$image"
+        start_servers
+        for kind in randread randwrite; do
+            [ $kind = randread ] || make_dirty
+            for depth in $DEPTHS; do
+                cell $kind 4096 "$depth"
+            done
+        done
+        cell read 131072 8
+        stop_servers
+        rm "$image"
+    done
+}
+
+qsd=$(command -v qemu-storage-daemon)
+[ -n "$qsd" ] || echo "SKIP: bench-vhost compares with qemu-storage-daemon" \
+    "(apt install qemu-system-common)"
+echo "$(nproc) processors, load $(cut -d ' ' -f 1 /proc/loadavg);" \
+    "ratio: to the loop, cpu: of the server for a request"
+table
