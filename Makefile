@@ -74,6 +74,12 @@ bench: $(B)/bench $(B)/bench_worker ## ns per request, beside memcpy and preadv
 	$(B)/bench
 	$(B)/bench_worker
 
+bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
+	@sh tests/vhost/bench.sh    # (qemu-system-common)
+
+abuse:                         ## a front end that lies, on a sanitized vblk-serve
+	@sh tests/vhost/abuse.sh
+
 interop: interop-uboot interop-uml interop-qemu interop-powerloss ## all below
 
 interop-uboot:                 ## U-Boot under Unicorn (u-boot-qemu libunicorn-dev
@@ -95,7 +101,7 @@ size: $(B)                     ## bytes of code of the core at -Os
 lint:                          ## what no compiler checks: width, tabs, ASCII
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
 	    { print FILENAME ":" FNR ": " $$0; bad = 1 } END { exit bad }' \
-	    vblk.h tests/*.[ch] examples/*.c
+	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c
 
 help:                          ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' Makefile
@@ -139,5 +145,5 @@ clean:
 	rm -rf $(B)
 
 .PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
-        throttle threaded asan tsan soak model bench interop interop-uboot \
+        throttle threaded asan tsan soak model bench bench-vhost abuse interop interop-uboot \
         interop-uml interop-qemu interop-powerloss size lint help clean

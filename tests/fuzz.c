@@ -1119,9 +1119,8 @@ static void serve(int queue) {
         uint64_t got = share(t->req.offset, t->req.bytes) * 256;
         if (t->used && t->req.queue == queue) {
             bool fails = f.fail_call > 0 && --f.fail_call == 0;
-            host_complete(t, fails ? 1 : 2,
-                          t->req.bytes ? (uint8_t)((got - 1) / t->req.bytes)
-                                       : 0);
+            uint64_t part = t->req.bytes ? (got - 1) / t->req.bytes : 0;
+            host_complete(t, fails ? 1 : 2, (uint8_t)part);
             first = i;
         }
     }

@@ -79,7 +79,8 @@ typedef struct guest {
     unsigned    lowered;    // interrupt(false)
     unsigned    events[VBLK_EV_COUNT];
     vblk_event  last;
-    bool        broken_rule;
+    bool        broken_rule;   // the backend was asked what it may not be
+    bool        read_offered;  // SPLIT-04: what is only to be written
 } guest;
 
 extern guest g;

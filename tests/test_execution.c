@@ -197,6 +197,7 @@ void x4_flush(void) {
     CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
     CHECK_EQ(1, counts().io_errors);
     CHECK_EQ(1, counts().flushes);
+    CHECK_EQ(1, g.events[VBLK_EV_BACKEND_FAILED]);
 }
 
 // BDUR-05: the flush is for the disk, whichever queue it came by.

@@ -259,7 +259,7 @@ void all_descriptor_shapes(void) {
         }
         memset(g.mark, RING, SEAM); // the shapes wrote past the bookkeeping
         memset(g.writes, 0, SEAM);
-        g.broken_rule = false;
+        g.read_offered = false;
     }
     CHECK_EQ(2 * 5 * (8 + 64 + 512 + 4096), tried);
 }

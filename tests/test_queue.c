@@ -856,7 +856,7 @@ void q13_overlaps_do_no_harm(void) {
         memset(g.mark, RING, SEAM); // what is left: all beyond
         guest_check();
         g.queue[0].size = 0;
-        g.broken_rule = false; // the driver made the device read its offers
+        g.read_offered = false; // the driver made the device do that
     }
     memset(g.mark, RING, SEAM);
 }
