@@ -55,14 +55,14 @@ fuzz:                          ## libFuzzer for FUZZ_SECONDS, default 60 (clang)
 cov:                           ## lines and branches reached (clang, llvm)
 	@B=$(B) TESTS="-DFUZZ_IN_TESTS $(TESTS)" sh tests/cov.sh
 
-mutants:                       ## weaken the header, see what the tests miss (hours;
-	@B=$(B) sh tests/mutants.sh  # MUTANTS="every 25" for a sample)
+mutants:                       ## weaken the header, see what the tests miss; hours
+	@B=$(B) sh tests/mutants.sh
 
 test-32:                       ## the tests as a 32-bit program (gcc-multilib)
 	@B=$(B) sh tests/compile/elsewhere.sh 32 $(TESTS)
 
-test-be:                       ## the tests on big-endian s390x (qemu-user,
-	@B=$(B) sh tests/compile/elsewhere.sh be $(TESTS)  # gcc-s390x-linux-gnu)
+test-be:                       ## the tests on big-endian s390x (qemu-user, a compiler)
+	@B=$(B) sh tests/compile/elsewhere.sh be $(TESTS)
 
 test-O:                        ## the tests at -O0, -O2, -O3 and -Os
 	@B=$(B) sh tests/compile/elsewhere.sh O $(TESTS)
@@ -75,21 +75,21 @@ bench: $(B)/bench $(B)/bench_worker ## ns per request, beside memcpy and preadv
 	$(B)/bench_worker
 
 bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
-	@sh tests/vhost/bench.sh    # (qemu-system-common)
+	@sh tests/vhost/bench.sh
 
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
 interop: interop-uboot interop-uml interop-qemu interop-powerloss ## all below
 
-interop-uboot:                 ## U-Boot under Unicorn (u-boot-qemu libunicorn-dev
-	@sh tests/interop/uboot/run.sh  # device-tree-compiler e2fsprogs)
+interop-uboot:                 ## U-Boot under Unicorn
+	@sh tests/interop/uboot/run.sh
 
 interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-linux)
 	@sh tests/interop/uml/run.sh
 
-interop-qemu:                  ## Linux under QEMU, on vblk-serve (qemu-system-x86
-	@sh tests/interop/qemu/run.sh  # linux-image-cloud-amd64 busybox-static cpio)
+interop-qemu:                  ## Linux under QEMU, on vblk-serve
+	@sh tests/interop/qemu/run.sh
 
 interop-powerloss:             ## nothing flushed is lost (ROUNDS=20 for a soak)
 	@sh tests/interop/vhost/powerloss.sh
@@ -104,7 +104,8 @@ lint:                          ## what no compiler checks: width, tabs, ASCII
 	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c
 
 help:                          ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[A-Za-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' \
+	    Makefile
 
 $(B):
 	mkdir -p $(B)

@@ -10,9 +10,10 @@
     clock, no I/O: guest memory, the disk and the time come from you.
 
     On Linux, VBLK_IMPLEMENTATION_THREADED in place of VBLK_IMPLEMENTATION
-    adds file backends and a worker thread. Units that only call those define
-    VBLK_THREADED before including. Include it before other headers, or
-    compile with -D_GNU_SOURCE.
+    adds file backends and a worker thread; link with -lpthread where libc
+    needs it. In that unit include vblk.h before every other header, or
+    compile with -D_GNU_SOURCE. Units that only call those functions define
+    VBLK_THREADED before including.
 
     Written against VIRTIO 1.2 (1.3 and 1.4 agree for this device). A number
     in brackets, [2.7.8], is a section of that document.
@@ -98,7 +99,7 @@
     called whenever that may have changed.
 
     Options are one struct. Zero is the sensible default in every field, so
-    start from {0} and name what differs.
+    start from {0}, in C++ from {}, and name what differs.
 
 
     REQUEST LIFE
@@ -186,7 +187,10 @@
     RULES
 
     IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
-    returned (standard: returned with length 0). Each counts one io_error.
+    returned (standard: returned with length 0). Each but V11 and Q4 counts
+    one io_error; Q4 counts one invalid_avail_idx. Other letters in the text
+    of an event name its group: M registers, F features and status, B
+    backends, W the host; Q3 a queue's notifications.
 
         V1   a chain of more than seg_max + 2 descriptors, one that
              loops or leaves its table, a bad indirect table       dropped
@@ -206,7 +210,8 @@
         X3   the backend failed                                    IOERR
         X5   data outside guest memory                             IOERR
         Q4   an avail.idx more than the queue size ahead, a head
-             beyond the queue, an unreadable or misplaced ring   NEEDS_RESET
+             beyond the queue, a misplaced ring, an available or
+             used ring outside guest memory                      NEEDS_RESET
 
 
     PROFILES
@@ -252,7 +257,8 @@
 
     COMPILE-TIME OPTIONS
 
-        VBLK_STATIC            all functions static
+        VBLK_STATIC            all functions static; with VBLK_IMPLEMENTATION
+                               in each unit that uses them
         VBLKDEF                or your own linkage; default extern
         VBLK_MAX_QUEUES        queues in a vblk_dev; default 8
         VBLK_MAX_SEGS          largest seg_max; default 128
@@ -311,6 +317,13 @@
 #endif
 #ifndef VBLK_SCRATCH
 #define VBLK_SCRATCH 4096
+#endif
+#if VBLK_MAX_QUEUES < 1 || VBLK_MAX_SEGS < 1 || VBLK_SCRATCH < 1
+#error "vblk.h: VBLK_MAX_QUEUES, VBLK_MAX_SEGS and VBLK_SCRATCH start at 1"
+#endif
+#if VBLK_QUEUE_SIZE < 1 || VBLK_QUEUE_SIZE > 32768 ||                          \
+    (VBLK_QUEUE_SIZE & (VBLK_QUEUE_SIZE - 1)) != 0
+#error "vblk.h: VBLK_QUEUE_SIZE must be a power of two from 1 to 32768"
 #endif
 
 #ifdef __cplusplus
@@ -403,8 +416,9 @@ extern "C" {
     X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
-    X(ERR_LIMITS, -11, "a burst needs a rate and may not be smaller than one " \
-      "second's worth of it; neither may be 2^63 or more")                     \
+    X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
+      "rate and may not be smaller than one second's worth of it; neither "    \
+      "may be 2^63 or more")                                                   \
     X(ERR_FILE, -12, "the image file cannot be opened or its size is not to "  \
       "be had; errno says why")                                                \
     X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
@@ -426,9 +440,12 @@ typedef enum vblk_error {
 #define VBLK_EVENTS(X)                                                         \
     X(NONE, "nothing")                                                         \
     /* capacity: a = backend's size in bytes */                                \
+    X(CAPACITY_LARGE, "capacity is more than the backend has: beyond its end " \
+      "reads give zeroes, and writes may extend it; a = backend's bytes, "     \
+      "b = capacity in bytes (X2)")                                            \
     X(CAPACITY_ZERO, "the backend is smaller than one sector: the disk has "   \
       "no sectors (B4)")                                                       \
-    /* registers: a = offset or queue, b = value or width */                   \
+    /* registers: a = offset, or as the text says; b = value or width */       \
     X(REG_WIDTH, "a register below 0x100 was accessed with a width other "     \
       "than 4 bytes (M2)")                                                     \
     X(REG_FEATURES_WINDOW, "DriverFeatures was written outside the window "    \
@@ -439,13 +456,13 @@ typedef enum vblk_error {
       "is ignored; the standard profile stops the queue (M7, P8)")             \
     X(REG_QUEUE_SIZE, "QueueNum is 0, over QueueNumMax or no power of two "    \
       "and is ignored (M7)")                                                   \
-    X(NOTIFY_IGNORED, "QueueNotify for a queue that does not exist, is not "   \
-      "ready, or before DRIVER_OK (M10)")                                      \
+    X(NOTIFY_IGNORED, "QueueNotify for a queue that does not exist or is not " \
+      "ready, or before DRIVER_OK, is ignored; a = queue (M10)")               \
     /* status: a = Status, b = value written */                                \
     X(STATUS_CLEARS, "a Status write that would clear a bit is refused; only " \
       "0 clears, and resets (F2)")                                             \
     X(STATUS_BITS, "a Status write that adds two bits or an unknown bit is "   \
-      "refused (F2)")                                                          \
+      "refused: 1, 3, 11, 15 in turn (F2)")                                    \
     X(STATUS_ORDER, "a Status write out of the order ACKNOWLEDGE, DRIVER, "    \
       "FEATURES_OK, DRIVER_OK is refused (F2)")                                \
     X(STATUS_NO_ACK, "DRIVER without ACKNOWLEDGE is refused; the standard "    \
@@ -480,8 +497,8 @@ typedef enum vblk_error {
       "a = limit (V1)")                                                        \
     X(CHAIN_NEXT, "a descriptor index is outside its table; a = index, "       \
       "b = entries (V1)")                                                      \
-    X(CHAIN_UNREADABLE, "a descriptor is outside guest memory; a = address "   \
-      "(V1)")                                                                  \
+    X(CHAIN_UNREADABLE, "a descriptor, or the table it is in, is outside "     \
+      "guest memory; a = address (V1)")                                        \
     X(INDIRECT_OFF, "an indirect descriptor, though INDIRECT_DESC was not "    \
       "negotiated (V1)")                                                       \
     X(INDIRECT_NESTED, "an indirect descriptor inside an indirect table (V1)") \
@@ -546,7 +563,7 @@ typedef struct vblk_event {
     vblk_event_code code;
     int             queue; // VBLK_NO_QUEUE: the device
     uint16_t        head;  // of the chain; 0 where there is none
-    uint64_t        a, b;  // as the text of the code says
+    uint64_t        a, b;  // as the text of the code, or the list above, says
 } vblk_event;
 
 
@@ -615,7 +632,8 @@ typedef struct vblk_limits {
 typedef struct vblk_options {
     vblk_memory  memory;     // or none, and vblk_set_memory() later
     vblk_backend backend;    // .read at least
-    uint64_t     capacity;   // 512-byte sectors; default backend.size() / 512
+    uint64_t     capacity;   // 512-byte sectors; default backend.size() / 512,
+                             // rounded down; more than that reads as zeroes
     const char  *id;         // copied, cut at 20 bytes; default ""
     bool         read_only;  // or by the backend
     vblk_cache   cache;      // default writeback
@@ -681,7 +699,7 @@ typedef struct vblk_counts {
     uint64_t throttled;              // stalls: drains that had to stop
     uint64_t currently_throttled;    // queues that wait now
     uint64_t throttled_ns;           // time waited, added when it is over
-    uint64_t invalid_avail_idx;      // times a queue broke
+    uint64_t invalid_avail_idx;      // times a queue broke, for any Q4
 } vblk_counts;
 
 // A token bucket; all of it is integer arithmetic and exact. See vblk_bucket_
@@ -902,7 +920,8 @@ typedef struct vblk_region {
     void    *host;
 } vblk_region;
 
-// Flat RAM: a table of regions that do not overlap, in any order.
+// Flat RAM: a table of regions in any order. They must not overlap, which is
+// not checked: one of them would win.
 typedef struct vblk_ram {
     const vblk_region *region;
     unsigned           regions;
@@ -1013,7 +1032,8 @@ typedef struct vblk_worker {
     int                 number; // in log lines
     int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
     unsigned char       cpu_set[128]; // a cpu_set_t
-    uint32_t            kicked;       // atomic: queues, one bit each
+    uint32_t            kicked;       // atomic: queues, a bit each; from 31 on
+                                      // two bits, which mean all
     pthread_mutex_t     registers;    // one register call at a time
     struct vblk__thread *thread;      // under `registers`; NULL: not started
     struct vblk__thread *left_behind; // the same
@@ -1032,7 +1052,8 @@ typedef struct vblk_worker {
 // Make a device from `o`, as vblk_init() does, and what a thread needs; the
 // thread itself starts when the driver says DRIVER_OK, and again after each
 // reset. Without o->event, events go to the log. o->interrupt, if set, is
-// called beside irq_fd; it and o->event run in the thread. VBLK_OK or a code.
+// called beside irq_fd; it and o->event run in the thread. `wo` may be NULL.
+// VBLK_OK or a code.
 VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
                              const vblk_worker_options *wo);
 
@@ -2992,16 +3013,21 @@ static void vblk__set_defaults(vblk_options *o) {
 }
 
 VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
+    VBLK_ASSERT(dev && o);
     int err = vblk__check_options(o);
     uint64_t bytes = 0;
     uint64_t capacity = o->capacity;
-    if (!err && !capacity) {
-        bytes = o->backend.size(o->backend.user);
-        capacity = bytes / VBLK_SECTOR;
-        err = bytes > INT64_MAX ? VBLK_ERR_CAPACITY : VBLK_OK;
-    }
     if (err) {
         return err;
+    }
+    if (o->backend.size) {
+        bytes = o->backend.size(o->backend.user);
+    }
+    if (!capacity) {
+        capacity = bytes / VBLK_SECTOR;
+        if (bytes > INT64_MAX) {
+            return VBLK_ERR_CAPACITY;
+        }
     }
     VBLK_MEMSET(dev, 0, sizeof *dev);
     dev->o = *o;
@@ -3014,6 +3040,10 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
         dev->id[i] = (uint8_t)o->id[i];
     }
     dev->o.id = NULL; // copied; the caller's may go
+    if (o->backend.size && capacity > bytes / VBLK_SECTOR) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_LARGE, 0, bytes,
+                  capacity * VBLK_SECTOR);
+    }
     if (capacity == 0) {
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ZERO, 0, bytes, 0);
     }
@@ -3145,6 +3175,10 @@ VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
 #include <limits.h>
 #include <poll.h>
 #include <sched.h>
+#ifndef CPU_SETSIZE
+#error "vblk.h: the Linux part needs _GNU_SOURCE: include vblk.h before any \
+other header in this unit, or compile with -D_GNU_SOURCE"
+#endif
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -4065,8 +4099,10 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
     vblk_options mine = *o;
     memset(w, 0, sizeof *w);
     w->o = *o;
-    w->wo = *wo;
-    w->wo.stop_ms = wo->stop_ms ? wo->stop_ms : 1000;
+    if (wo) {
+        w->wo = *wo;
+    }
+    w->wo.stop_ms = w->wo.stop_ms ? w->wo.stop_ms : 1000;
     w->parked = 1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);

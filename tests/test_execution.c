@@ -110,6 +110,7 @@ void x2_a_backing_shorter_than_the_capacity(void) {
             ROW_BEGIN();
             CHECK_EQ(VBLK_S_OK, status_of(&r));
             CHECK_EQ(8193, used_len(0));
+            CHECK_EQ(cut[i] < 8192, g.events[VBLK_EV_CAPACITY_LARGE]);
             CHECK_EQ(cut[i], counts().bytes_read);
             CHECK_EQ(1, counts().reads);
             uint8_t want[8192] = {0};
