@@ -124,14 +124,17 @@
     With a limit, VBLK_STALLED and wait_ns say when to call again: at that
     moment the request at the head passes, a nanosecond earlier it does not.
     Until then it is in the ring, unseen by the guest, and nothing passes it.
-    The guest will not notify again for it, so the call is yours to make.
+    The guest will not notify again for it, so the call is yours to make. With
+    several queues, the one that stalled first goes first: when the time has
+    come, drain VBLK_ALL_QUEUES.
 
 
     OTHER HOSTS
 
-    For io_uring, a thread pool or an event loop: call vblk_next() until it
-    does not say VBLK_REQUEST, start each, and call vblk_complete() as they
-    end, in any order, then vblk_publish() once for the lot. A vblk_request
+    For io_uring, a thread pool or an event loop: call vblk_next() for each
+    queue until it says neither VBLK_REQUEST nor VBLK_MORE, start each, and
+    call vblk_complete() as they end, in any order, then vblk_publish() once
+    for the lot. A vblk_request
     may be copied. A reset in between is no danger: a request of an earlier
     driver session is recognised by vblk_complete() and thrown away. But its
     memory belongs to the guest again, so cancel or wait out what still moves
@@ -163,9 +166,10 @@
     for a queue; different queues may be drained by different threads, unless
     a limit is set: then one at a time for the device, vblk_set_limits()
     included. A register call may overlap draining calls, except those that
-    start or stop a queue: a Status of 0, QueueReady after DRIVER_OK,
-    vblk_queue_start() and vblk_queue_stop(). For those, the draining threads
-    must be outside. Distinct devices share nothing.
+    start or stop a queue or change the memory: a Status of 0, QueueReady
+    after DRIVER_OK, vblk_queue_start(), vblk_queue_stop() and
+    vblk_set_memory(). For those, the draining threads must be outside.
+    Distinct devices share nothing.
 
     Callbacks run inside the call that caused them and must not call back
     into the same device, vblk_interrupt_line() and vblk_counters() excepted.
@@ -264,7 +268,8 @@
         VBLK_MAX_SEGS          largest seg_max; default 128
         VBLK_QUEUE_SIZE        default of options.queue_size; default 256
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
-        VBLK_SINGLE_THREADED   no atomics: one thread, guest included
+        VBLK_SINGLE_THREADED   no atomics: one thread, guest included;
+                               else some 32-bit targets need -latomic
         VBLK_ASSERT(x)         default assert
         VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
 
@@ -449,7 +454,7 @@ typedef enum vblk_error {
     X(REG_WIDTH, "a register below 0x100 was accessed with a width other "     \
       "than 4 bytes (M2)")                                                     \
     X(REG_FEATURES_WINDOW, "DriverFeatures was written outside the window "    \
-      "from DRIVER to FEATURES_OK and is ignored (M5)")                        \
+      "from DRIVER to FEATURES_OK and is ignored; a = Status, b = value (M5)") \
     X(REG_QUEUE_WINDOW, "a queue register was written outside the window "     \
       "from FEATURES_OK to DRIVER_OK and is ignored (M7)")                     \
     X(REG_QUEUE_FROZEN, "QueueReady was cleared while the device is live and " \
@@ -691,7 +696,13 @@ typedef struct vblk_request {
     vblk_seg seg[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
 } vblk_request;
 
-typedef struct vblk_counts {
+#if defined(__GNUC__)
+#define VBLK__ATOMIC64 __attribute__((aligned(8))) // also on 32-bit machines
+#else
+#define VBLK__ATOMIC64
+#endif
+
+typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t reads, writes, flushes; // completed with success
     uint64_t bytes_read;             // from the backing, padding not counted
     uint64_t bytes_written;
@@ -726,12 +737,14 @@ typedef struct vblk_queue {
     bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
     bool     switch_failed;
+    bool     adopt_used;   // take the used position from the ring first
     uint16_t avail_next;   // next entry to take
     uint16_t avail_seen;   // avail.idx as last read
     uint16_t used_next;    // next entry to fill
     uint16_t used_shown;   // used.idx as last stored
     uint16_t used_decided; // used.idx at the last decision to interrupt
     uint64_t stalled_ns;   // when the request at the head began to wait
+    uint64_t stalled_bytes; // what it costs
     bool     stalled;      // there is one
     uint32_t under_way;    // handed out, not completed
     uint8_t *desc, *avail, *used; // NULL: through the accessors
@@ -744,7 +757,8 @@ typedef struct vblk_queue {
 typedef struct vblk_dev {
     vblk_options o; // with defaults filled in
     uint8_t      id[VBLK_ID_BYTES];
-    uint64_t     offered, accepted;
+    uint64_t     offered;
+    uint64_t     accepted VBLK__ATOMIC64;
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
     bool         no_memory_said;
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
@@ -752,6 +766,7 @@ typedef struct vblk_dev {
     // All drainers.
     vblk_bucket  ops, bytes;
     unsigned     first; // queue that the next drain of all begins with
+    unsigned     turn;  // 1 + the queue that stalled first; 0: none did
     // Atomics: set by any thread.
     uint32_t     yield; // a drain ends after the request it is at
     uint32_t     status;
@@ -770,7 +785,7 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o);
 
 // Give the device its guest memory, or another: all pointers from the old one
 // are forgotten, ring positions stay. No draining call and no request may be
-// under way.
+// under way. Drain all queues afterwards.
 VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory);
 
 // A sentence for a VBLK_ERR_ code, and for an event's code.
@@ -853,9 +868,10 @@ VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue);
 // BROKEN, EMPTY. Thread: the queue's drainer.
 VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
 
-// Take the next request of `queue` into `req`. Anything but VBLK_REQUEST
-// means that there is none now; completions so far are published then, and
-// the guest is told to notify. Thread: the queue's drainer.
+// Take the next request of `queue` into `req`. EMPTY: there is none, and the
+// guest will notify; MORE: call again; STALLED: call again in wait_ns.
+// Whenever it is not VBLK_REQUEST, completions so far are published. For one
+// queue; not for VBLK_ALL_QUEUES. Thread: the queue's drainer.
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req);
 
@@ -871,7 +887,8 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
 VBLKDEF void vblk_publish(vblk_dev *dev, int queue);
 
 // Copy `n` bytes at byte `at` of the request's data from guest memory, or to
-// it. False if guest memory refused. Only for hosts without map.
+// it. False if guest memory refused, or the request is of an earlier driver
+// session. For requests that are not `direct`.
 VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       void *dst, size_t n);
 VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
@@ -1032,11 +1049,10 @@ typedef struct vblk_worker {
     int                 number; // in log lines
     int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
     unsigned char       cpu_set[128]; // a cpu_set_t
-    uint32_t            kicked;       // atomic: queues, a bit each; from 31 on
-                                      // two bits, which mean all
     pthread_mutex_t     registers;    // one register call at a time
     struct vblk__thread *thread;      // under `registers`; NULL: not started
     struct vblk__thread *left_behind; // the same
+    uint32_t            left;         // atomic: there is one
     // Under `parking`. `parked` is also read without.
     pthread_mutex_t     parking;
     pthread_cond_t      changed;
@@ -1052,7 +1068,9 @@ typedef struct vblk_worker {
 // Make a device from `o`, as vblk_init() does, and what a thread needs; the
 // thread itself starts when the driver says DRIVER_OK, and again after each
 // reset. Without o->event, events go to the log. o->interrupt, if set, is
-// called beside irq_fd; it and o->event run in the thread. `wo` may be NULL.
+// called beside irq_fd. It, o->event and the log are called by the thread and
+// by those that make register calls, several at once; hold no lock that they
+// take around vblk_worker_ calls. `wo` may be NULL.
 // VBLK_OK or a code.
 VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
                              const vblk_worker_options *wo);
@@ -1060,16 +1078,18 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
 // Stop the thread and free all. False: the backend did not return within
 // stop_ms, and the thread was left behind. It will touch no ring, no guest
 // memory of its own accord, no interrupt; it frees what is its own when the
-// backend returns. Until then, until released() is called, the backend must
-// stay, and guest memory that its system call may still move data to.
+// backend returns. Until then, until released() is called, what the callbacks
+// and their `user` need must stay, the backend above all, and guest memory
+// that its system call may still move data to.
 VBLKDEF bool vblk_worker_end(vblk_worker *w);
 
 // The guest stored `value` in the register window: kicks, starts, stops and
-// resets as needed. Never waits for the disk, but that a Status of 0 (and, in
-// the standard profile, QueueReady while live) waits up to stop_ms for the
-// thread. If the backend does not return by then, the thread is left behind
-// and Status reads DEVICE_NEEDS_RESET until it has ended; the next reset then
-// brings the device back. Any thread.
+// resets as needed. QueueNotify and InterruptACK never wait. A Status of 0
+// (and, in the standard profile, QueueReady while live) waits up to stop_ms for
+// the thread, and other register calls for those. If the backend does not
+// return by then, the thread is left behind and Status reads
+// DEVICE_NEEDS_RESET until it has ended; the next reset then brings the device
+// back. Any thread.
 VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                     unsigned bytes, uint64_t value);
 
@@ -1077,13 +1097,14 @@ VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
 // above. Any thread.
 VBLKDEF bool vblk_worker_reset(vblk_worker *w);
 
-// Start a drain of `queue`; harmless at any time. Any thread.
-VBLKDEF void vblk_worker_kick(vblk_worker *w, unsigned queue);
+// Start a drain; harmless at any time. Any thread.
+VBLKDEF void vblk_worker_kick(vblk_worker *w);
 
 // Ask the thread to finish its request and rest, and wait for that up to
 // `ms`. True: it rests, or is not started; all its writes are visible, it
 // reads and writes nothing until vblk_worker_resume(). False: it will rest
-// when its backend returns; vblk_worker_paused() tells. No kick is lost.
+// when its backend returns, or one that was left behind has not ended;
+// vblk_worker_paused() tells. No kick is lost.
 // Pausing twice is pausing. Any thread.
 VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
 VBLKDEF void vblk_worker_resume(vblk_worker *w);
@@ -1106,6 +1127,9 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 
 // ---- Platform ---------------------------------------------------------------
 
+#if defined(VBLK_SINGLE_THREADED) && defined(VBLK_IMPLEMENTATION_THREADED)
+#error "vblk.h: the worker needs atomics: leave out VBLK_SINGLE_THREADED"
+#endif
 #if defined(VBLK_MEMCPY) != defined(VBLK_MEMSET)
 #error "vblk.h: define both of VBLK_MEMCPY and VBLK_MEMSET, or neither"
 #endif
@@ -1123,6 +1147,8 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 // threads, the guest's among them, that are running. The orders:
 //
 //     LOAD, STORE  relaxed: a single word that nothing else is read by
+//     LOAD_ACQUIRE Status, by a drainer: with DRIVER_OK comes all that the
+//                  driver set up before
 //     ACQUIRE      an index: what it covers is read after it
 //     RELEASE      an index: what it covers is written before it
 //     OR, CAS      both: what they announce is written before them, and what
@@ -1131,6 +1157,7 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #if defined(VBLK_SINGLE_THREADED)
 #define VBLK__LOAD(p)          (*(p))
 #define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
+#define VBLK__LOAD_ACQUIRE(p)  (*(p))
 #define VBLK__ACQUIRE(p)       (*(const volatile uint16_t *)(const void *)(p))
 #define VBLK__RELEASE(p, v)    ((void)(*(volatile uint16_t *)(void *)(p) = (v)))
 #define VBLK__OR(p, v)         ((void)(*(p) |= (v)))
@@ -1141,6 +1168,7 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 typedef uint16_t __attribute__((may_alias)) vblk__shared16;
 #define VBLK__LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
 #define VBLK__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
+#define VBLK__LOAD_ACQUIRE(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define VBLK__ACQUIRE(p)                                                       \
     __atomic_load_n((const vblk__shared16 *)(const void *)(p),                 \
                     __ATOMIC_ACQUIRE)
@@ -1388,9 +1416,9 @@ static void vblk__raise(vblk_dev *dev, int queue, uint32_t bit, bool fire) {
 
 // The guest may act on either the moment it sees it, so Status first.
 static void vblk__ask_reset(vblk_dev *dev) {
-    uint32_t status = VBLK__LOAD(&dev->status);
     VBLK__OR(&dev->status, VBLK_STATUS_NEEDS_RESET);
-    if (status & VBLK_STATUS_DRIVER_OK) {
+    // A DRIVER_OK that comes later is refused.
+    if (VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK) {
         vblk__raise(dev, VBLK_NO_QUEUE, VBLK_INTERRUPT_CONFIG, true);
     }
 }
@@ -1563,6 +1591,14 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
     }
     q->resolved = true;
     q->notify_off = true; // whatever the driver left there [2.7.10.2]
+    if (q->adopt_used) {
+        if (!vblk__load16(dev, q->used, q->used_gpa, 2, &q->used_next)) {
+            vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
+            return false;
+        }
+        q->used_shown = q->used_decided = q->used_next;
+        q->adopt_used = false;
+    }
     return true;
 }
 
@@ -1897,7 +1933,9 @@ static const struct vblk__kind *vblk__kind_of(const vblk_dev *dev,
                                               uint32_t type) {
     for (size_t i = 0; i < sizeof vblk__kinds / sizeof vblk__kinds[0]; i++) {
         const struct vblk__kind *k = &vblk__kinds[i];
-        if (k->type == type && (dev->offered & k->feature) == k->feature) {
+        bool offered = (dev->offered & k->feature) == k->feature;
+        bool harmless = k->data == VBLK__NO_DATA && dev->o.read_only; // V10
+        if (k->type == type && (offered || harmless)) {
             return k;
         }
     }
@@ -2002,7 +2040,7 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__desc d,
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (uint32_t)run) {
         run = d.n;
         uint8_t *p = vblk__map(dev, d.gpa, &run, in);
-        if (!p) {
+        if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
         fits = fits && r->segs < room;
@@ -2052,6 +2090,9 @@ static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
 
 VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       void *dst, size_t n) {
+    if (dev->queue[req->queue].epoch != req->epoch) {
+        return false;
+    }
     for (uint8_t *p = (uint8_t *)dst; n > 0;) {
         vblk_seg s = vblk__piece(req, at, n);
         if (s.ptr) {
@@ -2068,6 +2109,9 @@ VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
 
 VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       const void *src, size_t n) {
+    if (dev->queue[req->queue].epoch != req->epoch) {
+        return false;
+    }
     for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
         vblk_seg s = vblk__piece(req, at, n);
         if (s.ptr) {
@@ -2086,12 +2130,16 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[VBLK_SECTOR] = {0};
     while (at < r->bytes) {
-        uint64_t n = r->bytes - at;
-        n = n < sizeof zeroes ? n : sizeof zeroes;
-        if (!vblk_put(dev, r, at, zeroes, (size_t)n)) {
-            return false;
+        vblk_seg s = vblk__piece(r, at, r->bytes - at);
+        if (s.ptr) {
+            VBLK_MEMSET(s.ptr, 0, s.n);
+        } else {
+            s.n = s.n < sizeof zeroes ? s.n : sizeof zeroes;
+            if (!vblk__write(dev, s.gpa, zeroes, s.n)) {
+                return false;
+            }
         }
-        at += n;
+        at += s.n;
     }
     return true;
 }
@@ -2290,7 +2338,9 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     vblk_event_code code = vblk__cut_status(dev, c);
     if (code) {
-        vblk__tell(dev, q, code, r->head, c->descs, 0);
+        vblk__tell(dev, q, code, r->head,
+                   code == VBLK_EV_STATUS_WRAPS ? c->d[c->count - 1].gpa : 0,
+                   0);
         vblk__drop(dev, q, r->head);
         return false;
     }
@@ -2325,6 +2375,7 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     vblk__why why = vblk__check(dev, c, k, sector);
     if (why.code || k->data == VBLK__NO_DATA) {
         r->offset = r->bytes = r->segs = 0;
+        r->direct = true;
         return why;
     }
     r->offset = k->sectors ? sector * VBLK_SECTOR : 0;
@@ -2333,7 +2384,9 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
 }
 
 // Whether `r` fits the limits now; both are looked at before either is
-// charged. If not, its chain goes back to the head of the queue.
+// charged. If not, its chain goes back to the head of the queue. The queue that
+// stalls first goes first: until its request fits, nothing of another queue
+// passes, or small requests there could keep a large one waiting for ever.
 static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                         uint64_t now_ns, uint64_t *wait_ns) {
     if (!dev->ops.rate && !dev->bytes.rate) {
@@ -2341,10 +2394,14 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
     }
     vblk_bucket_refill(&dev->ops, now_ns);
     vblk_bucket_refill(&dev->bytes, now_ns);
+    const vblk_queue *turn = dev->turn ? &dev->queue[dev->turn - 1] : q;
+    uint64_t cost = turn == q ? r->bytes : turn->stalled_bytes;
     uint64_t ops = vblk_bucket_wait(&dev->ops, 1, now_ns);
-    uint64_t bytes = vblk_bucket_wait(&dev->bytes, r->bytes, now_ns);
-    if (ops || bytes) {
+    uint64_t bytes = vblk_bucket_wait(&dev->bytes, cost, now_ns);
+    if (ops || bytes || turn != q) {
         *wait_ns = ops > bytes ? ops : bytes;
+        dev->turn = 1 + (unsigned)vblk__index(dev, turn);
+        q->stalled_bytes = r->bytes;
         q->avail_next--;
         q->stalled_ns = q->stalled ? q->stalled_ns : now_ns;
         q->stalled = true;
@@ -2357,8 +2414,21 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
     return true;
 }
 
+// `q` had its turn, or gives it up: it goes to the next queue that waits.
+static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
+    unsigned me = (unsigned)vblk__index(dev, q);
+    if (dev->turn == 1 + me) {
+        dev->turn = 0;
+        for (unsigned i = 1; i < dev->o.queues && !dev->turn; i++) {
+            unsigned next = (me + i) % dev->o.queues;
+            dev->turn = dev->queue[next].stalled ? 1 + next : 0;
+        }
+    }
+}
+
 // The head has passed, or its queue is broken.
-static void vblk__end_stall(vblk_queue *q, uint64_t now_ns) {
+static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
+    vblk__end_turn(dev, q);
     if (now_ns > q->stalled_ns) {
         vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
     }
@@ -2432,7 +2502,7 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         if (out.state == VBLK_STALLED) {
             vblk__notify_on(dev, q);
         } else if (q->stalled) {
-            vblk__end_stall(q, now_ns);
+            vblk__end_stall(dev, q, now_ns);
         }
         if (out.state != VBLK_MORE) {
             return out;
@@ -2449,19 +2519,19 @@ static unsigned vblk__queue_count(const vblk_dev *dev) {
 static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
     why->state = VBLK_EMPTY;
     why->wait_ns = 0;
-    if (queue < 0 || (unsigned)queue >= vblk__queue_count(dev) ||
-        !(VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK)) {
+    if (!(VBLK__LOAD_ACQUIRE(&dev->status) & VBLK_STATUS_DRIVER_OK) ||
+        queue < 0 || (unsigned)queue >= vblk__queue_count(dev)) {
         return NULL;
     }
     vblk_queue *q = &dev->queue[queue];
-    if (!q->ready) {
+    if (!VBLK__LOAD(&q->ready)) {
         return NULL;
     }
     if (!dev->o.memory.read) {
-        if (!dev->no_memory_said) {
+        bool said = VBLK__LOAD(&dev->no_memory_said);
+        if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
             vblk__tell(dev, q, VBLK_EV_NO_MEMORY, 0, 0, 0);
         }
-        dev->no_memory_said = true;
         return NULL;
     }
     if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
@@ -2477,7 +2547,7 @@ static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
     vblk_outcome broken = {VBLK_BROKEN, 0};
     vblk__publish(dev, q);
     if (q->poisoned && q->stalled) {
-        vblk__end_stall(q, now_ns);
+        vblk__end_stall(dev, q, now_ns);
     }
     return q->poisoned ? broken : out;
 }
@@ -2524,7 +2594,7 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
         return vblk__drain_one(dev, queue, now_ns);
     }
     // Queues take turns to be first, or one could eat all the tokens.
-    unsigned first = dev->first;
+    unsigned first = dev->turn ? dev->turn - 1 : dev->first;
     dev->first = (first + 1) % dev->o.queues;
     for (unsigned i = 0; i < dev->o.queues; i++) {
         int turn = (int)((first + i) % dev->o.queues);
@@ -2543,7 +2613,8 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
 
 // Stop a queue, so that it can start from position 0. What is under way goes
 // stale.
-static void vblk__stop_queue(vblk_queue *q) {
+static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
+    vblk__end_turn(dev, q);
     VBLK__STORE(&q->ready, false);
     q->epoch++;
     VBLK_MEMSET(&q->resolved, 0, offsetof(vblk_queue, counts) -
@@ -2552,8 +2623,8 @@ static void vblk__stop_queue(vblk_queue *q) {
 }
 
 // The same, and forget what the driver said of it.
-static void vblk__forget_queue(vblk_queue *q) {
-    vblk__stop_queue(q);
+static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
+    vblk__stop_queue(dev, q);
     q->poisoned = false;
     q->size = 0;
     q->desc_gpa = q->avail_gpa = q->used_gpa = 0;
@@ -2567,6 +2638,9 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
         left = old & ~(bits & ~VBLK__LINE);
         left = left == VBLK__LINE ? 0 : left;
     } while (!VBLK__CAS(&dev->interrupt, old, left));
+    // Either the drainer sees the bits cleared and sets them again, or the
+    // driver, which looks at the ring after this, sees what it completed.
+    VBLK__FENCE();
     if (old && !left && dev->o.interrupt) {
         dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, false);
     }
@@ -2575,11 +2649,11 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
 // Back to where the device was after power-on, but for `status`.
 static void vblk__reset(vblk_dev *dev, uint32_t status) {
     for (unsigned i = 0; i < dev->o.queues; i++) {
-        vblk__forget_queue(&dev->queue[i]);
+        vblk__forget_queue(dev, &dev->queue[i]);
     }
     VBLK__STORE(&dev->accepted, 0);
     dev->event_idx = dev->indirect = dev->write_through = false;
-    dev->no_memory_said = false;
+    VBLK__STORE(&dev->no_memory_said, false);
     VBLK__STORE(&dev->device_features_sel, 0);
     VBLK__STORE(&dev->driver_features_sel, 0);
     VBLK__STORE(&dev->queue_sel, 0);
@@ -2824,7 +2898,7 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
                 return vblk__index(dev, q);
             }
             if (value != 1) {
-                vblk__stop_queue(q);
+                vblk__stop_queue(dev, q);
             }
         } else {
             VBLK__STORE(&q->ready, value == 1);
@@ -2906,11 +2980,9 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
     q->avail_gpa = ring->avail;
     q->used_gpa = ring->used;
     q->avail_next = q->avail_seen = ring->position;
-    q->used_next = 0;
-    // Where guest memory refuses, the first drain says so.
-    if (!vblk__wraps(q->used_gpa, 4) && dev->o.memory.read) {
-        vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
-    }
+    // Where there is no memory yet, the first drain takes it.
+    q->adopt_used = vblk__wraps(q->used_gpa, 4) ||
+                    !vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     q->used_shown = q->used_decided = q->used_next;
     VBLK__STORE(&q->ready, true);
     return queue;
@@ -2918,8 +2990,12 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
 
 VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
     VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
-    uint16_t position = dev->queue[queue].avail_next;
-    vblk__forget_queue(&dev->queue[queue]);
+    vblk_queue *q = &dev->queue[queue];
+    uint16_t position = q->avail_next;
+    if (q->ready && !q->poisoned) {
+        vblk__publish(dev, q); // what is completed is not lost
+    }
+    vblk__forget_queue(dev, &dev->queue[queue]);
     return position;
 }
 
@@ -2998,10 +3074,13 @@ static uint64_t vblk__offer(const vblk_options *o) {
     return f & ~o->features_off;
 }
 
-static void vblk__set_defaults(vblk_options *o) {
-    vblk_limits *l = &o->limits;
+static void vblk__set_bursts(vblk_limits *l) {
     l->iops_burst = l->iops_burst ? l->iops_burst : l->iops;
     l->bps_burst = l->bps_burst ? l->bps_burst : l->bps;
+}
+
+static void vblk__set_defaults(vblk_options *o) {
+    vblk__set_bursts(&o->limits);
     o->read_only = o->read_only || o->backend.read_only || !o->backend.write;
     o->queues = o->queues ? o->queues : 1;
     o->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
@@ -3056,9 +3135,8 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     if (vblk__check_limits(&l)) {
         return VBLK_ERR_LIMITS;
     }
+    vblk__set_bursts(&l);
     dev->o.limits = l;
-    vblk__set_defaults(&dev->o);
-    l = dev->o.limits;
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
     return VBLK_OK;
@@ -3123,8 +3201,8 @@ VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram) {
 static int64_t vblk__memdisk_copy(vblk_memdisk *d, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs,
                                   bool in) {
-    uint8_t *p = (uint8_t *)d->data + offset;
     uint64_t left = offset < d->bytes ? d->bytes - offset : 0;
+    uint8_t *p = (uint8_t *)d->data + (d->bytes - left);
     int64_t done = 0;
     for (unsigned i = 0; i < segs && left > 0; i++) {
         size_t n = seg[i].n < left ? seg[i].n : (size_t)left;
@@ -3482,8 +3560,9 @@ enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__ORPHAN,
 struct vblk__thread {
     uint32_t     state; // atomic
     uint32_t     stop;  // atomic: leave at the next opportunity
+    uint32_t     logging; // atomic: away in the log
     pthread_t    id;
-    vblk_worker *w;     // not to be used once LEFT
+    vblk_worker *w;     // not to be used when AWAY, as LEFT may follow
     vblk_backend inner;
     jmp_buf      leave;
     void (*released)(void *user);
@@ -3504,15 +3583,30 @@ static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
 // the device may be gone, or if it is to stop: what it was at is thrown away
 // by the reset that follows.
 static void vblk__away(struct vblk__thread *t) {
-    if (t) {
-        vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
-    }
+    vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
 }
 
 static void vblk__back(struct vblk__thread *t) {
-    if (t && (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
-              __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE))) {
+    if (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
+        __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
         longjmp(t->leave, 1);
+    }
+}
+
+// For callbacks that other threads make too, and the thread of another device
+// from inside its backend. What is called must be read from `w` before: once
+// the thread is away, `w` may go. NULL if this is not the thread of `w` at
+// work; else it is for vblk__return().
+static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
+    struct vblk__thread *t = vblk__self;
+    return t && t->w == w && vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)
+               ? t
+               : NULL;
+}
+
+static void vblk__return(struct vblk__thread *t) {
+    if (t) {
+        vblk__back(t);
     }
 }
 
@@ -3573,24 +3667,34 @@ static void vblk__log(vblk_worker *w, const char *format, ...) {
         return;
     }
     // No lock is held from here on: a log may block like any callback.
-    vblk__away(vblk__self);
-    if (w->wo.log) {
-        w->wo.log(w->wo.user, line);
+    void (*log)(void *, const char *) = w->wo.log;
+    void *user = w->wo.user;
+    struct vblk__thread *t = vblk__leave_for(w);
+    if (t) {
+        __atomic_store_n(&t->logging, 1, __ATOMIC_RELEASE);
+    }
+    if (log) {
+        log(user, line);
     } else if (left_out) {
         fprintf(stderr, "(%llu lines left out)\n%s\n",
                 (unsigned long long)left_out, line);
     } else {
         fprintf(stderr, "%s\n", line);
     }
-    vblk__back(vblk__self);
+    if (t) {
+        __atomic_store_n(&t->logging, 0, __ATOMIC_RELEASE);
+    }
+    vblk__return(t);
 }
 
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
-    if (w->o.event) {
-        vblk__away(vblk__self);
-        w->o.event(w->o.user, e);
-        vblk__back(vblk__self);
+    void (*event)(void *, const vblk_event *) = w->o.event;
+    void *mine = w->o.user;
+    if (event) {
+        struct vblk__thread *t = vblk__leave_for(w);
+        event(mine, e);
+        vblk__return(t);
     } else if (e->queue == VBLK_NO_QUEUE) {
         vblk__log(w, "%s [%#llx, %#llx]", vblk_event_text(e->code),
                   (unsigned long long)e->a, (unsigned long long)e->b);
@@ -3624,10 +3728,12 @@ static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     if (fire) {
         vblk__signal(w->irq_fd);
     }
-    if (w->o.interrupt) {
-        vblk__away(vblk__self);
-        w->o.interrupt(w->o.user, queue, fire);
-        vblk__back(vblk__self);
+    void (*interrupt)(void *, int, bool) = w->o.interrupt;
+    void *mine = w->o.user;
+    if (interrupt) {
+        struct vblk__thread *t = vblk__leave_for(w);
+        interrupt(mine, queue, fire);
+        vblk__return(t);
     }
 }
 
@@ -3643,36 +3749,32 @@ static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
 
 // ---- Worker: the thread -----------------------------------------------------
 
+// With `parking` held: the thread rests, or there is none. Release: whoever
+// sees it sees all that the thread wrote.
+static void vblk__now_parked(vblk_worker *w) {
+    __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+    if (w->pause && !w->parked_told && vblk_worker_paused(w)) {
+        w->parked_told = true;
+        if (w->wo.parked_fd) {
+            vblk__signal(w->wo.parked_fd);
+        }
+    }
+    pthread_cond_broadcast(&w->changed);
+}
+
 // Rest as long as the host or the library asks for it.
 static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
     pthread_mutex_lock(&w->parking);
     while ((w->pause || w->hold) &&
            !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
-        // Release: whoever sees it sees all that the thread wrote.
-        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
-        if (w->pause && !w->parked_told && w->wo.parked_fd) {
-            vblk__signal(w->wo.parked_fd);
-        }
-        w->parked_told = w->parked_told || w->pause;
-        pthread_cond_broadcast(&w->changed);
+        vblk__now_parked(w);
         pthread_cond_wait(&w->changed, &w->parking);
     }
-    __atomic_store_n(&w->parked, 0, __ATOMIC_RELEASE);
     if (!__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
+        __atomic_store_n(&w->parked, 0, __ATOMIC_RELEASE);
         VBLK__STORE(&w->dev.yield, 0);
     }
     pthread_mutex_unlock(&w->parking);
-}
-
-// Which queues to drain: the one that was kicked, or all.
-static int vblk__which(vblk_worker *w) {
-    uint32_t bits = __atomic_exchange_n(&w->kicked, 0, __ATOMIC_ACQUIRE);
-    for (int i = 0; i < 32; i++) {
-        if (bits == UINT32_C(1) << i) {
-            return i;
-        }
-    }
-    return VBLK_ALL_QUEUES;
 }
 
 // Wait for events and tell which came. False: epoll or a descriptor is broken.
@@ -3709,7 +3811,6 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     bool came[VBLK__TOKENS];
     bool stalled = false; // the timer is set, and kicks can wait for it
     bool again = true;    // the first time for what waits already (Q10)
-    bool all = true;
     bool retried = false;
     for (;;) {
         vblk__rest(w, t);
@@ -3724,19 +3825,19 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
         }
         if (came[VBLK__TIMER]) {
             stalled = false;
-            again = all = true;
+            again = true;
         }
         again = again || (came[VBLK__KICK] && !stalled);
         if (came[VBLK__PAUSE] || !again) {
             continue;
         }
         bool limited = w->dev.ops.rate || w->dev.bytes.rate;
-        int which = vblk__which(w);
-        vblk_outcome out = vblk_drain(&w->dev, all ? VBLK_ALL_QUEUES : which,
+        // All: the kick may have come by the descriptor alone.
+        vblk_outcome out = vblk_drain(&w->dev, VBLK_ALL_QUEUES,
                                       limited ? vblk__clock() : 0);
         vblk__plan plan = vblk__plan_after(out, retried);
         retried = plan.again && out.state == VBLK_STALLED;
-        again = all = plan.again;
+        again = plan.again;
         stalled = plan.timer_ns > 0;
         if (stalled && !vblk__set_timer(w, plan.timer_ns)) {
             vblk__log(w, "the timer cannot be set (errno %d): the device "
@@ -3766,8 +3867,7 @@ static void *vblk__thread_main(void *arg) {
     if (vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)) {
         vblk_worker *w = t->w;
         pthread_mutex_lock(&w->parking);
-        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
-        pthread_cond_broadcast(&w->changed);
+        vblk__now_parked(w);
         pthread_mutex_unlock(&w->parking);
         vblk__signal(w->done_fd); // the stopper joins, then frees t
         return NULL;
@@ -3813,7 +3913,9 @@ static void vblk__start(vblk_worker *w) {
     }
     if (err) {
         free(t);
-        __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+        pthread_mutex_lock(&w->parking);
+        vblk__now_parked(w);
+        pthread_mutex_unlock(&w->parking);
         vblk__log(w, "the thread cannot be started (error %d): the device "
                      "needs a reset", err);
         vblk_needs_reset(&w->dev);
@@ -3856,25 +3958,25 @@ static bool vblk__stop(vblk_worker *w) {
     while (!ended && !vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
         ended = vblk__ends_within(w, 1);
     }
+    // A log that the thread is stuck in would stop this one too.
+    bool log = !__atomic_load_n(&t->logging, __ATOMIC_ACQUIRE);
+    __atomic_store_n(&w->left, !ended, __ATOMIC_RELEASE);
+    pthread_mutex_lock(&w->parking);
+    vblk__now_parked(w);
+    pthread_mutex_unlock(&w->parking);
     if (ended) {
         pthread_join(t->id, NULL);
         free(t);
-    } else {
-        pthread_detach(t->id);
-        w->left_behind = t;
+        return true;
+    }
+    pthread_detach(t->id);
+    w->left_behind = t;
+    if (log) {
         vblk__log(w, "the backend did not return within %u ms: its thread is "
                      "left behind, the device needs a reset once it has ended",
                   w->wo.stop_ms);
     }
-    pthread_mutex_lock(&w->parking);
-    __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
-    if (w->pause && !w->parked_told && w->wo.parked_fd) {
-        vblk__signal(w->wo.parked_fd);
-    }
-    w->parked_told = w->parked_told || w->pause;
-    pthread_cond_broadcast(&w->changed);
-    pthread_mutex_unlock(&w->parking);
-    return ended;
+    return false;
 }
 
 // With `registers` held.
@@ -3884,6 +3986,10 @@ static bool vblk__worker_reset(vblk_worker *w) {
         __atomic_load_n(&old->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
         free(old);
         w->left_behind = NULL;
+        __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
+        pthread_mutex_lock(&w->parking);
+        vblk__now_parked(w);
+        pthread_mutex_unlock(&w->parking);
     }
     vblk__stop(w);
     vblk__reset(&w->dev, w->left_behind ? VBLK_STATUS_NEEDS_RESET : 0);
@@ -3897,6 +4003,9 @@ static bool vblk__worker_reset(vblk_worker *w) {
 // is held until vblk__let_go(). With `registers` held.
 static bool vblk__hold_still(vblk_worker *w) {
     struct timespec at;
+    if (__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
+        return false; // its system call may still move data
+    }
     vblk__deadline(w->wo.stop_ms, &at);
     pthread_mutex_lock(&w->parking);
     w->hold = true;
@@ -3925,9 +4034,9 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
     pthread_mutex_lock(&w->parking);
     if (!w->pause) {
         w->pause = true;
-        w->parked_told = w->parked;
-        if (w->parked && w->wo.parked_fd) {
-            vblk__signal(w->wo.parked_fd);
+        w->parked_told = false;
+        if (w->parked) {
+            vblk__now_parked(w);
         }
     }
     VBLK__STORE(&w->dev.yield, 1);
@@ -3936,7 +4045,7 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
            pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
                ETIMEDOUT) {
     }
-    bool parked = w->pause && w->parked;
+    bool parked = w->pause && vblk_worker_paused(w);
     pthread_mutex_unlock(&w->parking);
     return parked;
 }
@@ -3949,17 +4058,14 @@ VBLKDEF void vblk_worker_resume(vblk_worker *w) {
 }
 
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
-    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) != 0;
+    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) &&
+           !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
 }
 
 
 // ---- Worker: what the host calls --------------------------------------------
 
-VBLKDEF void vblk_worker_kick(vblk_worker *w, unsigned queue) {
-    // A queue beyond the bits shares one with another: two bits mean all.
-    __atomic_fetch_or(&w->kicked, queue < 31 ? UINT32_C(1) << queue
-                                             : UINT32_C(3) << 30,
-                      __ATOMIC_RELEASE);
+VBLKDEF void vblk_worker_kick(vblk_worker *w) {
     vblk__signal(w->kick_fd);
 }
 
@@ -3986,7 +4092,7 @@ static void vblk__worker_store(vblk_worker *w, uint64_t offset,
     if (queue == VBLK_ALL_QUEUES) {
         vblk__start(w);
     } else if (queue >= 0) {
-        vblk_worker_kick(w, (unsigned)queue);
+        vblk_worker_kick(w);
     }
 }
 
@@ -3995,7 +4101,7 @@ VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
     if (offset == VBLK_REG_QUEUE_NOTIFY && bytes == 4) {
         // The thread looks whether the queue is live.
         if ((uint32_t)value < w->dev.o.queues) {
-            vblk_worker_kick(w, (uint32_t)value);
+            vblk_worker_kick(w);
         } else {
             vblk__say(&w->dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0,
                       (uint32_t)value, 0);
@@ -4024,9 +4130,7 @@ VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
         vblk__let_go(w);
     }
     pthread_mutex_unlock(&w->registers);
-    // Whatever waited for it; two bits mean all queues.
-    __atomic_fetch_or(&w->kicked, 3, __ATOMIC_RELEASE);
-    vblk__signal(w->kick_fd);
+    vblk_worker_kick(w); // whatever waited for it
     return still ? VBLK_OK : VBLK_ERR_BUSY;
 }
 

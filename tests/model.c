@@ -223,7 +223,23 @@ uint64_t model_read(model *m, uint64_t offset, unsigned bytes) {
     }
 }
 
+static void end_turn(model *m, const model_queue *q) {
+    if (m->turn != q) {
+        return;
+    }
+    m->turn = NULL;
+    for (unsigned i = 1; i < m->queues && !m->turn; i++) {
+        model_queue *next = &m->queue[((unsigned)(q - m->queue) + i) %
+                                      m->queues];
+        if (next->stalled) {
+            m->turn = next;
+            m->turn_bytes = next->stalled_bytes;
+        }
+    }
+}
+
 static void start_over(model *m, model_queue *q) {
+    end_turn(m, q);
     q->next = q->seen = q->done = 0;
     q->switch_failed = false;
     if (q->stalled) {
@@ -578,15 +594,26 @@ static void pay(model_bucket *b, uint64_t n) {
     }
 }
 
-// Nanoseconds until the request passes; 0: it passes, and has paid (T2).
-static uint64_t throttle(model *m, uint64_t bytes, uint64_t now_ns) {
-    uint64_t a = wait_for(&m->ops, 1, now_ns);
-    uint64_t b = wait_for(&m->bytes, bytes, now_ns);
-    if (a == 0 && b == 0) {
-        pay(&m->ops, 1);
-        pay(&m->bytes, bytes);
+// Whether the request passes, and has paid (T2); if not, nanoseconds until it
+// does, or until the queue that stalled first may.
+static bool throttle(model *m, const model_queue *q, uint64_t bytes,
+                     uint64_t now_ns, uint64_t *wait) {
+    bool mine = !m->turn || m->turn == q;
+    m->asked_bytes = bytes;
+    if (mine) {
+        m->turn_bytes = bytes;
     }
-    return a > b ? a : b;
+    uint64_t a = wait_for(&m->ops, 1, now_ns);
+    uint64_t b = wait_for(&m->bytes, m->turn_bytes, now_ns);
+    *wait = a > b ? a : b;
+    if (!mine || *wait > 0) {
+        bool limited = m->ops.rate > 0 || m->bytes.rate > 0;
+        m->turn = mine ? q : m->turn;
+        return !limited;
+    }
+    pay(&m->ops, 1);
+    pay(&m->bytes, bytes);
+    return true;
 }
 
 static void set_limit(model_bucket *b, uint64_t rate, uint64_t burst,
@@ -636,8 +663,9 @@ static uint8_t validate(const model *m, const chain *c) {
     if (!c->header_there || !c->header_readable) {
         return VBLK_S_IOERR; // V3, V4
     }
-    if (!(in || out || id || (flush && m->offered & VBLK_F_FLUSH))) {
-        return VBLK_S_UNSUPP; // V11
+    bool flushes = flush && (m->offered & VBLK_F_FLUSH || m->read_only);
+    if (!(in || out || id || flushes)) {
+        return VBLK_S_UNSUPP; // V11, V10
     }
     if (flush) {
         return c->datas > 0 && !m->standard ? VBLK_S_IOERR : VBLK_S_OK; // V7
@@ -734,8 +762,8 @@ static void write_id(model *m, const chain *c) {
 }
 
 // Do what a valid chain asks for: its status byte, or STALLS with `wait`.
-static uint32_t execute(model *m, const chain *c, uint64_t now_ns,
-                        uint64_t *wait) {
+static uint32_t execute(model *m, const model_queue *q, const chain *c,
+                        uint64_t now_ns, uint64_t *wait) {
     if (c->type == VBLK_T_FLUSH && m->read_only) { // V10
         m->counts.flushes++;
         return VBLK_S_OK;
@@ -745,8 +773,8 @@ static uint32_t execute(model *m, const chain *c, uint64_t now_ns,
         m->counts.writes += c->type == VBLK_T_OUT;
         return VBLK_S_OK;
     }
-    *wait = throttle(m, c->type == VBLK_T_FLUSH ? 0 : c->bytes, now_ns);
-    if (*wait > 0) {
+    if (!throttle(m, q, c->type == VBLK_T_FLUSH ? 0 : c->bytes, now_ns,
+                  wait)) {
         return STALLS;
     }
     switch (c->type) {
@@ -803,7 +831,7 @@ static int serve(model *m, model_queue *q, uint32_t head, uint64_t now_ns,
     }
     uint32_t status = validate(m, &c);
     if (status == VBLK_S_OK) {
-        status = execute(m, &c, now_ns, wait);
+        status = execute(m, q, &c, now_ns, wait);
     }
     if (status == STALLS) {
         return WAITS;
@@ -864,6 +892,7 @@ static void leave_switch_open(model *m, const model_queue *q) {
 }
 
 static void stall_ends(model *m, model_queue *q, uint64_t now_ns) { // T5
+    end_turn(m, q);
     if (q->stalled) {
         q->stalled = false;
         m->counts.currently_throttled--;
@@ -912,6 +941,7 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
                 q->stalled = true;
                 q->stalled_ns = now_ns;
             }
+            q->stalled_bytes = m->asked_bytes;
             break;
         }
         m->requests++;

@@ -57,6 +57,7 @@ typedef struct model_queue {
     bool     poisoned, stalled;
     bool     switch_failed; // the driver could not be told to notify (Q3)
     uint64_t stalled_ns; // since when
+    uint64_t stalled_bytes;
     uint16_t next; // position in the available ring
     uint16_t seen; // avail.idx, last time it was looked at
     uint16_t done; // position in the used ring
@@ -81,6 +82,8 @@ typedef struct model {
     uint32_t    device_sel, driver_sel, queue_sel;
     uint32_t    status, interrupt, resets;
     uint64_t    accepted;
+    const model_queue *turn; // stalled first; NULL: none did
+    uint64_t      turn_bytes, asked_bytes;
     model_queue queue[MODEL_QUEUES];
 
     bool         line;

@@ -249,7 +249,7 @@ void w2_no_thread_before_driver_ok(void) {
     chain(0, VBLK_T_IN, 0);
     add(0);
     store(VBLK_REG_QUEUE_NOTIFY, 0); // harmless
-    vblk_worker_kick(&w, 0);
+    vblk_worker_kick(&w);
     CHECK(!started());
     CHECK_EQ(0, used_idx());
     go();
@@ -373,7 +373,7 @@ void w1_the_kick_descriptor_alone_will_do(void) {
     CHECK_EQ(8, write(w.kick_fd, &one, 8));
     EVENTUALLY(used_idx() == 1);
     for (int i = 0; i < 100000; i++) { // many kicks are one wake-up
-        vblk_worker_kick(&w, (unsigned)i % 40);
+        vblk_worker_kick(&w);
     }
     store(VBLK_REG_QUEUE_NOTIFY, 77); // no such queue
     read_one();
@@ -525,6 +525,32 @@ void w11_the_default_printer_cannot_be_flooded(void) {
     CHECK(lines >= 10 && lines < 100);
     CHECK(w.left_out > 9000);
     finish();
+}
+
+
+// Layered disks: the backend of one device is served by another, whose events
+// must not be taken for the first one's.
+static vblk_worker other;
+
+static int64_t read_through(void *user, uint64_t offset, const vblk_seg *seg,
+                            unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    vblk_worker_mmio_write(&other, 0, 1, 1); // a byte access: an event there
+    vblk_needs_reset(&other.dev);
+    return (int64_t)seg[0].n;
+}
+
+void w_a_backend_that_uses_another_device(void) {
+    worker_options();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&other, &o, &wo));
+    o.backend.read = read_through;
+    up();
+    for (int i = 0; i < 10; i++) {
+        read_one();
+    }
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+    finish();
+    CHECK(vblk_worker_end(&other));
 }
 
 

@@ -351,7 +351,8 @@ static void on_released(void *user) {
     __atomic_store_n(&released, 1, __ATOMIC_RELEASE);
 }
 
-// Whoever waits for a pause hears of it when the thread is left behind.
+// Whoever waits for a pause hears of it when a thread that was left behind is
+// gone, not before.
 void w_pause_is_told_when_the_thread_is_left_behind(void) {
     for (int with_fd = 0; with_fd < 2; with_fd++) {
         uint64_t n = 0;
@@ -367,13 +368,21 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
         EVENTUALLY(__atomic_load_n(&inside, __ATOMIC_ACQUIRE));
         CHECK(!vblk_worker_pause(&w, 1));
         CHECK(!vblk_worker_reset(&w));
-        CHECK(vblk_worker_paused(&w));
+        CHECK(!vblk_worker_paused(&w)); // its call may still move data
+        CHECK(!vblk_worker_pause(&w, 1));
+        CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+                 (uint64_t)vblk_worker_set_memory(&w, o.memory));
         CHECK(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
         if (with_fd) {
-            CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+            CHECK(read(wo.parked_fd, &n, sizeof n) < 0);
         }
         __atomic_store_n(&hold, 0, __ATOMIC_RELEASE);
         EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+        EVENTUALLY(vblk_worker_reset(&w));
+        CHECK(vblk_worker_paused(&w));
+        if (with_fd) {
+            CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+        }
         CHECK(vblk_worker_end(&w));
         if (with_fd) {
             close(wo.parked_fd);

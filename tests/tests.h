@@ -243,6 +243,7 @@
     X(w11_lines_name_the_device_by_its_number, ONCE)                           \
     X(w11_the_host_may_have_events_and_interrupts_itself, ONCE)                \
     X(w11_the_default_printer_cannot_be_flooded, ONCE)                         \
+    X(w_a_backend_that_uses_another_device, ONCE)                              \
     X(w5_pause_and_resume, ONCE)                                               \
     X(w5_pause_in_every_state, ONCE)                                           \
     X(w5_the_parked_eventfd, ONCE)                                             \
@@ -267,7 +268,7 @@
     X(b_file_writes_scattered_memory, GUEST)                                   \
     X(b_limiter_offers_what_its_backend_has, GUEST)                            \
     X(t_longest_wait_there_is, ONCE)                                           \
-    X(t_drain_of_all_tells_the_shortest_wait, GUEST)                           \
+    X(t_a_large_request_is_not_starved, GUEST)                                 \
     X(transport_starts_where_no_ring_can_be, GUEST)                            \
     X(w_flush_in_the_thread, ONCE)                                             \
     X(w_events_go_to_the_hosts_hook, ONCE)                                     \
