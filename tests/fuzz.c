@@ -892,7 +892,10 @@ static void check_armed(unsigned queue) {
 }
 
 static void check_outcome(int queue, vblk_outcome out) {
-    rule(out.state != VBLK_STALLED || out.wait_ns > 0, "a stall of no time");
+    // A queue waits behind another that stalled first and could pass now.
+    rule(out.state != VBLK_STALLED || out.wait_ns > 0 ||
+             f.dev.turn != 1 + (unsigned)queue,
+         "a stall of no time");
     rule(out.state == VBLK_STALLED || out.wait_ns == 0,
          "a wait without a stall");
     rule(out.state != VBLK_BROKEN ||
@@ -924,12 +927,17 @@ static vblk_outcome drain_once(int queue) {
 
 // A stall ends when it was said to, and not before.
 static void sit_out(int queue, uint64_t wait) {
-    if (wait > UINT64_MAX - f.now) {
+    bool others = queue != VBLK_ALL_QUEUES && f.dev.turn != 1 + (unsigned)queue;
+    if (wait > UINT64_MAX - f.now || wait == 0 || others) {
         return;
     }
     f.now += wait - 1;
     if (wait > 1) {
+        uint64_t errors = vblk_counters(&f.dev).io_errors;
         vblk_outcome out = drain_once(queue);
+        if (vblk_counters(&f.dev).io_errors != errors) {
+            return; // memory refused the request, which costs nothing now
+        }
         rule(out.state == VBLK_STALLED && out.wait_ns == 1 &&
                  taken_in(queue) == 0,
              "a stalled queue passes before its time");
@@ -1652,7 +1660,7 @@ static void start(uint8_t queue, uint8_t size, uint8_t position) {
 
 static void stop(uint8_t queue) {
     int i = (int)a_queue(queue);
-    begin(VBLK_NO_QUEUE, false);
+    begin(i, false); // it publishes what is completed
     uint16_t position = vblk_queue_stop(&f.dev, i);
     rule(position == s.from[i], "a queue stops where it was not");
     forget((unsigned)i);
