@@ -697,7 +697,7 @@ static void check_counters(void) {
              c.bytes_read >= was->bytes_read &&
              c.bytes_written >= was->bytes_written &&
              c.throttled >= was->throttled &&
-             c.throttled_ns >= was->throttled_ns &&
+             (c.throttled_ns >= was->throttled_ns || f.now >> 62) && // wraps
              c.invalid_avail_idx >= was->invalid_avail_idx,
          "a counter went back");
     rule(c.currently_throttled <= f.dev.o.queues,
