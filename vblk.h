@@ -1033,7 +1033,7 @@ typedef struct vblk_worker_options {
     // some lines a second. Any thread.
     void (*log)(void *user, const char *line);
     // A thread that was left behind has ended: the backend and guest memory
-    // are no longer in its hands. That thread; may be NULL.
+    // are out of its hands. That thread; may be NULL.
     void (*released)(void *user);
     void *user; // first argument of both
 } vblk_worker_options;

@@ -217,7 +217,7 @@ void case_cve_2026_5747_queue_registers_when_live(void) {
 }
 
 // CVE-2026-45782: I/O under way when the device is reset, whose completion
-// then works on what is no longer there.
+// then works on what is gone.
 void case_cve_2026_45782_completion_after_reset(void) {
     vblk_request r[4];
     guest_up();
