@@ -1653,6 +1653,7 @@ static void start(uint8_t queue, uint8_t size, uint8_t position) {
         rule(!was, "a queue is started twice");
         forget((unsigned)i);
         f.queue[i].used = f.queue[i].decided = f.dev.queue[i].used_shown;
+        f.queue[i].tangled = f.dev.queue[i].adopt_used; // known later
     }
     end(VBLK_NO_QUEUE, false);
     drain(which, 0);

@@ -43,7 +43,10 @@ seeds)
 *)
     seconds=${FUZZ_SECONDS:-60}
     echo "fuzzing for $seconds s"
-    if "$B/fuzz" -max_total_time="$seconds" -max_len=300 -timeout=10 \
+    # FUZZ_RUNS: so many from a fixed seed, the same each time.
+    how=-max_total_time=$seconds
+    [ -n "$FUZZ_RUNS" ] && how="-runs=$FUZZ_RUNS -seed=1" && rm -f "$B/fuzz.d"/*
+    if "$B/fuzz" $how -max_len=300 -timeout=10 \
         -artifact_prefix="$B/fuzz-" -print_final_stats=1 \
         "$B/fuzz.d" tests/corpus >"$B/fuzz.log" 2>&1; then
         grep -E 'DONE|number_of_executed|average_exec' "$B/fuzz.log"
