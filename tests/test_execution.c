@@ -76,6 +76,29 @@ void x1_more_pieces_than_fit(void) {
     CHECK(g.calls > 1); // the last went through the buffer
 }
 
+// A map that claims more than it was asked for, or nothing.
+static uint64_t claimed;
+
+static void *map_liar(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    bool data = *n == 512;
+    void *p = m.map(m.user, gpa, n, writable);
+    *n = data ? claimed : *n;
+    return p;
+}
+
+void x5_a_map_that_breaks_its_word(void) {
+    if (!g.mapped) {
+        return;
+    }
+    g.o.memory.map = map_liar;
+    guest_up();
+    for (claimed = 0; claimed < 2048; claimed += 1024) {
+        CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 0, 512));
+    }
+    CHECK_EQ(0, g.calls);
+}
+
 void x1_larger_than_the_scratch_buffer(void) {
     guest_up();
     uint32_t bytes = VBLK_SCRATCH * 3 + 512;
@@ -403,6 +426,9 @@ void complete_after_a_reset_is_thrown_away(void) {
         }
         unsigned accesses = g.accesses;
         vblk_counts before = counts();
+        uint8_t data[512] = {0};
+        CHECK(!vblk_put(&g.dev, &old, 0, data, sizeof data));
+        CHECK(!vblk_get(&g.dev, &old, 0, data, sizeof data));
         CHECK(!vblk_complete(&g.dev, &old, VBLK_S_OK, 0));
         CHECK(!vblk_complete(&g.dev, &old, VBLK_S_IOERR, 0));
         if (!bound) {

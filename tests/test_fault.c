@@ -169,7 +169,7 @@ void race_on_guest_memory(void) {
                 wr(VBLK_REG_QUEUE_READY, 1);
                 g.ram[q.avail + 2] = (uint8_t)i;
                 g.ram[q.avail + 3] = 0;
-                wr(VBLK_REG_STATUS, profile ? 0xf : 0xf);
+                wr(VBLK_REG_STATUS, 0xf);
             }
         }
         __atomic_store_n(&racing, 0, __ATOMIC_RELEASE);

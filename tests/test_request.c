@@ -317,6 +317,11 @@ void v10_flush_of_a_read_only_disk(void) {
     CHECK_EQ(VBLK_S_OK, f.status);
     CHECK_EQ(1, counts().flushes);
     CHECK_EQ(0, g.calls);
+    guest_init();
+    g.o.read_only = true;
+    g.o.cache = VBLK_CACHE_UNSAFE; // not offered, and OK all the same
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, send_request(VBLK_T_FLUSH, 0, 0).status);
 }
 
 void v11_unknown_types(void) {

@@ -121,3 +121,37 @@ void transport_starts_where_no_ring_can_be(void) {
     CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
     CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
 }
+
+// What was completed and not published is not lost by a stop.
+void transport_stop_publishes(void) {
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    vblk_queue_start(&g.dev, 0, &ring);
+    vblk_set_status(&g.dev, 0xf);
+    vblk_request r;
+    request(VBLK_T_FLUSH, 0, 0);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 0));
+    CHECK_EQ(1, vblk_queue_stop(&g.dev, 0));
+    CHECK_EQ(1, get16(g.queue[0].used + 2));
+    CHECK_EQ(1, g.fired);
+}
+
+// A queue that goes on where another left it, started before its memory came.
+void transport_start_before_memory(void) {
+    vblk_memory later = g.o.memory;
+    memset(&g.o.memory, 0, sizeof g.o.memory);
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    ring.position = 37;
+    put16(ring.avail + 2, 37);
+    put16(ring.used + 2, 37);
+    g.queue[0].avail_idx = 37;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    vblk_set_status(&g.dev, 0xf);
+    req r = request(VBLK_T_FLUSH, 0, 0);
+    vblk_set_memory(&g.dev, later);
+    drain(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(38, get16(g.queue[0].used + 2));
+}

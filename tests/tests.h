@@ -282,6 +282,9 @@
     X(w_kick_while_stalled, ONCE)                                              \
     X(w_pause_is_told_when_the_thread_is_left_behind, ONCE)                    \
     X(fuzz_corpus_replays, ONCE)                                               \
+    X(x5_a_map_that_breaks_its_word, GUEST)                                    \
+    X(transport_start_before_memory, GUEST)                                    \
+    X(transport_stop_publishes, GUEST)                                         \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 
