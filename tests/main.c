@@ -2,17 +2,73 @@
 //
 //     -l  list the tests       -v  a line for each that passes
 //     -p  the standard profile, where a test does not choose
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+// Calls of the Linux part that tests make fail, see test_calls_fail().
+static bool fails(const char *call);
+#define calloc(...)    (fails("calloc") ? NULL : calloc(__VA_ARGS__))
+#define epoll_ctl(...) (fails("epoll_ctl") ? -1 : epoll_ctl(__VA_ARGS__))
+#define eventfd(...)   (fails("eventfd") ? -1 : eventfd(__VA_ARGS__))
+#define fdatasync(...) (fails("fdatasync") ? -1 : fdatasync(__VA_ARGS__))
+#define poll(...)      (fails("poll") ? -(errno > 0) : poll(__VA_ARGS__))
+#define pread(...)     (fails("pread") ? -1 : pread(__VA_ARGS__))
+#define preadv(...)    (fails("preadv") ? -1 : preadv(__VA_ARGS__))
+#define pwrite(...)    (fails("pwrite") ? -1 : pwrite(__VA_ARGS__))
+#define pwritev(...)   (fails("pwritev") ? -1 : pwritev(__VA_ARGS__))
+#define clock_nanosleep(...)                                                   \
+    (fails("clock_nanosleep") ? errno : clock_nanosleep(__VA_ARGS__))
+#define pthread_mutex_init(...)                                                \
+    (fails("pthread_mutex_init") ? errno : pthread_mutex_init(__VA_ARGS__))
+
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
 #include "guest.h"
 #include "tests.h"
-#include <time.h>
 
 int      test_failed;
 uint64_t test_seed = 1;
 
 static uint64_t random_state;
+
+static const char *call_to_fail;
+static int         call_errno;
+static unsigned    call_skip, call_times; // written before call_times is
+
+void test_calls_fail(const char *call, int err, unsigned skip,
+                     unsigned times) {
+    call_to_fail = call;
+    call_errno = err;
+    call_skip = skip;
+    __atomic_store_n(&call_times, times, __ATOMIC_RELEASE);
+}
+
+unsigned test_calls_left(void) {
+    return call_times;
+}
+
+static bool fails(const char *call) {
+    if (!__atomic_load_n(&call_times, __ATOMIC_ACQUIRE) ||
+        strcmp(call, call_to_fail) != 0) {
+        return false;
+    }
+    if (call_skip) {
+        call_skip--;
+        return false;
+    }
+    __atomic_fetch_sub(&call_times, 1, __ATOMIC_RELEASE);
+    errno = call_errno;
+    return true;
+}
 
 // Private functions that tests look at.
 bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns);

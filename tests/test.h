@@ -54,6 +54,13 @@ void test_fail(const char *file, int line, const char *text);
 
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
+// Calls of the Linux part to `call` fail with `err`: the first `skip` do not,
+// the `times` after them do. A poll that fails with 0 has run out of time.
+// Only for calls that this thread makes.
+void     test_calls_fail(const char *call, int err, unsigned skip,
+                         unsigned times);
+unsigned test_calls_left(void); // those that did not happen yet
+
 // Reproducible: the same seed gives the same run.
 uint32_t test_random(void);
 uint32_t test_below(uint32_t n);

@@ -281,6 +281,19 @@
     X(w_lines_left_out_are_counted, ONCE)                                      \
     X(w_kick_while_stalled, ONCE)                                              \
     X(w_pause_is_told_when_the_thread_is_left_behind, ONCE)                    \
+    X(x3_interrupted_calls_are_repeated, ONCE)                                 \
+    X(b_locks_that_cannot_be_made, ONCE)                                       \
+    X(t8_a_signal_does_not_shorten_a_sleep, ONCE)                              \
+    X(w_descriptors_that_cannot_be_had, ONCE)                                  \
+    X(w_no_memory_for_a_thread, ONCE)                                          \
+    X(w7_a_reset_that_signals_interrupt, ONCE)                                 \
+    X(w7_a_thread_at_work_is_not_left_behind, ONCE)                            \
+    X(w7_a_log_that_is_stuck, ONCE)                                            \
+    X(w7_left_behind_and_gone_before_the_end, ONCE)                            \
+    X(w_a_callback_inside_a_callback, ONCE)                                    \
+    X(w5_a_pause_that_is_taken_back, ONCE)                                     \
+    X(f_queue_ready_of_a_live_worker, ONCE)                                    \
+    X(w_all_options_have_defaults, ONCE)                                       \
     X(fuzz_corpus_replays, ONCE)                                               \
     X(x5_a_map_that_breaks_its_word, GUEST)                                    \
     X(transport_start_before_memory, GUEST)                                    \

@@ -1,0 +1,422 @@
+// System calls that fail or are interrupted, and the host's own calls at
+// moments that are rarely met: what the Linux part makes of them.
+#include "guest.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SECOND UINT64_C(1000000000)
+
+// 20 s mean that it hangs.
+#define EVENTUALLY(cond)                                                       \
+    do {                                                                       \
+        for (unsigned ms_ = 0; !(cond); ms_++) {                               \
+            struct timespec t_ = {0, 1000000};                                 \
+            if (ms_ == 20000) {                                                \
+                test_fail(__FILE__, __LINE__, "never: " #cond);                \
+                break;                                                         \
+            }                                                                  \
+            nanosleep(&t_, NULL);                                              \
+        }                                                                      \
+    } while (0)
+
+static uint64_t clock_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
+
+static void set(uint32_t *flag, uint32_t value) {
+    __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+
+static uint32_t get(const uint32_t *flag) {
+    return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+
+// ---- Files, lock, limiter ---------------------------------------------------
+
+void x3_interrupted_calls_are_repeated(void) {
+    static const char *const calls[] = {"pread", "preadv", "pwrite",
+                                        "pwritev", "fdatasync"};
+    char path[] = "/tmp/vblk_test_XXXXXX";
+    uint8_t data[1024] = {1, 2, 3};
+    vblk_seg seg[2] = {{data, 512, 0}, {data + 512, 512, 0}};
+    vblk_file file;
+    close(mkstemp(path));
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    vblk_backend b = vblk_file_backend(&file);
+    CHECK_EQ(1024, b.write(b.user, 0, seg, 2));
+    for (unsigned i = 0; i < COUNT(calls); i++) {
+        for (int err = EINTR; err == EINTR || err == EIO;
+             err += EIO - EINTR) {
+            unsigned segs = i & 1 ? 2 : 1;
+            int64_t bytes = i == 4 ? 0 : 512 * (int64_t)segs;
+            test_calls_fail(calls[i], err, 0, err == EINTR ? 3 : 1);
+            int64_t n = i == 4  ? b.flush(b.user)
+                        : i < 2 ? b.read(b.user, 0, seg, segs)
+                                : b.write(b.user, 0, seg, segs);
+            ROW_BEGIN();
+            CHECK_EQ((uint64_t)(err == EINTR ? bytes : -EIO), (uint64_t)n);
+            CHECK_EQ(0, test_calls_left());
+            ROW("%s, errno %d", calls[i], err);
+        }
+    }
+    vblk_file_close(&file);
+    unlink(path);
+}
+
+void b_locks_that_cannot_be_made(void) {
+    vblk_locked locked;
+    vblk_limiter limiter;
+    vblk_backend inner = {NULL, NULL, NULL, NULL, false, NULL};
+    test_calls_fail("pthread_mutex_init", ENOMEM, 0, 2);
+    errno = 0;
+    CHECK_EQ((uint64_t)VBLK_ERR_LOCK,
+             (uint64_t)vblk_locked_init(&locked, inner));
+    CHECK_EQ(ENOMEM, errno);
+    errno = 0;
+    CHECK_EQ((uint64_t)VBLK_ERR_LOCK,
+             (uint64_t)vblk_limiter_init(&limiter, inner, 1, 1));
+    CHECK_EQ(ENOMEM, errno);
+    CHECK(strstr(vblk_strerror(VBLK_ERR_LOCK), "lock") != NULL);
+}
+
+void t8_a_signal_does_not_shorten_a_sleep(void) {
+    vblk_limiter l;
+    vblk_backend inner = {NULL, NULL, NULL, NULL, false, NULL};
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, inner, 1, 1));
+    test_calls_fail("clock_nanosleep", EINTR, 0, 3);
+    uint64_t start = clock_ns();
+    l.sleep(3000000);
+    CHECK(clock_ns() - start >= 3000000);
+    CHECK_EQ(0, test_calls_left());
+    vblk_limiter_end(&l);
+}
+
+
+// ---- A worker ---------------------------------------------------------------
+
+static vblk_worker         w;
+static vblk_options        o;
+static vblk_worker_options wo;
+static uint8_t             ram[1 << 16];
+static vblk_region         region = {0, sizeof ram, ram};
+static vblk_ram            guest_ram = {&region, 1};
+static uint8_t             disk[1 << 16];
+static vblk_memdisk        memdisk = {disk, sizeof disk, false};
+
+// A callback that stays until it may go.
+static uint32_t may_go, inside, released;
+
+static void stay(void) {
+    set(&inside, 1);
+    while (!get(&may_go)) {
+        sched_yield();
+    }
+}
+
+static int staying_flush(void *user) {
+    (void)user;
+    stay();
+    return 0;
+}
+
+static void staying_log(void *user, const char *line) {
+    (void)user;
+    (void)line;
+    stay();
+}
+
+static uint32_t lines;
+
+static void count_line(void *user, const char *line) {
+    (void)user;
+    (void)line;
+    __atomic_fetch_add(&lines, 1, __ATOMIC_RELEASE);
+}
+
+static void on_released(void *user) {
+    (void)user;
+    set(&released, 1);
+}
+
+static void worker_options(void) {
+    memset(&o, 0, sizeof o);
+    memset(&wo, 0, sizeof wo);
+    memset(ram, 0, sizeof ram);
+    o.memory = vblk_ram_memory(&guest_ram);
+    o.backend = vblk_memdisk_backend(&memdisk);
+    o.queue_size = 16;
+    wo.log = count_line;
+    wo.released = on_released;
+    wo.stop_ms = 10000;
+    may_go = inside = released = lines = 0;
+}
+
+static void store(uint32_t offset, uint32_t value) {
+    vblk_worker_mmio_write(&w, offset, 4, value);
+}
+
+static uint32_t load(uint32_t offset) {
+    return (uint32_t)vblk_mmio_read(&w.dev, offset, 4);
+}
+
+static void bind_driver(void) {
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 0);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_FLUSH);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 1);
+    store(VBLK_REG_STATUS, 0xb);
+    store(VBLK_REG_QUEUE_NUM, 16);
+    store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
+    store(VBLK_REG_QUEUE_DEVICE_LOW, 0x2000);
+    store(VBLK_REG_QUEUE_READY, 1);
+    store(VBLK_REG_STATUS, 0xf);
+}
+
+static void make_worker(void) {
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    bind_driver();
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+}
+
+static void put_flush(void) {
+    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
+    ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
+    ram[0x3000] = VBLK_T_FLUSH;
+    ram[0x3010] = 0xff;
+    uint8_t idx[2] = {1, 0};
+    uint16_t word;
+    memcpy(&word, idx, 2);
+    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
+                     __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+}
+
+static bool flushed(void) {
+    return __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
+                           __ATOMIC_ACQUIRE) != 0;
+}
+
+static unsigned threads(void) {
+    unsigned n = 0;
+    DIR *dir = opendir("/proc/self/task");
+    while (dir && readdir(dir)) {
+        n++;
+    }
+    closedir(dir);
+    return n;
+}
+
+// Any of its descriptors may be the one that cannot be had.
+void w_descriptors_that_cannot_be_had(void) {
+    worker_options();
+    int next = dup(0);
+    close(next);
+    for (unsigned i = 0; i < 10; i++) {
+        test_calls_fail(i < 6 ? "eventfd" : "epoll_ctl", ENOMEM, i % 6, 1);
+        errno = 0;
+        int err = vblk_worker_init(&w, &o, &wo);
+        ROW_BEGIN();
+        if (i == 5) { // there are five
+            CHECK_EQ(VBLK_OK, (uint64_t)err);
+            CHECK_EQ(1, test_calls_left());
+            CHECK(vblk_worker_end(&w));
+        } else {
+            CHECK_EQ((uint64_t)VBLK_ERR_WORKER, (uint64_t)err);
+            CHECK_EQ(ENOMEM, errno);
+            CHECK_EQ(0, test_calls_left());
+        }
+        int after = dup(0);
+        close(after);
+        CHECK_EQ(next, after);
+        ROW("call %u", i);
+    }
+    test_calls_fail("", 0, 0, 0);
+}
+
+void w_no_memory_for_a_thread(void) {
+    worker_options();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    test_calls_fail("calloc", ENOMEM, 0, 1);
+    bind_driver();
+    CHECK_EQ(0x4f, load(VBLK_REG_STATUS));
+    CHECK_EQ(2, get(&lines)); // why, and that it needs a reset
+    store(VBLK_REG_STATUS, 0);
+    bind_driver();
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+}
+
+// Interrupted past the deadline: the reset asks once more, and no longer.
+void w7_a_reset_that_signals_interrupt(void) {
+    worker_options();
+    make_worker();
+    test_calls_fail("poll", EINTR, 0, 5);
+    CHECK(vblk_worker_reset(&w));
+    CHECK_EQ(0, test_calls_left());
+    bind_driver();
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+
+    worker_options();
+    o.backend.flush = staying_flush;
+    wo.stop_ms = 2;
+    make_worker();
+    put_flush();
+    EVENTUALLY(get(&inside));
+    uint64_t start = clock_ns();
+    test_calls_fail("poll", EINTR, 0, 300000); // the deadline passes meanwhile
+    CHECK(!vblk_worker_reset(&w));
+    CHECK(clock_ns() - start >= 2000000);
+    CHECK_EQ(0, test_calls_left());
+    set(&may_go, 1);
+    EVENTUALLY(get(&released));
+    EVENTUALLY(vblk_worker_reset(&w));
+    CHECK(vblk_worker_end(&w));
+}
+
+// The time is over while the thread is between two callbacks: it is not left
+// behind, it ends at once.
+void w7_a_thread_at_work_is_not_left_behind(void) {
+    worker_options();
+    make_worker();
+    for (unsigned i = 0; i < 20; i++) {
+        test_calls_fail("poll", 0, 0, 1);
+        CHECK(vblk_worker_reset(&w));
+        CHECK_EQ(0, test_calls_left());
+        CHECK_EQ(0, load(VBLK_REG_STATUS));
+        bind_driver();
+    }
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK_EQ(0, get(&released));
+    CHECK(vblk_worker_end(&w));
+}
+
+// A thread that is left behind in the log: the reset does not go there too.
+void w7_a_log_that_is_stuck(void) {
+    worker_options();
+    wo.log = staying_log;
+    wo.stop_ms = 20;
+    make_worker();
+    ram[0x1004] = 99; // no head: an event, and so a line
+    put_flush();
+    EVENTUALLY(get(&inside));
+    uint64_t start = clock_ns();
+    CHECK(!vblk_worker_reset(&w));
+    CHECK(clock_ns() - start < 5 * SECOND);
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    set(&may_go, 1);
+    EVENTUALLY(get(&released));
+    EVENTUALLY(vblk_worker_reset(&w));
+    memset(ram, 0, sizeof ram);
+    bind_driver();
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+}
+
+// Nobody asked to be told, and the thread is gone before the worker is.
+void w7_left_behind_and_gone_before_the_end(void) {
+    for (int told = 0; told < 2; told++) {
+        worker_options();
+        unsigned before = threads();
+        o.backend.flush = staying_flush;
+        wo.stop_ms = 5;
+        wo.released = told ? on_released : NULL;
+        make_worker();
+        put_flush();
+        EVENTUALLY(get(&inside));
+        CHECK(!vblk_worker_reset(&w));
+        CHECK_EQ(before + 1, threads());
+        set(&may_go, 1);
+        EVENTUALLY(threads() == before);
+        CHECK_EQ(told, get(&released));
+        CHECK(vblk_worker_end(&w));
+    }
+}
+
+// A callback of the worker's own thread may use its registers: what that
+// makes it call is a callback inside a callback.
+static int notifying_flush(void *user) {
+    (void)user;
+    store(VBLK_REG_QUEUE_NOTIFY, 9); // an event, and so a line
+    set(&inside, 1);
+    return 0;
+}
+
+void w_a_callback_inside_a_callback(void) {
+    worker_options();
+    o.backend.flush = notifying_flush;
+    make_worker();
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK_EQ(1, get(&inside));
+    CHECK_EQ(1, get(&lines));
+    CHECK(vblk_worker_reset(&w));
+    CHECK(vblk_worker_end(&w));
+}
+
+static void *pause_for_long(void *arg) {
+    (void)arg;
+    bool parked = vblk_worker_pause(&w, 600000);
+    set(&released, parked ? 2 : 1);
+    return NULL;
+}
+
+void w5_a_pause_that_is_taken_back(void) {
+    pthread_t thread;
+    worker_options();
+    o.backend.flush = staying_flush;
+    make_worker();
+    put_flush();
+    EVENTUALLY(get(&inside));
+    CHECK_EQ(0, pthread_create(&thread, NULL, pause_for_long, NULL));
+    while (!get(&released)) { // until the resume comes after the pause
+        vblk_worker_resume(&w);
+        sched_yield();
+    }
+    pthread_join(thread, NULL);
+    CHECK_EQ(1, get(&released));
+    CHECK(!flushed());
+    set(&may_go, 1);
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+}
+
+// The strict profile has no QueueReady 0 on a live queue: an event, no rest.
+void f_queue_ready_of_a_live_worker(void) {
+    worker_options();
+    o.backend.flush = staying_flush;
+    make_worker();
+    put_flush();
+    EVENTUALLY(get(&inside));
+    store(VBLK_REG_QUEUE_READY, 0); // does not wait
+    CHECK_EQ(1, load(VBLK_REG_QUEUE_READY));
+    CHECK_EQ(1, lines);
+    set(&may_go, 1);
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+}
+
+void w_all_options_have_defaults(void) {
+    worker_options();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, NULL));
+    bind_driver();
+    put_flush();
+    EVENTUALLY(flushed());
+    CHECK(vblk_worker_reset(&w));
+    CHECK(vblk_worker_end(&w));
+}
