@@ -505,9 +505,10 @@ typedef enum vblk_error {
     X(CHAIN_UNREADABLE, "a descriptor, or the table it is in, is outside "     \
       "guest memory; a = address (V1)")                                        \
     X(INDIRECT_OFF, "an indirect descriptor, though INDIRECT_DESC was not "    \
-      "negotiated (V1)")                                                       \
-    X(INDIRECT_NESTED, "an indirect descriptor inside an indirect table (V1)") \
-    X(INDIRECT_NEXT, "an indirect descriptor with NEXT set (V1)")              \
+      "negotiated; a = bytes (V1)")                                            \
+    X(INDIRECT_NESTED, "an indirect descriptor inside an indirect table; "     \
+      "a = bytes (V1)")                                                        \
+    X(INDIRECT_NEXT, "an indirect descriptor with NEXT set; a = bytes (V1)")   \
     X(INDIRECT_SIZE, "an indirect table of no positive multiple of 16 bytes; " \
       "a = bytes (V1)")                                                        \
     X(CHAIN_ORDER, "a readable descriptor after a writable one (V2)")          \
@@ -521,7 +522,8 @@ typedef enum vblk_error {
     /* request refused */                                                      \
     X(HEADER_SHORT, "a header of less than 16 bytes; a = bytes (V3)")          \
     X(HEADER_FRAMING, "the first descriptor does not hold the header; the "    \
-      "standard profile takes the first 16 readable bytes (V3, P1)")           \
+      "standard profile takes the first 16 readable bytes; a = readable "      \
+      "bytes (V3, P1)")                                                        \
     X(HEADER_UNREADABLE, "the header is outside guest memory; a = address "    \
       "(V4)")                                                                  \
     X(TYPE_UNKNOWN, "an unknown request type; a = type (V11)")                 \

@@ -99,6 +99,7 @@ typedef struct seen { // what is known of a queue
     uint64_t in_bytes[MAX_SIZE];
     uint64_t status[MAX_SIZE]; // address, 0: not known
     unsigned taken_at[MAX_SIZE];
+    bool     back[MAX_SIZE]; // returned in this step
 } seen;
 
 static struct fuzz {
@@ -746,9 +747,17 @@ static void check_used(unsigned queue) {
             peek(k->status[id], 1, &status);
             rule(status <= 2, "a chain is returned without a status");
         }
-        // The driver takes its memory back: a second status would show.
-        if (k->owed[id] == 0 && k->status[id]) {
+        k->back[id] = k->owed[id] == 0 && k->status[id];
+    }
+}
+
+// The driver takes its memory back: a second status would show.
+static void take_back(unsigned queue) {
+    seen *k = &f.queue[queue];
+    for (unsigned id = 0; id < MAX_SIZE; id++) {
+        if (k->back[id]) {
             poke_le(k->status[id], 0xff, 1);
+            k->back[id] = false;
         }
     }
 }
@@ -832,6 +841,9 @@ static void end(int queue, bool published) {
             rule(vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
                  "a queue broke and Status does not say so");
         }
+    }
+    for (unsigned i = 0; i < QUEUES; i++) {
+        take_back(i); // when all are seen: they may share a status byte
     }
     if (!s.tangled && s.takes) {
         uint64_t descs = f.dev.o.seg_max + 4;
