@@ -235,6 +235,8 @@ static uint64_t disk_size(void *user) {
 static void on_interrupt(void *user, int queue, bool fire) {
     (void)user;
     g.fired_queue = queue;
+    CHECK(!fire || queue != VBLK_NO_QUEUE ||
+          vblk_status(&g.dev) & VBLK_STATUS_NEEDS_RESET);
     g.fired += fire;
     g.lowered += !fire;
 }

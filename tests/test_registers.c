@@ -703,6 +703,8 @@ void r1_reset_clears_what_belongs_to_the_driver(void) {
     CHECK_EQ(256, rd(VBLK_REG_QUEUE_NUM_MAX)); // QueueSel is 0
     CHECK_EQ((uint32_t)g.features, rd(VBLK_REG_DEVICE_FEATURES));
     CHECK(!g.dev.accepted && !g.dev.event_idx && !g.dev.indirect);
+    const vblk_queue *q = &g.dev.queue[0];
+    CHECK(!q->size && !q->desc_gpa && !q->avail_gpa && !q->used_gpa);
     CHECK(generation != rd(VBLK_REG_CONFIG_GENERATION));
     CHECK_EQ(SECTORS, vblk_mmio_read(&g.dev, 0x100, 8));
     vblk_counts after = counts();

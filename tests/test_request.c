@@ -723,3 +723,146 @@ void p6_used_length_of_failures(void) {
     CHECK_EQ(1, send_request(VBLK_T_OUT, 0, 512).len);
     CHECK_EQ(513, send_request(VBLK_T_IN, 0, 512).len);
 }
+
+// The numbers of an event: what was wrong, as its text names it.
+void v_events_say_what_was_wrong(void) {
+    const uint64_t nowhere = RAM_END + GAP, size_max = 1 << 20;
+    const struct {
+        vblk_event_code code;
+        uint32_t type;
+        uint64_t sector;
+        part     header, data, status; // of no bytes: as it should be
+        uint64_t a, b;
+    } rows[] = {
+        {VBLK_EV_CHAIN_UNREADABLE, 0, 0, {nowhere, 32, INDIRECT},
+         {0, 0, 0}, {0, 0, 0}, nowhere, 0},
+        {VBLK_EV_INDIRECT_SIZE, 0, 0, {nowhere, 17, INDIRECT},
+         {0, 0, 0}, {0, 0, 0}, 17, 0},
+        {VBLK_EV_STATUS_WRAPS, 0, 0, {0, 0, 0}, {0, 0, 0},
+         {UINT64_MAX - 3, 16, WRITE}, UINT64_MAX - 3, 0},
+        {VBLK_EV_STATUS_UNWRITABLE, 0, 0, {0, 0, 0}, {0, 0, 0},
+         {nowhere, 1, WRITE}, nowhere, 0},
+        {VBLK_EV_HEADER_SHORT, 0, 0, {0x100, 15, 0}, {0, 0, 0}, {0, 0, 0}, 15,
+         0},
+        {VBLK_EV_HEADER_FRAMING, 1, 0, {0x100, 8, 0}, {0x108, 24, 0},
+         {0, 0, 0}, 32, 0},
+        {VBLK_EV_HEADER_UNREADABLE, 0, 0, {nowhere, 16, 0}, {0, 0, 0},
+         {0, 0, 0}, nowhere, 0},
+        {VBLK_EV_TYPE_UNKNOWN, 77, 0, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, 77, 0},
+        {VBLK_EV_SEGMENT_LONG, 0, 0, {0, 0, 0}, {0, (1 << 20) + 512, WRITE},
+         {0, 0, 0}, size_max + 512, size_max},
+        {VBLK_EV_DATA_DIRECTION, 1, 0, {0, 0, 0}, {0x1000, 512, WRITE},
+         {0, 0, 0}, 1, 0},
+        {VBLK_EV_DATA_MISSING, 1, 0, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, 1, 0},
+        {VBLK_EV_DATA_UNWANTED, 4, 0, {0, 0, 0}, {0x1000, 512, 0}, {0, 0, 0},
+         512, 0},
+        {VBLK_EV_DATA_RAGGED, 0, 0, {0, 0, 0}, {0x1000, 513, WRITE},
+         {0, 0, 0}, 513, 0},
+        {VBLK_EV_DATA_UNMAPPED, 0, 0, {0, 0, 0}, {nowhere, 512, WRITE},
+         {0, 0, 0}, nowhere, 512},
+        {VBLK_EV_OUT_OF_RANGE, 0, SECTORS - 1, {0, 0, 0},
+         {0x1000, 1024, WRITE}, {0, 0, 0}, SECTORS - 1, 1024},
+        {VBLK_EV_ID_SHORT, 8, 0, {0, 0, 0}, {0x1000, 19, WRITE}, {0, 0, 0},
+         19, 0},
+    };
+    guest_up();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        part p[3] = {{put_header(rows[i].type, rows[i].sector), 16, 0},
+                     rows[i].data, {alloc(1, 1), 1, WRITE}};
+        if (rows[i].header.n) {
+            p[0] = rows[i].header;
+        }
+        if (rows[i].status.n) {
+            p[2] = rows[i].status;
+        }
+        unsigned n = 3;
+        if (p[0].flags & INDIRECT) {
+            n = 1;
+        } else if (p[1].n == 0) {
+            p[1] = p[2];
+            n = 2;
+        }
+        submit(0, p, n);
+        CHECK_EQ(VBLK_EMPTY, kick(0).state);
+        ROW_BEGIN();
+        CHECK_EQ(1, g.events[rows[i].code]);
+        CHECK_EQ((uint64_t)rows[i].code, (uint64_t)g.last.code);
+        CHECK_EQ(rows[i].a, g.last.a);
+        CHECK_EQ(rows[i].b, g.last.b);
+        ROW("%s", vblk_event_text(rows[i].code));
+    }
+    reset();
+    g.o.read_only = true;
+    guest_up();
+    run(VBLK_T_OUT, 7, 512);
+    CHECK_EQ(VBLK_EV_READ_ONLY, g.last.code);
+    CHECK_EQ(7, g.last.a);
+}
+
+void v1_events_say_where_a_chain_leads(void) {
+    guest_up();
+    uint64_t header = put_header(VBLK_T_IN, 0);
+    part p = {header, 16, NEXT};
+    put_desc(g.queue[0].desc, 3, p, 9999);
+    offer(0, 3);
+    kick(0);
+    CHECK_EQ(VBLK_EV_CHAIN_NEXT, g.last.code);
+    CHECK_EQ(3, g.last.head);
+    CHECK_EQ(9999, g.last.a);
+    CHECK_EQ(g.queue[0].size, g.last.b);
+    put_desc(g.queue[0].desc, 3, p, 3);
+    offer(0, 3);
+    kick(0);
+    CHECK_EQ(VBLK_EV_CHAIN_LONG, g.last.code);
+    CHECK_EQ(g.dev.o.seg_max + 2, g.last.a);
+}
+
+// Every access fails in turn: the id is there, or the request failed, or the
+// device said that it cannot be returned.
+void v16_an_id_that_cannot_be_stored(void) {
+    bool passed = false;
+    for (int n = 1; n < 40 && !passed; n++) {
+        guest_init();
+        g.o.id = "a serial number of 20";
+        guest_up();
+        req r = request(VBLK_T_GET_ID, 0, 20);
+        g.fail_access = n;
+        kick(0);
+        passed = g.tripped == 0;
+        bool lost = g.events[VBLK_EV_STATUS_UNWRITABLE] ||
+                    g.events[VBLK_EV_CHAIN_UNREADABLE] ||
+                    rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET;
+        uint8_t status = status_of(&r);
+        ROW_BEGIN();
+        CHECK(lost || status == VBLK_S_OK || status == VBLK_S_IOERR);
+        CHECK(lost || used_count(0) == 1);
+        CHECK(status != VBLK_S_OK ||
+              !memcmp(at(r.data), "a serial number of 2", 20));
+        ROW("access %d", n);
+    }
+    CHECK(passed);
+}
+
+// The last byte of memory is the last that has an address.
+void v_memory_up_to_the_last_address(void) {
+    guest_up();
+    part p[3] = {{put_header(VBLK_T_IN, 3), 16, 0},
+                 {HIGH + HIGH_SIZE - 512, 512, WRITE},
+                 {alloc(1, 1), 1, WRITE}};
+    submit(0, p, 3);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, *at(p[2].gpa));
+    CHECK_MEM(g.disk + 3 * 512, at(HIGH + HIGH_SIZE - 512), 512);
+    part q[3] = {{HIGH + HIGH_SIZE - 16, 16, 0},
+                 {alloc(512, 1), 512, WRITE}, {alloc(1, 1), 1, WRITE}};
+    put(q[0].gpa, at(p[0].gpa), 16);
+    mark(q[0].gpa, 16, READABLE);
+    submit(0, q, 3);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, *at(q[2].gpa));
+    part t[3] = {p[0], q[1], {HIGH + HIGH_SIZE - 1, 1, WRITE}};
+    rewritable(t[2].gpa);
+    submit(0, t, 3);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, *at(t[2].gpa));
+}

@@ -670,6 +670,7 @@ static uint64_t fake_now(void) {
 }
 
 static void fake_sleep(uint64_t ns) {
+    CHECK(ns > 0);
     limiter_now += ns;
     limiter_slept += ns;
 }

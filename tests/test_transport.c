@@ -155,3 +155,26 @@ void transport_start_before_memory(void) {
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(38, get16(g.queue[0].used + 2));
 }
+
+// The position is taken from the ring once: what a guest writes there later
+// does not count, be the memory new or not.
+void transport_a_position_is_read_once(void) {
+    vblk_memory memory = g.o.memory, none = {NULL, NULL, NULL, NULL};
+    g.o.memory = none;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    ring.position = 5;
+    put16(ring.avail + 2, 5);
+    put16(ring.used + 2, 5);
+    g.queue[0].avail_idx = 5;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    vblk_set_status(&g.dev, 0xf);
+    vblk_set_memory(&g.dev, memory);
+    for (uint16_t i = 6; i < 9; i++) {
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+        CHECK_EQ(i, get16(g.queue[0].used + 2));
+        put16(g.queue[0].used + 2, 1000);
+        vblk_set_memory(&g.dev, memory);
+    }
+    put16(g.queue[0].used + 2, 8);
+}

@@ -63,6 +63,7 @@
     X(q4_used_idx_outside_memory, GUEST)                                       \
     X(q_rings_at_odd_pointers, GUEST)                                          \
     X(q4_a_queue_breaks_once, GUEST)                                           \
+    X(q4_a_queue_breaks_for_one_reason, GUEST)                                 \
     X(q4_misplaced_rings, GUEST)                                               \
     X(q4_a_queue_without_a_size, GUEST)                                        \
     X(q4_only_the_queue_at_fault_stops, GUEST)                                 \
@@ -298,6 +299,11 @@
     X(x5_a_map_that_breaks_its_word, GUEST)                                    \
     X(transport_start_before_memory, GUEST)                                    \
     X(transport_stop_publishes, GUEST)                                         \
+    X(v_events_say_what_was_wrong, GUEST)                                      \
+    X(v1_events_say_where_a_chain_leads, GUEST)                                \
+    X(v16_an_id_that_cannot_be_stored, GUEST)                                  \
+    X(v_memory_up_to_the_last_address, GUEST)                                  \
+    X(transport_a_position_is_read_once, GUEST)                                \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 
