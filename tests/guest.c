@@ -154,6 +154,10 @@ static void *mem_map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     if (g.hole_bytes && gpa < hole && hole - gpa < *n) {
         *n = hole - gpa;
     }
+    for (unsigned i = 0; i < COUNT(g.queue) && writable; i++) {
+        guest_queue *q = &g.queue[i];
+        g.driver_ring_mapped |= q->size && (gpa == q->desc || gpa == q->avail);
+    }
     return m.map(m.user, gpa, n, writable);
 }
 

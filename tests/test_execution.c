@@ -832,6 +832,49 @@ void b2_the_lock_admits_one_call_at_a_time(void) {
     vblk_locked_end(&locked);
 }
 
+static vblk_locked *locked_one;
+
+static void lock_is_held(void) {
+    CHECK_EQ(EBUSY, pthread_mutex_trylock(&locked_one->mutex));
+}
+
+static int64_t held_move(void *user, uint64_t offset, const vblk_seg *seg,
+                         unsigned segs) {
+    (void)user, (void)offset, (void)seg, (void)segs;
+    lock_is_held();
+    return 1;
+}
+
+static int held_flush(void *user) {
+    (void)user;
+    lock_is_held();
+    return 2;
+}
+
+static uint64_t held_size(void *user) {
+    (void)user;
+    lock_is_held();
+    return 3;
+}
+
+void b2_the_lock_is_held_in_every_call(void) {
+    vblk_backend inner = {held_move, held_move, held_flush, held_size, false,
+                          NULL};
+    vblk_locked locked;
+    locked_one = &locked;
+    CHECK_EQ(VBLK_OK, vblk_locked_init(&locked, inner));
+    vblk_backend b = vblk_locked_backend(&locked);
+    for (int i = 0; i < 4; i++) {
+        CHECK_EQ(i < 2 ? 1 : i, i == 0   ? b.read(b.user, 0, NULL, 0)
+                                : i == 1 ? b.write(b.user, 0, NULL, 0)
+                                : i == 2 ? b.flush(b.user)
+                                         : (int64_t)b.size(b.user));
+        CHECK_EQ(0, pthread_mutex_trylock(&locked.mutex)); // and not after
+        pthread_mutex_unlock(&locked.mutex);
+    }
+    vblk_locked_end(&locked);
+}
+
 // Rings at odd host addresses are reached through the accessors.
 void q_rings_at_odd_host_addresses(void) {
     static uint8_t bytes[0x10001];
@@ -917,6 +960,7 @@ void b_file_writes_scattered_memory(void) {
     CHECK_MEM(b, back + 512, sizeof b);
     CHECK_EQ(2048, be.size(be.user));
     vblk_file_close(&file);
+    CHECK_EQ((uint64_t)-1, (uint64_t)file.fd);
     CHECK_EQ(0, be.size(be.user)); // no size to be had
     close(fd);
     unlink(path);

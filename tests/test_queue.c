@@ -281,6 +281,12 @@ static void *map_odd(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     return m.map(m.user, gpa, n, writable);
 }
 
+void q_rings_of_the_driver_are_mapped_for_reading(void) {
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK(!g.driver_ring_mapped);
+}
+
 void q_rings_at_odd_pointers(void) {
     g.o.memory.map = map_odd;
     guest_up();

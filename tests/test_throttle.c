@@ -2,6 +2,9 @@
 // blocking limiter.
 #include "guest.h"
 
+#include <errno.h>
+#include <pthread.h>
+
 #define SECOND UINT64_C(1000000000)
 
 
@@ -25,19 +28,29 @@ void t3_a_request_larger_than_the_bucket(void) {
     CHECK(!vblk_bucket_can_take(&b, 1));
 }
 
+// A number of a random length.
+static uint64_t any(unsigned bits) {
+    uint64_t n = (uint64_t)test_random() << 32 | test_random();
+    return n >> (64 - bits) >> test_below(bits);
+}
+
 void t6_waits_are_exact_to_a_nanosecond(void) {
     static const uint64_t rates[] = {1, 3, 7, 100, 3000, 999999937,
                                      1000000000, 1000000007,
                                      UINT64_C(10) << 30, INT64_MAX};
-    for (size_t i = 0; i < COUNT(rates); i++) {
-        for (int k = 0; k < 200; k++) {
+    for (size_t i = 0; i < 100; i++) {
+        uint64_t rate = i < COUNT(rates) ? rates[i] : 1 + any(62);
+        for (int k = 0; k < 50; k++) {
             vblk_bucket b, early;
             uint64_t now = (uint64_t)test_random() << 20;
-            vblk_bucket_init(&b, rates[i], rates[i]);
+            vblk_bucket_init(&b, rate, INT64_MAX);
             vblk_bucket_refill(&b, now);
-            vblk_bucket_take(&b, rates[i]);
+            vblk_bucket_take(&b, INT64_MAX);
             for (int n = 0; n < 5; n++) {
-                uint64_t cost = 1 + test_random() % rates[i];
+                // Up to 2^62 ns, over 2^64 / 10^9 tokens where that fits.
+                uint64_t cost = 1 + any(62) % (rate > UINT64_C(4000000000)
+                                                   ? UINT64_C(1) << 62
+                                                   : rate * 1000000000);
                 now += test_below(1000);
                 vblk_bucket_refill(&b, now);
                 uint64_t wait = vblk_bucket_wait(&b, cost, now);
@@ -56,6 +69,22 @@ void t6_waits_are_exact_to_a_nanosecond(void) {
                 now += wait;
             }
         }
+    }
+}
+
+// However a time is cut, it brings the same, to the last fraction.
+void t6_refills_add_up(void) {
+    for (int i = 0; i < 20000; i++) {
+        vblk_bucket once, twice;
+        uint64_t now = any(62), first = any(62) % (now + 1);
+        vblk_bucket_init(&once, 1 + any(62), INT64_MAX);
+        vblk_bucket_take(&once, INT64_MAX);
+        twice = once;
+        vblk_bucket_refill(&once, now);
+        vblk_bucket_refill(&twice, first);
+        vblk_bucket_refill(&twice, now);
+        CHECK_EQ(once.tokens, twice.tokens);
+        CHECK_EQ(once.fraction, twice.fraction);
     }
 }
 
@@ -663,9 +692,11 @@ void t_a_long_saturated_run_through_the_device(void) {
 
 // ---- Blocking limiter -----------------------------------------------------
 
-static uint64_t limiter_now, limiter_slept;
+static uint64_t      limiter_now, limiter_slept;
+static vblk_limiter *limiter_asking; // its lock is held then
 
 static uint64_t fake_now(void) {
+    CHECK_EQ(EBUSY, pthread_mutex_trylock(&limiter_asking->mutex));
     return limiter_now;
 }
 
@@ -684,6 +715,7 @@ void t8_blocking_limiter(void) {
         CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, rates[i], 0));
         CHECK_EQ(rates[i] / 10, l.bytes.burst); // steady
         l.now = fake_now;
+        limiter_asking = &l;
         l.sleep = fake_sleep;
         limiter_now = 7 * SECOND;
         guest_make();
@@ -732,6 +764,7 @@ void t8_rate_and_burst_of_a_limiter(void) {
         int      err;
     } rows[] = {
         {1000, 0, 100, VBLK_OK},      {5, 0, 1, VBLK_OK},
+        {9, 0, 1, VBLK_OK},           {10, 0, 1, VBLK_OK},
         {1000, 50, 50, VBLK_OK},      {0, 0, 1, VBLK_OK},
         {INT64_MAX, INT64_MAX, INT64_MAX, VBLK_OK},
         {UINT64_C(1) << 63, 0, 0, VBLK_ERR_LIMITS},
@@ -761,7 +794,9 @@ void t8_real_time(void) {
     CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, 1000000, 1024));
     vblk_backend b = vblk_limiter_backend(&l);
     uint64_t start = l.now();
-    for (int i = 0; i < 20; i++) {
+    b.read(b.user, 0, &seg, 1);
+    CHECK_EQ(0, l.bytes.tokens);
+    for (int i = 0; i < 19; i++) {
         b.read(b.user, 0, &seg, 1);
     }
     CHECK(l.now() - start >= 19 * 1024 * 1000);
@@ -777,6 +812,10 @@ void t_longest_wait_there_is(void) {
     b.burst = missing;
     CHECK_EQ(UINT64_MAX, vblk_bucket_wait(&b, missing, 0));
     b.fraction--;
+    CHECK_EQ(UINT64_MAX, vblk_bucket_wait(&b, missing, 0));
+    missing = UINT64_C(73786976295); // 2^66 - 4, which is far too much
+    b.fraction = 161793540;
+    b.burst = missing;
     CHECK_EQ(UINT64_MAX, vblk_bucket_wait(&b, missing, 0));
 }
 

@@ -120,6 +120,20 @@ void transport_starts_where_no_ring_can_be(void) {
     wr(VBLK_REG_STATUS, 0xf);
     CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
     CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
+
+    reset();
+    g.o.memory = none;
+    guest_make();
+    guest_negotiate(0);
+    ring.used = 0x3000;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    g.hole = ring.used + 2;
+    g.hole_bytes = 2;
+    vblk_set_memory(&g.dev, later);
+    wr(VBLK_REG_STATUS, 0xf);
+    CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
+    CHECK_EQ(ring.used + 2, g.last.a);
 }
 
 // What was completed and not published is not lost by a stop.

@@ -62,6 +62,7 @@
     X(q4_a_drain_stops_where_the_queue_breaks, GUEST)                          \
     X(q4_used_idx_outside_memory, GUEST)                                       \
     X(q_rings_at_odd_pointers, GUEST)                                          \
+    X(q_rings_of_the_driver_are_mapped_for_reading, GUEST)                     \
     X(q4_a_queue_breaks_once, GUEST)                                           \
     X(q4_a_queue_breaks_for_one_reason, GUEST)                                 \
     X(q4_misplaced_rings, GUEST)                                               \
@@ -162,11 +163,13 @@
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
     X(b2_file_errors_reach_the_guest, GUEST)                                   \
     X(b2_the_lock_admits_one_call_at_a_time, GUEST)                            \
+    X(b2_the_lock_is_held_in_every_call, ONCE)                                 \
     X(transport_binds_without_registers, GUEST)                                \
     X(transport_refuses_a_start_that_makes_no_sense, GUEST)                    \
     X(transport_moves_a_queue_to_another_device, GUEST)                        \
     X(t3_a_request_larger_than_the_bucket, ONCE)                               \
     X(t6_waits_are_exact_to_a_nanosecond, ONCE)                                \
+    X(t6_refills_add_up, ONCE)                                                 \
     X(t6_nothing_overflows, ONCE)                                              \
     X(t6_products_beyond_64_bits, ONCE)                                        \
     X(t6_a_clock_that_stands_still_or_goes_back, ONCE)                         \
