@@ -36,9 +36,11 @@ asan: $(B)/vblk_asan           ## the tests under address and UB sanitizers
 	$(B)/vblk_asan
 
 tsan:                          ## the threads under the thread sanitizer (clang)
-	@command -v clang >/dev/null || { echo 'SKIP: tsan needs clang' \
-	    '(apt install clang)'; exit 0; }; \
-	mkdir -p $(B) && clang $(STD) -O1 -g -fsanitize=thread \
+	@mkdir -p $(B); echo 'int main(void) { return 0; }' | \
+	clang -fsanitize=thread -x c - -o $(B)/probe 2>/dev/null || { \
+	    echo 'SKIP: tsan needs clang and its sanitizers' \
+	    '(apt install clang libclang-rt-14-dev)'; exit 0; }; \
+	clang $(STD) -O1 -g -fsanitize=thread \
 	    -o $(B)/vblk_tsan $(TESTS) $(LIBS) && $(B)/vblk_tsan w && \
 	$(B)/vblk_tsan rac
 
