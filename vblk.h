@@ -711,7 +711,7 @@ typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t io_errors;
     uint64_t throttled;              // stalls: drains that had to stop
     uint64_t currently_throttled;    // queues that wait now
-    uint64_t throttled_ns;           // time waited, added when it is over
+    uint64_t throttled_ns;           // time waited, added when one passes
     uint64_t invalid_avail_idx;      // times a queue broke, for any Q4
 } vblk_counts;
 
@@ -1425,7 +1425,30 @@ static void vblk__ask_reset(vblk_dev *dev) {
     }
 }
 
-// What is under way in a broken queue ends with it.
+// `q` had its turn, or gives it up: it goes to the next queue that waits.
+static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
+    unsigned me = (unsigned)vblk__index(dev, q);
+    if (dev->turn == 1 + me) {
+        dev->turn = 0;
+        for (unsigned i = 1; i < dev->o.queues && !dev->turn; i++) {
+            unsigned next = (me + i) % dev->o.queues;
+            dev->turn = dev->queue[next].stalled ? 1 + next : 0;
+        }
+    }
+}
+
+// The head has passed, or, at a time of 0, never will.
+static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
+    vblk__end_turn(dev, q);
+    if (now_ns > q->stalled_ns) {
+        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
+    }
+    q->stalled = false;
+    VBLK__STORE(&q->counts.currently_throttled, 0);
+}
+
+// What is under way in a broken queue ends with it, and so does its stall: no
+// other queue waits for it.
 static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
                          uint64_t a, uint64_t b) {
     if (q->poisoned) {
@@ -1433,6 +1456,7 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     }
     q->poisoned = true;
     q->epoch++;
+    vblk__end_stall(dev, q, 0);
     vblk__count(&q->counts.invalid_avail_idx, 1);
     vblk__tell(dev, q, code, 0, a, b);
     vblk__ask_reset(dev);
@@ -2416,28 +2440,6 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
     return true;
 }
 
-// `q` had its turn, or gives it up: it goes to the next queue that waits.
-static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
-    unsigned me = (unsigned)vblk__index(dev, q);
-    if (dev->turn == 1 + me) {
-        dev->turn = 0;
-        for (unsigned i = 1; i < dev->o.queues && !dev->turn; i++) {
-            unsigned next = (me + i) % dev->o.queues;
-            dev->turn = dev->queue[next].stalled ? 1 + next : 0;
-        }
-    }
-}
-
-// The head has passed, or its queue is broken.
-static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
-    vblk__end_turn(dev, q);
-    if (now_ns > q->stalled_ns) {
-        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
-    }
-    q->stalled = false;
-    VBLK__STORE(&q->counts.currently_throttled, 0);
-}
-
 // Take one chain. REQUEST: it is in `r`. MORE: it was answered here. STALLED:
 // it is back in the ring.
 static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
@@ -2545,12 +2547,9 @@ static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
 
 // The end of a round: completions out, and what that did to the queue.
 static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
-                                 vblk_outcome out, uint64_t now_ns) {
+                                 vblk_outcome out) {
     vblk_outcome broken = {VBLK_BROKEN, 0};
     vblk__publish(dev, q);
-    if (q->poisoned && q->stalled) {
-        vblk__end_stall(dev, q, now_ns);
-    }
     return q->poisoned ? broken : out;
 }
 
@@ -2562,7 +2561,7 @@ VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
         uint32_t budget = q->size;
         out = vblk__pull(dev, q, req, now_ns, &budget);
         if (out.state != VBLK_REQUEST) {
-            out = vblk__settle(dev, q, out, now_ns);
+            out = vblk__settle(dev, q, out);
         }
     }
     return out;
@@ -2584,7 +2583,7 @@ static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
                VBLK_REQUEST) {
             vblk__execute(dev, &req);
         }
-        out = vblk__settle(dev, q, out, now_ns);
+        out = vblk__settle(dev, q, out);
     }
     return out;
 }

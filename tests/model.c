@@ -911,6 +911,7 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
         return out;
     }
     uint16_t before = q->done;
+    bool     was_stalled = q->stalled;
     bool     fine = well_placed(q);
     for (uint32_t taken = 0; fine; taken++) {
         uint64_t head, len, idx, wait = 0;
@@ -974,6 +975,8 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
         }
     }
     if (!fine) {
+        // Whether the head's wait is counted depends on what broke first.
+        m->time_unknown |= was_stalled || q->stalled;
         stall_ends(m, q, now_ns);
         poison(m, q);
         out.state = VBLK_BROKEN;

@@ -91,6 +91,7 @@ typedef struct model {
     vblk_counts  counts;
     model_bucket ops, bytes;
     uint64_t     requests; // chains taken
+    bool         time_unknown; // throttled_ns, since a stalled queue broke
 
     // Where the rules leave a choice: the byte may be this one as well, or
     // any one.

@@ -247,7 +247,9 @@ static void compare_counts(void) {
     COMPARE(io_errors)
     COMPARE(throttled)
     COMPARE(currently_throttled)
-    COMPARE(throttled_ns)
+    if (!m.time_unknown) {
+        COMPARE(throttled_ns)
+    }
     COMPARE(invalid_avail_idx)
 #undef COMPARE
 }

@@ -842,3 +842,37 @@ void t_a_large_request_is_not_starved(void) {
     CHECK(now <= SECOND);
     CHECK_EQ(VBLK_S_OK, status_of(&large));
 }
+
+// A queue that has the turn and breaks gives it up, whatever breaks it.
+void t_a_broken_queue_holds_up_no_other(void) {
+    for (int how = 0; how < 3; how++) {
+        guest_init();
+        g.o.queues = 2;
+        limits(1, 0);
+        vblk_request r;
+        request(VBLK_T_IN, 0, 512);
+        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+        request(VBLK_T_IN, 0, 512); // stalls, and has the turn
+        CHECK_EQ(VBLK_STALLED, vblk_next(&g.dev, 0, 0, &r).state);
+        req other = prepare(VBLK_T_IN, 0, 512);
+        send(1, &other);
+        CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 1, 0).state);
+        CHECK_EQ(2, counts().currently_throttled);
+        g.hole = g.queue[0].used + (how ? 2 : 4);
+        g.hole_bytes = how ? 2 : 8;
+        vblk_set_memory(&g.dev, g.o.memory);
+        if (how == 2) {
+            vblk_drain(&g.dev, 0, 0);
+        }
+        r.head = 0;
+        vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+        vblk_publish(&g.dev, 0);
+        ROW_BEGIN();
+        CHECK(rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
+        CHECK_EQ(1, counts().currently_throttled);
+        vblk_drain(&g.dev, VBLK_ALL_QUEUES, SECOND);
+        CHECK_EQ(VBLK_S_OK, status_of(&other));
+        CHECK_EQ(0, counts().currently_throttled);
+        ROW("how %d", how);
+    }
+}

@@ -273,6 +273,7 @@
     X(b_limiter_offers_what_its_backend_has, GUEST)                            \
     X(t_longest_wait_there_is, ONCE)                                           \
     X(t_a_large_request_is_not_starved, GUEST)                                 \
+    X(t_a_broken_queue_holds_up_no_other, GUEST)                               \
     X(transport_starts_where_no_ring_can_be, GUEST)                            \
     X(w_flush_in_the_thread, ONCE)                                             \
     X(w_events_go_to_the_hosts_hook, ONCE)                                     \
