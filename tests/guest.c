@@ -156,8 +156,10 @@ static void *mem_map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     }
     for (unsigned i = 0; i < COUNT(g.queue) && writable; i++) {
         guest_queue *q = &g.queue[i];
-        g.driver_ring_mapped |= q->size && (gpa == q->desc || gpa == q->avail);
+        g.mapped_for_writing |= q->size && (gpa == q->desc || gpa == q->avail);
     }
+    g.mapped_for_writing |= writable && is_ram(gpa) &&
+                            g.mark[host_offset(gpa)] == READABLE;
     return m.map(m.user, gpa, n, writable);
 }
 

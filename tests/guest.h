@@ -80,7 +80,7 @@ typedef struct guest {
     unsigned    events[VBLK_EV_COUNT];
     vblk_event  last;
     bool        broken_rule;   // the backend was asked what it may not be
-    bool        driver_ring_mapped; // for writing
+    bool        mapped_for_writing; // what is only to be read
     bool        read_offered;  // SPLIT-04: what is only to be written
 } guest;
 

@@ -137,10 +137,11 @@ static void staying_log(void *user, const char *line) {
 }
 
 static uint32_t lines;
+static char     last_line[400]; // to be read when its writer rests
 
 static void count_line(void *user, const char *line) {
     (void)user;
-    (void)line;
+    snprintf(last_line, sizeof last_line, "%s", line);
     __atomic_fetch_add(&lines, 1, __ATOMIC_RELEASE);
 }
 
@@ -191,17 +192,21 @@ static void make_worker(void) {
     CHECK_EQ(0xf, load(VBLK_REG_STATUS));
 }
 
+static void offer_up_to(uint8_t idx) {
+    uint8_t le[2] = {idx, 0};
+    uint16_t word;
+    memcpy(&word, le, 2);
+    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
+                     __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+}
+
 static void put_flush(void) {
     ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
     ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
     ram[0x3000] = VBLK_T_FLUSH;
     ram[0x3010] = 0xff;
-    uint8_t idx[2] = {1, 0};
-    uint16_t word;
-    memcpy(&word, idx, 2);
-    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
-                     __ATOMIC_RELEASE);
-    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    offer_up_to(1);
 }
 
 static bool flushed(void) {
@@ -327,6 +332,29 @@ void w7_a_log_that_is_stuck(void) {
     bind_driver();
     put_flush();
     EVENTUALLY(flushed());
+    CHECK(vblk_worker_end(&w));
+}
+
+// But where the thread is stuck elsewhere, the reset says so, though it did
+// log before.
+void w7_a_line_before_and_one_after(void) {
+    worker_options();
+    o.backend.flush = staying_flush;
+    wo.stop_ms = 20;
+    make_worker();
+    ram[0x1004] = 3; // a chain of no descriptors
+    offer_up_to(1);
+    EVENTUALLY(get(&lines) == 1);
+    CHECK(strstr(last_line, "queue 0, head 3: ") != NULL);
+    put_flush();
+    offer_up_to(2);
+    EVENTUALLY(get(&inside));
+    CHECK(!vblk_worker_reset(&w));
+    CHECK_EQ(2, get(&lines));
+    CHECK(strstr(last_line, "left behind") != NULL);
+    set(&may_go, 1);
+    EVENTUALLY(get(&released));
+    EVENTUALLY(vblk_worker_reset(&w));
     CHECK(vblk_worker_end(&w));
 }
 

@@ -86,10 +86,12 @@ void q2_no_notify_is_set_while_draining(void) {
     guest_up();
     run(VBLK_T_IN, 0, 512);
     vblk_request r;
-    request(VBLK_T_IN, 0, 512);
+    memset(&r, 0, sizeof r);
+    request(VBLK_T_FLUSH, 0, 0);
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK(r.direct && r.segs == 0); // all of its no segments have pointers
     CHECK_EQ(1, get16(g.queue[0].used));
-    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 512));
+    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 0));
     CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, 0, 0, &r).state);
     CHECK_EQ(0, get16(g.queue[0].used));
     CHECK_EQ(2, get16(g.queue[0].used + 2));
@@ -132,6 +134,23 @@ void q3_switching_on_fails(void) {
     CHECK_EQ(1, counts().flushes);
     CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_SWITCH]);
     CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+}
+
+// A switch that failed is set once it can be.
+void q3_switching_on_is_tried_again(void) {
+    guest_up_without(VBLK_F_EVENT_IDX);
+    req r = request(VBLK_T_FLUSH, 0, 0);
+    put16(g.queue[0].used, 1);
+    g.hole = g.queue[0].used;
+    g.hole_bytes = 2;
+    vblk_set_memory(&g.dev, g.o.memory);
+    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_SWITCH]);
+    CHECK_EQ(1, get16(g.queue[0].used));
+    g.hole_bytes = 0;
+    drain(0);
+    CHECK_EQ(0, get16(g.queue[0].used));
 }
 
 static void told(vblk_event_code code, uint64_t a, uint64_t b) {
@@ -281,10 +300,11 @@ static void *map_odd(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     return m.map(m.user, gpa, n, writable);
 }
 
-void q_rings_of_the_driver_are_mapped_for_reading(void) {
+void q_what_is_only_read_is_mapped_for_reading(void) {
     guest_up();
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
-    CHECK(!g.driver_ring_mapped);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+    CHECK(!g.mapped_for_writing);
 }
 
 void q_rings_at_odd_pointers(void) {

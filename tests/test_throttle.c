@@ -785,6 +785,27 @@ void t8_rate_and_burst_of_a_limiter(void) {
     }
 }
 
+// The shortest wait there is.
+void t8_a_wait_of_a_nanosecond(void) {
+    uint8_t byte;
+    vblk_seg seg = {&byte, 1, 0};
+    vblk_limiter l;
+    guest_make();
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, g.o.backend, SECOND, 1));
+    l.now = fake_now;
+    l.sleep = fake_sleep;
+    limiter_asking = &l;
+    limiter_now = 5;
+    limiter_slept = 0;
+    vblk_backend b = vblk_limiter_backend(&l);
+    for (unsigned i = 0; i < 10; i++) {
+        CHECK_EQ(1, b.read(b.user, 0, &seg, 1));
+        CHECK_EQ(i, limiter_slept);
+        CHECK_EQ(0, l.bytes.tokens);
+    }
+    vblk_limiter_end(&l);
+}
+
 // The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.
 void t8_real_time(void) {
     uint8_t data[1024];

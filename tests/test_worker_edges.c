@@ -187,6 +187,7 @@ void w_pause_before_the_start_signals_once(void) {
     CHECK(vblk_worker_pause(&w, 1000));
     CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
     CHECK(vblk_worker_end(&w));
+    CHECK(read(wo.parked_fd, &n, sizeof n) < 0); // and not told twice
     close(wo.parked_fd);
 }
 
@@ -291,7 +292,8 @@ void w_lines_left_out_are_counted(void) {
     for (int i = 0; i < 60; i++) {
         store(VBLK_REG_QUEUE_NOTIFY, 9);
     }
-    w.lines.tokens = 1; // time has passed
+    w.lines.last_ns -= 1000000000; // time has passed
+    store(VBLK_REG_QUEUE_NOTIFY, 9);
     store(VBLK_REG_QUEUE_NOTIFY, 9);
     fflush(stderr);
     dup2(saved, 2);
@@ -299,7 +301,17 @@ void w_lines_left_out_are_counted(void) {
     rewind(file);
     size_t n = fread(text, 1, sizeof text - 1, file);
     text[n] = 0;
-    CHECK(strstr(text, "lines left out)") != NULL);
+    unsigned printed = 0, left_out = 0;
+    for (char *p = text; (p = strstr(p, "QueueNotify")) != NULL; p++) {
+        printed++;
+    }
+    char *note = strstr(text, "(");
+    while (note && sscanf(note, "(%u lines left out)", &left_out) != 1) {
+        note = strstr(note + 1, "(");
+    }
+    CHECK_EQ(62, printed + left_out);
+    CHECK(printed >= 52 && left_out > 0);
+    CHECK(note && !strstr(strchr(note, ')') + 1, "left out)")); // said once
     fclose(file);
     CHECK(vblk_worker_end(&w));
 }
@@ -332,6 +344,9 @@ void w_kick_while_stalled(void) {
     }
     EVENTUALLY(used_is(11));
     CHECK_EQ(1, vblk_counters(&w.dev).throttled);
+    struct itimerspec timer;
+    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
+    CHECK(!timer.it_interval.tv_sec && !timer.it_interval.tv_nsec); // once
     CHECK(vblk_worker_end(&w));
 }
 

@@ -52,6 +52,7 @@
     X(q2_no_notify_is_set_while_draining, GUEST)                               \
     X(q2_the_switch_with_event_idx_is_avail_event, GUEST)                      \
     X(q3_switching_on_fails, GUEST)                                            \
+    X(q3_switching_on_is_tried_again, GUEST)                                   \
     X(q4_avail_idx_jumps_ahead, GUEST)                                         \
     X(q4_avail_idx_moves_back, GUEST)                                          \
     X(q4_a_full_ring_is_fine, GUEST)                                           \
@@ -62,7 +63,7 @@
     X(q4_a_drain_stops_where_the_queue_breaks, GUEST)                          \
     X(q4_used_idx_outside_memory, GUEST)                                       \
     X(q_rings_at_odd_pointers, GUEST)                                          \
-    X(q_rings_of_the_driver_are_mapped_for_reading, GUEST)                     \
+    X(q_what_is_only_read_is_mapped_for_reading, GUEST)                        \
     X(q4_a_queue_breaks_once, GUEST)                                           \
     X(q4_a_queue_breaks_for_one_reason, GUEST)                                 \
     X(q4_misplaced_rings, GUEST)                                               \
@@ -199,6 +200,7 @@
     X(t8_no_rate_passes_everything, GUEST)                                     \
     X(t8_rate_and_burst_of_a_limiter, GUEST)                                   \
     X(t8_real_time, GUEST)                                                     \
+    X(t8_a_wait_of_a_nanosecond, GUEST)                                        \
     X(all_status_sequences, GUEST)                                             \
     X(all_status_writes_from_every_state, GUEST)                               \
     X(all_descriptor_shapes, GUEST)                                            \
@@ -294,6 +296,7 @@
     X(w7_a_reset_that_signals_interrupt, ONCE)                                 \
     X(w7_a_thread_at_work_is_not_left_behind, ONCE)                            \
     X(w7_a_log_that_is_stuck, ONCE)                                            \
+    X(w7_a_line_before_and_one_after, ONCE)                                    \
     X(w7_left_behind_and_gone_before_the_end, ONCE)                            \
     X(w_a_callback_inside_a_callback, ONCE)                                    \
     X(w5_a_pause_that_is_taken_back, ONCE)                                     \
