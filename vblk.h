@@ -138,8 +138,9 @@
     may be copied. A reset in between is no danger: a request of an earlier
     driver session is recognised by vblk_complete() and thrown away. But its
     memory belongs to the guest again, so cancel or wait out what still moves
-    data before you forward the guest's write of 0 to Status. A request with
-    `durable` set must be on stable storage before it is completed.
+    data before you forward the guest's write of 0 to Status or QueueReady. A
+    request with `durable` set must be on stable storage before it is
+    completed.
 
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
@@ -286,8 +287,12 @@
 #define VBLK_THREADED
 #endif
 #endif
+// These have an effect if nothing was included before.
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE // preadv; has an effect if nothing was included before
+#define _GNU_SOURCE // preadv
+#endif
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_FILE_OFFSET_BITS)
+#define _FILE_OFFSET_BITS 64 // a 32-bit program's files over 2 GiB
 #endif
 
 #ifndef VBLK_H
@@ -323,8 +328,11 @@
 #ifndef VBLK_SCRATCH
 #define VBLK_SCRATCH 4096
 #endif
-#if VBLK_MAX_QUEUES < 1 || VBLK_MAX_SEGS < 1 || VBLK_SCRATCH < 1
-#error "vblk.h: VBLK_MAX_QUEUES, VBLK_MAX_SEGS and VBLK_SCRATCH start at 1"
+#if VBLK_MAX_QUEUES < 1 || VBLK_MAX_QUEUES > 65535 || VBLK_MAX_SEGS < 1
+#error "vblk.h: VBLK_MAX_QUEUES is 1 to 65535, VBLK_MAX_SEGS at least 1"
+#endif
+#if VBLK_SCRATCH < 512 || VBLK_SCRATCH % 512 != 0
+#error "vblk.h: VBLK_SCRATCH must be a multiple of 512"
 #endif
 #if VBLK_QUEUE_SIZE < 1 || VBLK_QUEUE_SIZE > 32768 ||                          \
     (VBLK_QUEUE_SIZE & (VBLK_QUEUE_SIZE - 1)) != 0
@@ -417,7 +425,8 @@ extern "C" {
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
     X(ERR_QUEUES, -6, "queues is more than VBLK_MAX_QUEUES")                   \
     X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
-    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS")                   \
+    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS, or more than "     \
+      "queue_size - 2 without INDIRECT_DESC")                                  \
     X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
@@ -612,8 +621,9 @@ typedef struct vblk_backend {
     // NULL: a read-only disk.
     int64_t (*write)(void *user, uint64_t offset, const vblk_seg *seg,
                      unsigned segs);
-    // Make every completed write durable; 0 or a negative error number.
-    // NULL: a guest that may write is not offered FLUSH.
+    // Make every completed write durable; 0 or a negative error number. After
+    // a failure, 0 may only come again once nothing is lost: fsync() itself
+    // forgets. NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
     bool  read_only;
@@ -691,7 +701,7 @@ typedef struct vblk_request {
     unsigned segs;
     uint16_t queue, head;
     // Private from here to seg.
-    uint32_t epoch;
+    uint64_t epoch;
     bool     space; // writable bytes stand before the status byte
     uint64_t status_gpa;
     uint8_t *status_ptr;
@@ -733,7 +743,7 @@ typedef struct vblk_queue {
     uint64_t desc_gpa, avail_gpa, used_gpa;
     // The drainer, from DRIVER_OK to reset.
     bool     poisoned;
-    uint32_t epoch;        // changes when requests of this queue go stale
+    uint64_t epoch;        // changes when requests of this queue go stale
     // The same, and afresh whenever the queue starts. Positions are
     // free-running.
     bool     resolved;     // the pointers below are up to date
@@ -805,7 +815,8 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
 
 // The guest stored `value` there. Any value at any offset is safe. Returns
 // what to give to vblk_drain(): the queue that was notified, VBLK_ALL_QUEUES
-// when the driver said DRIVER_OK, else VBLK_NO_QUEUE.
+// when the driver said DRIVER_OK or stopped a queue that others waited for,
+// else VBLK_NO_QUEUE.
 VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
                             uint64_t value);
 
@@ -856,7 +867,8 @@ typedef struct vblk_ring {
 VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring);
 
 // Stop it. What is under way goes stale, so wait for it first if it must not
-// be lost. Returns the position to go on from. Thread: as above.
+// be lost. Returns the position to go on from. Drain the other queues then, if
+// there are limits: they may have waited for it. Thread: as above.
 VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue);
 
 
@@ -897,8 +909,9 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       const void *src, size_t n);
 
 // Change the limits while the device runs. Debts and savings stay, savings up
-// to the new burst; a bucket that had no limit starts full. VBLK_OK or
-// VBLK_ERR_LIMITS, in which case nothing changed. Thread: the drainer.
+// to the new burst; a bucket that had no limit starts full. Drain all queues
+// then: a stalled one may pass. VBLK_OK or VBLK_ERR_LIMITS, in which case
+// nothing changed. Thread: the drainer.
 VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
                             uint64_t now_ns);
 
@@ -978,10 +991,11 @@ extern "C" {
 // An image file or a block device by positioned I/O: preadv, pwritev and
 // fdatasync. Safe from several threads.
 typedef struct vblk_file {
-    int  fd;
-    bool read_only;
-    int  flush_error; // after one failed fdatasync, all fail: the kernel
-                      // forgets which pages it could not write
+    int             fd;
+    bool            read_only;
+    int             flush_error; // after one failed fdatasync, all fail: the
+                                 // kernel forgets which pages are not written
+    pthread_mutex_t mutex;       // of flushes
 } vblk_file;
 
 // Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set. vblk_file_close()
@@ -2281,8 +2295,8 @@ static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
 // ---- Pipeline: next, complete, publish, drain -------------------------------
 
 // The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
-// the error, if it is one.
-static void vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+// the error, if it is one. False: there is no status byte any more.
+static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                          uint8_t status, uint32_t written) {
     bool told = true;
     if (r->status_ptr) {
@@ -2297,6 +2311,7 @@ static void vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
         vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, r->status_gpa,
                    0);
     }
+    return told;
 }
 
 // The used length when nothing but the status byte was written: it may not
@@ -2313,22 +2328,21 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
     }
     VBLK_ASSERT(q->under_way > 0);
     q->under_way--;
-    uint32_t written = vblk__only_status(req);
-    bool ok = status == VBLK_S_OK;
-    if (ok && req->type == VBLK_T_IN) {
-        ok = vblk__pad(dev, req, bytes);
-    }
-    if (ok && req->type == VBLK_T_IN) {
+    bool in = req->type == VBLK_T_IN;
+    bool ok = status == VBLK_S_OK && (!in || vblk__pad(dev, req, bytes));
+    uint32_t written = ok && in ? (uint32_t)req->bytes + 1
+                                : vblk__only_status(req);
+    ok = vblk__finish(dev, q, req, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
+         ok;
+    if (ok && in) {
         vblk__count(&q->counts.reads, 1);
         vblk__count(&q->counts.bytes_read, bytes);
-        written = (uint32_t)req->bytes + 1;
     } else if (ok && req->type == VBLK_T_OUT) {
         vblk__count(&q->counts.writes, 1);
         vblk__count(&q->counts.bytes_written, req->bytes);
     } else if (ok) {
         vblk__count(&q->counts.flushes, 1);
     }
-    vblk__finish(dev, q, req, ok ? VBLK_S_OK : VBLK_S_IOERR, written);
     return true;
 }
 
@@ -2409,6 +2423,14 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     return vblk__map_data(dev, r, c);
 }
 
+// Until a request of `bytes` fits both limits.
+static uint64_t vblk__wait_for(const vblk_dev *dev, uint64_t bytes,
+                               uint64_t now_ns) {
+    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
+    uint64_t b = vblk_bucket_wait(&dev->bytes, bytes, now_ns);
+    return a > b ? a : b;
+}
+
 // Whether `r` fits the limits now; both are looked at before either is
 // charged. If not, its chain goes back to the head of the queue. The queue that
 // stalls first goes first: until its request fits, nothing of another queue
@@ -2422,10 +2444,8 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
     vblk_bucket_refill(&dev->bytes, now_ns);
     const vblk_queue *turn = dev->turn ? &dev->queue[dev->turn - 1] : q;
     uint64_t cost = turn == q ? r->bytes : turn->stalled_bytes;
-    uint64_t ops = vblk_bucket_wait(&dev->ops, 1, now_ns);
-    uint64_t bytes = vblk_bucket_wait(&dev->bytes, cost, now_ns);
-    if (ops || bytes || turn != q) {
-        *wait_ns = ops > bytes ? ops : bytes;
+    *wait_ns = vblk__wait_for(dev, cost, now_ns);
+    if (*wait_ns > 0 || turn != q) {
         dev->turn = 1 + (unsigned)vblk__index(dev, turn);
         q->stalled_bytes = r->bytes;
         q->avail_next--;
@@ -2539,6 +2559,7 @@ static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
         return NULL;
     }
     if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
+        vblk__publish(dev, q); // what was completed before it broke
         why->state = VBLK_BROKEN;
         return NULL;
     }
@@ -2600,11 +2621,11 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
     for (unsigned i = 0; i < dev->o.queues; i++) {
         int turn = (int)((first + i) % dev->o.queues);
         vblk_outcome out = vblk__drain_one(dev, turn, now_ns);
-        if (urgency[out.state] > urgency[most.state] ||
-            (out.state == VBLK_STALLED && most.state == VBLK_STALLED &&
-             out.wait_ns < most.wait_ns)) {
-            most = out;
-        }
+        most = urgency[out.state] > urgency[most.state] ? out : most;
+    }
+    if (most.state == VBLK_STALLED && dev->turn) { // it may be another's now
+        const vblk_queue *q = &dev->queue[dev->turn - 1];
+        most.wait_ns = vblk__wait_for(dev, q->stalled_bytes, now_ns);
     }
     return most;
 }
@@ -2899,7 +2920,10 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
                 return vblk__index(dev, q);
             }
             if (value != 1) {
+                unsigned turn = dev->turn;
                 vblk__stop_queue(dev, q);
+                return dev->turn && dev->turn != turn ? VBLK_ALL_QUEUES
+                                                      : VBLK_NO_QUEUE;
             }
         } else {
             VBLK__STORE(&q->ready, value == 1);
@@ -2982,7 +3006,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
     q->used_gpa = ring->used;
     q->avail_next = q->avail_seen = ring->position;
     // Where there is no memory yet, the first drain takes it.
-    q->adopt_used = vblk__wraps(q->used_gpa, 4) ||
+    q->adopt_used = q->used_gpa % 4 || vblk__wraps(q->used_gpa, 4) ||
                     !vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     q->used_shown = q->used_decided = q->used_next;
     VBLK__STORE(&q->ready, true);
@@ -3051,7 +3075,10 @@ static int vblk__check_options(const vblk_options *o) {
     if (o->queue_size > 32768 || o->queue_size & (o->queue_size - 1)) {
         return VBLK_ERR_QUEUE_SIZE;
     }
-    if (o->seg_max > VBLK_MAX_SEGS) {
+    bool indirect = !(o->features_off & VBLK_F_INDIRECT_DESC);
+    uint32_t entries = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    if (o->seg_max > VBLK_MAX_SEGS ||
+        (o->seg_max && !indirect && o->seg_max + 2 > entries)) {
         return VBLK_ERR_SEG_MAX;
     }
     if (o->size_max && o->size_max < VBLK_SECTOR) {
@@ -3116,7 +3143,7 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     dev->offered = vblk__offer(&dev->o);
     vblk_bucket_init(&dev->ops, dev->o.limits.iops, dev->o.limits.iops_burst);
     vblk_bucket_init(&dev->bytes, dev->o.limits.bps, dev->o.limits.bps_burst);
-    for (unsigned i = 0; o->id && o->id[i] && i < VBLK_ID_BYTES; i++) {
+    for (unsigned i = 0; o->id && i < VBLK_ID_BYTES && o->id[i]; i++) {
         dev->id[i] = (uint8_t)o->id[i];
     }
     dev->o.id = NULL; // copied; the caller's may go
@@ -3270,6 +3297,10 @@ other header in this unit, or compile with -D_GNU_SOURCE"
 #include <time.h>
 #include <unistd.h>
 
+// If this fails: include vblk.h before any other header in this unit, or
+// compile with -D_FILE_OFFSET_BITS=64.
+typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
+
 
 // ---- Files ------------------------------------------------------------------
 
@@ -3278,10 +3309,12 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
     if (fd < 0) {
         return VBLK_ERR_FILE;
     }
-    if (lseek(fd, 0, SEEK_END) < 0) {
-        int saved = errno;
+    int err = lseek(fd, 0, SEEK_END) < 0
+                  ? errno
+                  : pthread_mutex_init(&file->mutex, NULL);
+    if (err) {
         close(fd);
-        errno = saved;
+        errno = err;
         return VBLK_ERR_FILE;
     }
     file->fd = fd;
@@ -3291,6 +3324,7 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
 }
 
 VBLKDEF void vblk_file_close(vblk_file *file) {
+    pthread_mutex_destroy(&file->mutex);
     close(file->fd);
     file->fd = -1;
 }
@@ -3333,16 +3367,18 @@ static int64_t vblk__file_write(void *user, uint64_t offset,
                         : vblk__file_move(f, offset, seg, segs, false);
 }
 
+// One at a time: the kernel tells of a failure once, to one caller.
 static int vblk__file_flush(void *user) {
     vblk_file *f = (vblk_file *)user;
     int err;
+    pthread_mutex_lock(&f->mutex);
     do {
         err = fdatasync(f->fd) ? errno : 0;
     } while (err == EINTR);
-    if (err) {
-        VBLK__STORE(&f->flush_error, err);
-    }
-    return -VBLK__LOAD(&f->flush_error);
+    f->flush_error = err ? err : f->flush_error;
+    err = f->flush_error;
+    pthread_mutex_unlock(&f->mutex);
+    return -err;
 }
 
 static uint64_t vblk__file_size(void *user) {
@@ -4087,10 +4123,10 @@ static void vblk__worker_store(vblk_worker *w, uint64_t offset,
     if (ready) {
         vblk__let_go(w);
     }
-    if (queue == VBLK_ALL_QUEUES) {
+    if (queue == VBLK_ALL_QUEUES && offset == VBLK_REG_STATUS) {
         vblk__start(w);
-    } else if (queue >= 0) {
-        vblk_worker_kick(w);
+    } else if (queue != VBLK_NO_QUEUE) {
+        vblk__set_timer(w, 1); // a stalled queue looks again at once
     }
 }
 

@@ -2,6 +2,7 @@
 //
 //     -l  list the tests       -v  a line for each that passes
 //     -p  the standard profile, where a test does not choose
+#define _FILE_OFFSET_BITS 64
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>

@@ -319,9 +319,10 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
         return VBLK_NO_QUEUE;
     }
     if (live && offset == VBLK_REG_QUEUE_READY && value != 1) { // P8
+        const model_queue *turn = m->turn;
         start_over(m, q);
         q->ready = false;
-        return VBLK_NO_QUEUE;
+        return m->turn && m->turn != turn ? VBLK_ALL_QUEUES : VBLK_NO_QUEUE;
     }
     if (live && q->ready) {
         return VBLK_NO_QUEUE;

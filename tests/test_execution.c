@@ -535,7 +535,7 @@ static uint64_t huge_size(void *user) {
 }
 
 void options_refused_with_a_code_and_nothing_half_set_up(void) {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 18; i++) {
         vblk_options o = g.o;
         int want = VBLK_OK;
         switch (i) {
@@ -559,6 +559,11 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
                  want = VBLK_ERR_FEATURES;                             break;
         case 14: o.features_off = VBLK_F_FLUSH;
                  want = VBLK_ERR_FEATURES;                             break;
+        case 15: // BCFG-20
+        case 16: o.features_off = VBLK_F_INDIRECT_DESC;
+                 o.queue_size = 16;
+                 o.seg_max = i == 15 ? 14 : 15;
+                 want = i == 15 ? VBLK_OK : VBLK_ERR_SEG_MAX;          break;
         default: o.memory.read = NULL;
                  o.memory.write = NULL;
                  o.memory.map = g.o.memory.map; // nothing at all is fine
@@ -984,4 +989,95 @@ void b_limiter_offers_what_its_backend_has(void) {
     vblk_backend b = vblk_limiter_backend(&l);
     CHECK(b.read && !b.write && !b.flush && !b.size && b.read_only);
     vblk_limiter_end(&l);
+}
+
+// The kernel tells of lost data once. Whoever flushes meanwhile hears of it.
+static struct two_flushes {
+    vblk_backend b;
+    uint32_t     ready; // atomic
+    int          err[2];
+} two;
+
+static void *flush_too(void *arg) {
+    __atomic_fetch_add(&two.ready, 1, __ATOMIC_RELEASE);
+    while (__atomic_load_n(&two.ready, __ATOMIC_ACQUIRE) < 2) {
+    }
+    *(int *)arg = two.b.flush(two.b.user);
+    return NULL;
+}
+
+void b2_no_flush_passes_beside_one_that_fails(void) {
+    char path[64];
+    vblk_file file;
+    make_file(path, 4096);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    two.b = vblk_file_backend(&file);
+    // The one that holds the lock fails; the other waits for it.
+    pthread_mutex_lock(&file.mutex);
+    pthread_t thread[2];
+    two.ready = 0;
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(0, pthread_create(&thread[i], NULL, flush_too, &two.err[i]));
+    }
+    while (__atomic_load_n(&two.ready, __ATOMIC_ACQUIRE) < 2) {
+    }
+    file.flush_error = EIO; // as the failed one leaves it
+    pthread_mutex_unlock(&file.mutex);
+    for (int i = 0; i < 2; i++) {
+        pthread_join(thread[i], NULL);
+        CHECK_EQ((uint64_t)-EIO, (uint64_t)two.err[i]);
+    }
+    vblk_file_close(&file);
+    remove(path);
+}
+
+// Offsets of 64 bits, in a 32-bit program too.
+void x1_a_file_beyond_4_gib(void) {
+    char path[64];
+    uint8_t data[512], back[512] = {0};
+    vblk_seg seg = {data, 512, 0};
+    vblk_file file;
+    make_file(path, 4096);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    vblk_backend b = vblk_file_backend(&file);
+    memset(data, 0x77, sizeof data);
+    CHECK_EQ(512, b.write(b.user, UINT64_C(5) << 30, &seg, 1));
+    CHECK_EQ((UINT64_C(5) << 30) + 512, b.size(b.user));
+    seg.ptr = back;
+    CHECK_EQ(512, b.read(b.user, UINT64_C(1) << 30, &seg, 1));
+    CHECK_EQ(0, back[0]);
+    CHECK_EQ(512, b.read(b.user, UINT64_C(5) << 30, &seg, 1));
+    CHECK_MEM(data, back, 512);
+    CHECK_EQ(512, b.read(b.user, 0, &seg, 1));
+    CHECK_EQ(0, back[0]);
+    vblk_file_close(&file);
+    remove(path);
+}
+
+// X6, V17: what could not be told to the guest is an error and nothing else.
+void x6_v17_a_lost_status_is_no_success(void) {
+    guest_up();
+    vblk_request r;
+    req one = request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    r.status_ptr = NULL;
+    g.hole = one.status;
+    g.hole_bytes = 1;
+    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 512));
+    CHECK_EQ(1, counts().io_errors);
+    CHECK_EQ(0, counts().reads);
+    CHECK_EQ(0, counts().bytes_read);
+    CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
+}
+
+// An id without an end is not read past its 20 bytes.
+void b4_an_id_of_20_bytes_and_no_more(void) {
+    char *id = malloc(20);
+    memset(id, 'x', 20);
+    g.o.id = id;
+    guest_up();
+    free(id);
+    req r = request(VBLK_T_GET_ID, 0, 20);
+    kick(0);
+    CHECK_MEM("xxxxxxxxxxxxxxxxxxxx", at(r.data), 20);
 }

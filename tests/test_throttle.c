@@ -897,3 +897,48 @@ void t_a_broken_queue_holds_up_no_other(void) {
         ROW("how %d", how);
     }
 }
+
+// The wait of a drain is that of the queue whose turn it is afterwards.
+void t4_the_wait_after_turns(void) {
+    g.o.queues = 2;
+    limits(2, 0);
+    for (int i = 0; i < 5; i++) {
+        for (unsigned queue = 0; queue < 2; queue++) {
+            req r = prepare(VBLK_T_IN, 0, 512);
+            send(queue, &r);
+        }
+    }
+    uint64_t now = 0;
+    for (unsigned done = 2; done < 10; done++) {
+        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
+        CHECK_EQ(VBLK_STALLED, out.state);
+        CHECK_EQ(done, counts().reads);
+        CHECK_EQ(SECOND / 2, out.wait_ns);
+        now += out.wait_ns;
+    }
+}
+
+// Who waited for a queue that is stopped need not wait any more.
+void t4_p8_a_stopped_queue_holds_up_no_other(void) {
+    g.o.queues = 2;
+    g.o.profile = VBLK_STANDARD;
+    limits(0, 1 << 20);
+    req large = prepare(VBLK_T_IN, 0, 1 << 19), small[2];
+    g.dev.bytes.tokens = 1 << 18;
+    send(0, &large);
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    for (int i = 0; i < 2; i++) {
+        small[i] = prepare(VBLK_T_IN, 0, 512);
+        send(1, &small[i]);
+    }
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 1, 0).state);
+    wr(VBLK_REG_QUEUE_SEL, 0);
+    CHECK_EQ((uint64_t)VBLK_ALL_QUEUES,
+             (uint64_t)wr(VBLK_REG_QUEUE_READY, 0));
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)wr(VBLK_REG_QUEUE_READY, 0)); // is stopped
+    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(VBLK_S_OK, status_of(&small[0]));
+    CHECK_EQ(VBLK_S_OK, status_of(&small[1]));
+    g.queue[0].size = 0; // stopped
+}

@@ -192,3 +192,48 @@ void transport_a_position_is_read_once(void) {
     }
     put16(g.queue[0].used + 2, 8);
 }
+
+// Completed before the queue broke, and not published yet: published.
+void transport_a_broken_queue_publishes_first(void) {
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    vblk_queue_start(&g.dev, 0, &ring);
+    vblk_set_status(&g.dev, 0xf);
+    vblk_request r[2];
+    for (int i = 0; i < 2; i++) {
+        request(VBLK_T_FLUSH, 0, 0);
+        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r[i]).state);
+    }
+    CHECK(vblk_complete(&g.dev, &r[0], VBLK_S_OK, 0));
+    g.hole = ring.used + 12; // the second element
+    g.hole_bytes = 8;
+    vblk_set_memory(&g.dev, g.o.memory);
+    g.dev.queue[0].used = NULL;
+    vblk_complete(&g.dev, &r[1], VBLK_S_OK, 0);
+    CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
+    CHECK_EQ(VBLK_BROKEN, vblk_next(&g.dev, 0, 0, &r[0]).state);
+    CHECK_EQ(1, get16(ring.used + 2));
+}
+
+// Accessors are asked for words at even addresses only.
+static unsigned odd_words;
+
+static int read_even(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    odd_words += n == 2 && gpa & 1;
+    return m.read(m.user, gpa, dst, n);
+}
+
+void transport_a_used_ring_at_an_odd_address(void) {
+    g.o.memory.read = read_even;
+    odd_words = 0;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 16);
+    ring.used++;
+    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    vblk_set_status(&g.dev, 0xf);
+    CHECK_EQ(VBLK_BROKEN, drain(0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
+    CHECK_EQ(0, odd_words);
+    g.queue[0].size = 0;
+}

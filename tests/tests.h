@@ -162,6 +162,10 @@
     X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
+    X(x6_v17_a_lost_status_is_no_success, GUEST)                               \
+    X(b4_an_id_of_20_bytes_and_no_more, GUEST)                                 \
+    X(x1_a_file_beyond_4_gib, ONCE)                                            \
+    X(b2_no_flush_passes_beside_one_that_fails, ONCE)                          \
     X(b2_file_errors_reach_the_guest, GUEST)                                   \
     X(b2_the_lock_admits_one_call_at_a_time, GUEST)                            \
     X(b2_the_lock_is_held_in_every_call, ONCE)                                 \
@@ -275,6 +279,8 @@
     X(b_limiter_offers_what_its_backend_has, GUEST)                            \
     X(t_longest_wait_there_is, ONCE)                                           \
     X(t_a_large_request_is_not_starved, GUEST)                                 \
+    X(t4_the_wait_after_turns, GUEST)                                          \
+    X(t4_p8_a_stopped_queue_holds_up_no_other, GUEST)                          \
     X(t_a_broken_queue_holds_up_no_other, GUEST)                               \
     X(transport_starts_where_no_ring_can_be, GUEST)                            \
     X(w_flush_in_the_thread, ONCE)                                             \
@@ -306,6 +312,8 @@
     X(x5_a_map_that_breaks_its_word, GUEST)                                    \
     X(transport_start_before_memory, GUEST)                                    \
     X(transport_stop_publishes, GUEST)                                         \
+    X(transport_a_broken_queue_publishes_first, GUEST)                         \
+    X(transport_a_used_ring_at_an_odd_address, GUEST)                          \
     X(v_events_say_what_was_wrong, GUEST)                                      \
     X(v1_events_say_where_a_chain_leads, GUEST)                                \
     X(v16_an_id_that_cannot_be_stored, GUEST)                                  \
