@@ -777,7 +777,6 @@ typedef struct vblk_dev {
     uint32_t     generation;
     // All drainers.
     vblk_bucket  ops, bytes;
-    unsigned     first; // queue that the next drain of all begins with
     unsigned     turn;  // 1 + the queue that stalled first; 0: none did
     // Atomics: set by any thread.
     uint32_t     yield; // a drain ends after the request it is at
@@ -2437,8 +2436,8 @@ static uint64_t vblk__wait_for(const vblk_dev *dev, uint64_t bytes,
 // passes, or small requests there could keep a large one waiting for ever.
 static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                         uint64_t now_ns, uint64_t *wait_ns) {
-    if (!dev->ops.rate && !dev->bytes.rate) {
-        return true;
+    if (!dev->ops.rate && (!dev->bytes.rate || r->bytes == 0)) {
+        return true; // costs nothing, so it waits for nobody
     }
     vblk_bucket_refill(&dev->ops, now_ns);
     vblk_bucket_refill(&dev->bytes, now_ns);
@@ -2615,9 +2614,7 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
     if (queue != VBLK_ALL_QUEUES) {
         return vblk__drain_one(dev, queue, now_ns);
     }
-    // Queues take turns to be first, or one could eat all the tokens.
-    unsigned first = dev->turn ? dev->turn - 1 : dev->first;
-    dev->first = (first + 1) % dev->o.queues;
+    unsigned first = dev->turn ? dev->turn - 1 : 0;
     for (unsigned i = 0; i < dev->o.queues; i++) {
         int turn = (int)((first + i) % dev->o.queues);
         vblk_outcome out = vblk__drain_one(dev, turn, now_ns);
@@ -3937,9 +3934,7 @@ static void vblk__start(vblk_worker *w) {
         w->dev.o.backend.user = t;
         vblk__drain_fd(w->stop_fd);
         vblk__drain_fd(w->done_fd);
-        vblk__set_timer(w, 0);
         pthread_mutex_lock(&w->parking);
-        VBLK__STORE(&w->dev.yield, 0);
         // A pause that was asked for before holds from the first moment on.
         __atomic_store_n(&w->parked, w->pause, __ATOMIC_RELEASE);
         pthread_mutex_unlock(&w->parking);

@@ -599,6 +599,9 @@ static void pay(model_bucket *b, uint64_t n) {
 // does, or until the queue that stalled first may.
 static bool throttle(model *m, const model_queue *q, uint64_t bytes,
                      uint64_t now_ns, uint64_t *wait) {
+    if (m->ops.rate == 0 && (m->bytes.rate == 0 || bytes == 0)) {
+        return true; // costs nothing
+    }
     bool mine = !m->turn || m->turn == q;
     m->asked_bytes = bytes;
     if (mine) {
@@ -608,9 +611,8 @@ static bool throttle(model *m, const model_queue *q, uint64_t bytes,
     uint64_t b = wait_for(&m->bytes, m->turn_bytes, now_ns);
     *wait = a > b ? a : b;
     if (!mine || *wait > 0) {
-        bool limited = m->ops.rate > 0 || m->bytes.rate > 0;
         m->turn = mine ? q : m->turn;
-        return !limited;
+        return false;
     }
     pay(&m->ops, 1);
     pay(&m->bytes, bytes);

@@ -7,6 +7,8 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
+#include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -192,13 +194,15 @@ static void make_worker(void) {
     CHECK_EQ(0xf, load(VBLK_REG_STATUS));
 }
 
-static void offer_up_to(uint8_t idx) {
+static void offer_up_to(uint8_t idx, bool notify) {
     uint8_t le[2] = {idx, 0};
     uint16_t word;
     memcpy(&word, le, 2);
     __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
                      __ATOMIC_RELEASE);
-    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    if (notify) {
+        store(VBLK_REG_QUEUE_NOTIFY, 0);
+    }
 }
 
 static void put_flush(void) {
@@ -206,7 +210,7 @@ static void put_flush(void) {
     ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
     ram[0x3000] = VBLK_T_FLUSH;
     ram[0x3010] = 0xff;
-    offer_up_to(1);
+    offer_up_to(1, true);
 }
 
 static bool flushed(void) {
@@ -343,11 +347,11 @@ void w7_a_line_before_and_one_after(void) {
     wo.stop_ms = 20;
     make_worker();
     ram[0x1004] = 3; // a chain of no descriptors
-    offer_up_to(1);
+    offer_up_to(1, true);
     EVENTUALLY(get(&lines) == 1);
     CHECK(strstr(last_line, "queue 0, head 3: ") != NULL);
     put_flush();
-    offer_up_to(2);
+    offer_up_to(2, true);
     EVENTUALLY(get(&inside));
     CHECK(!vblk_worker_reset(&w));
     CHECK_EQ(2, get(&lines));
@@ -399,6 +403,282 @@ void w_a_callback_inside_a_callback(void) {
     CHECK(vblk_worker_end(&w));
 }
 
+// One request of 512 bytes: IN or OUT, by the chain at 0.
+static void put_one(uint8_t type, uint8_t idx, bool notify) {
+    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
+    ram[17] = 0x40, ram[25] = 2, ram[30] = 2;
+    ram[28] = type == VBLK_T_IN ? NEXT | WRITE : NEXT;
+    ram[32] = 16, ram[33] = 0x30, ram[40] = 1, ram[44] = WRITE;
+    ram[0x3000] = type;
+    ram[0x3010] = 0xff;
+    offer_up_to(idx, notify);
+}
+
+static bool used_is(uint8_t idx) {
+    uint8_t le[2] = {idx, 0};
+    uint16_t word;
+    memcpy(&word, le, 2);
+    return __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
+                           __ATOMIC_ACQUIRE) == word;
+}
+
+static void wait_ms(unsigned ms) {
+    struct timespec t = {0, (long)ms * 1000000};
+    nanosleep(&t, NULL);
+}
+
+// R2, RST-04: Status is 0 when the thread has come to rest, and not before.
+static uint32_t status_seen;
+
+static int64_t slow_read(void *user, uint64_t offset, const vblk_seg *seg,
+                         unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    set(&inside, 1);
+    for (int i = 0; i < 30; i++) {
+        wait_ms(1);
+        status_seen |= load(VBLK_REG_STATUS) == 0;
+    }
+    return (int64_t)seg[0].n;
+}
+
+void r2_status_is_0_after_the_thread_has_stopped(void) {
+    worker_options();
+    o.backend.read = slow_read;
+    status_seen = 0;
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(get(&inside));
+    store(VBLK_REG_STATUS, 0);
+    CHECK_EQ(0, load(VBLK_REG_STATUS));
+    CHECK_EQ(0, status_seen);
+    CHECK(vblk_worker_end(&w));
+}
+
+void r2_a_reset_drains_the_pause_signal(void) {
+    uint64_t n;
+    worker_options();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    CHECK(vblk_worker_pause(&w, 5000));
+    store(VBLK_REG_STATUS, 0);
+    CHECK(read(w.pause_fd, &n, sizeof n) < 0 && errno == EAGAIN);
+    vblk_worker_resume(&w);
+    CHECK(vblk_worker_end(&w));
+}
+
+// W1: QueueNotify and InterruptACK never wait, not even for a reset.
+static int64_t staying_move(void *user, uint64_t offset, const vblk_seg *seg,
+                            unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    stay();
+    return (int64_t)seg[0].n;
+}
+
+static void *reset_it(void *arg) {
+    store(VBLK_REG_STATUS, 0);
+    return arg;
+}
+
+static void *notify_it(void *arg) {
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    store(VBLK_REG_INTERRUPT_ACK, 3);
+    set(&status_seen, 7);
+    return arg;
+}
+
+void w1_notify_and_ack_do_not_wait(void) {
+    pthread_t reset, notify;
+    worker_options();
+    wo.stop_ms = 20000;
+    o.backend.read = staying_move;
+    status_seen = 0;
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(get(&inside));
+    CHECK_EQ(0, pthread_create(&reset, NULL, reset_it, NULL));
+    EVENTUALLY(__atomic_load_n(&w.dev.yield, __ATOMIC_ACQUIRE));
+    CHECK_EQ(0, pthread_create(&notify, NULL, notify_it, NULL));
+    EVENTUALLY(get(&status_seen) == 7);
+    set(&may_go, 1);
+    pthread_join(reset, NULL);
+    pthread_join(notify, NULL);
+    CHECK(vblk_worker_end(&w));
+}
+
+// W4: a signal to the thread is nothing.
+static pthread_t served_by;
+static int       cpus_seen;
+
+static void nothing(int signal) {
+    (void)signal;
+}
+
+static int64_t notes_its_thread(void *user, uint64_t offset,
+                                const vblk_seg *seg, unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    cpu_set_t cpus;
+    served_by = pthread_self();
+    sched_getaffinity(0, sizeof cpus, &cpus);
+    cpus_seen = CPU_COUNT(&cpus);
+    return (int64_t)seg[0].n;
+}
+
+void w4_an_interrupted_wait_is_repeated(void) {
+    struct sigaction action, was;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = nothing;
+    sigaction(SIGUSR1, &action, &was);
+    worker_options();
+    o.backend.read = notes_its_thread;
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(used_is(1));
+    for (int i = 0; i < 10; i++) {
+        wait_ms(1); // so that it waits
+        pthread_kill(served_by, SIGUSR1);
+    }
+    put_one(VBLK_T_IN, 2, true);
+    EVENTUALLY(used_is(2));
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+    CHECK(vblk_worker_end(&w));
+    sigaction(SIGUSR1, &was, NULL);
+}
+
+// W4: a hang-up under the kick's token is a kick.
+void w4_a_hang_up_is_the_event_itself(void) {
+    struct epoll_event event;
+    int ends[2];
+    worker_options();
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(used_is(1));
+    wait_ms(10); // so that it waits
+    offer_up_to(2, false);
+    CHECK_EQ(0, pipe(ends));
+    close(ends[1]);
+    memset(&event, 0, sizeof event);
+    event.events = EPOLLIN | EPOLLONESHOT;
+    event.data.u64 = 1;
+    CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, ends[0], &event));
+    EVENTUALLY(used_is(2));
+    CHECK(vblk_worker_end(&w));
+    close(ends[0]);
+}
+
+// W6: a set of processors is a set.
+void w6_two_processors(void) {
+    const int cpus[] = {0, 1};
+    cpu_set_t mine;
+    sched_getaffinity(0, sizeof mine, &mine);
+    if (!CPU_ISSET(0, &mine) || !CPU_ISSET(1, &mine)) {
+        return; // there are no two to be had
+    }
+    worker_options();
+    wo.cpus = cpus;
+    wo.cpu_count = 2;
+    o.backend.read = notes_its_thread;
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(used_is(1));
+    CHECK_EQ(2, cpus_seen);
+    CHECK(vblk_worker_end(&w));
+}
+
+// P8, W1: a live queue that is enabled again finds what waits there.
+void p8_what_waits_in_a_queue_that_starts_again(void) {
+    worker_options();
+    o.profile = VBLK_STANDARD;
+    make_worker();
+    put_one(VBLK_T_IN, 1, true);
+    EVENTUALLY(used_is(1));
+    wait_ms(10); // so that it waits
+    store(VBLK_REG_QUEUE_READY, 0);
+    memset(ram, 0, sizeof ram);
+    put_one(VBLK_T_IN, 1, false);
+    store(VBLK_REG_QUEUE_READY, 1);
+    EVENTUALLY(used_is(1));
+    CHECK(vblk_worker_end(&w));
+}
+
+// W7, W8, LIB-09: wherever of the host's the thread is stuck, it is left
+// behind and touches nothing afterwards.
+static void staying_event(void *user, const vblk_event *event) {
+    (void)user, (void)event;
+    stay();
+}
+
+void w7_w8_stuck_anywhere(void) {
+    for (int where = 0; where < 4; where++) {
+        worker_options();
+        wo.stop_ms = 20;
+        o.backend.read = where == 0 ? staying_move : o.backend.read;
+        o.backend.write = where == 1 ? staying_move : o.backend.write;
+        o.backend.flush = where == 2 ? staying_flush : o.backend.flush;
+        o.event = where == 3 ? staying_event : NULL;
+        make_worker();
+        ROW_BEGIN();
+        if (where == 3) {
+            ram[0x1004] = 99; // no head
+            offer_up_to(1, true);
+        } else if (where == 2) {
+            put_flush();
+        } else {
+            put_one((uint8_t)where, 1, true);
+        }
+        EVENTUALLY(get(&inside));
+        CHECK(!vblk_worker_reset(&w));
+        CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+        memset(ram, 0x5a, sizeof ram);
+        set(&may_go, 1);
+        EVENTUALLY(get(&released));
+        EVENTUALLY(vblk_worker_reset(&w));
+        CHECK(ram[0] == 0x5a && !memcmp(ram, ram + 1, sizeof ram - 1));
+        CHECK(vblk_worker_end(&w));
+        ROW("where %d", where);
+    }
+}
+
+// W1, Q10, MMIO-14: a queue other than the first.
+void w1_q10_the_second_queue(void) {
+    for (int kicked = 0; kicked < 2; kicked++) {
+        worker_options();
+        o.queues = 2;
+        CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+        store(VBLK_REG_STATUS, 1);
+        store(VBLK_REG_STATUS, 3);
+        store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
+        store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+        store(VBLK_REG_DRIVER_FEATURES, 1);
+        store(VBLK_REG_STATUS, 0xb);
+        store(VBLK_REG_QUEUE_SEL, 1);
+        store(VBLK_REG_QUEUE_NUM, 16);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, 0x2000);
+        store(VBLK_REG_QUEUE_READY, 1);
+        if (!kicked) {
+            put_one(VBLK_T_IN, 1, false);
+        }
+        store(VBLK_REG_STATUS, 0xf);
+        if (kicked) {
+            wait_ms(10); // so that it waits
+            put_one(VBLK_T_IN, 1, false);
+            store(VBLK_REG_QUEUE_NOTIFY, 1);
+        }
+        EVENTUALLY(used_is(1));
+        CHECK(vblk_worker_end(&w));
+    }
+}
+
+// W11: no two workers have the same number.
+void w11_numbers_differ(void) {
+    static vblk_worker other;
+    worker_options();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&other, &o, &wo));
+    CHECK(w.number != other.number);
+    CHECK(vblk_worker_end(&w));
+    CHECK(vblk_worker_end(&other));
+}
+
 static void *pause_for_long(void *arg) {
     (void)arg;
     bool parked = vblk_worker_pause(&w, 600000);
@@ -444,6 +724,7 @@ void f_queue_ready_of_a_live_worker(void) {
 void w_all_options_have_defaults(void) {
     worker_options();
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, NULL));
+    CHECK_EQ(1000, w.wo.stop_ms);
     bind_driver();
     put_flush();
     EVENTUALLY(flushed());

@@ -1027,3 +1027,78 @@ void q_spurious_kicks(void) {
     CHECK_EQ(1, counts().reads);
     CHECK_EQ(1, used_count(0));
 }
+
+// Q12: no bit in InterruptStatus before the used index is there.
+static vblk_memory below;
+
+static int write_and_look(void *user, uint64_t gpa, const void *src,
+                          uint64_t n) {
+    if (src && gpa == g.queue[0].used + 2) {
+        CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+    }
+    return below.write(user, gpa, src, n);
+}
+
+void q12_no_bit_before_the_ring(void) {
+    below = g.o.memory;
+    g.o.memory.write = write_and_look;
+    g.o.memory.map = NULL;
+    guest_up();
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    CHECK_EQ(1, rd(VBLK_REG_INTERRUPT_STATUS));
+}
+
+// Q2: avail_event is written on switching on, and not for each chain.
+void q2_avail_event_is_written_once(void) {
+    guest_up_without(0);
+    for (int i = 0; i < 3; i++) {
+        request(VBLK_T_FLUSH, 0, 0);
+    }
+    g.traced = 0;
+    kick(0);
+    unsigned writes = 0;
+    for (unsigned i = 0; i < g.traced; i++) {
+        writes += g.trace[i].write && g.trace[i].gpa == avail_event();
+    }
+    CHECK_EQ(g.mapped ? 0 : 1, writes);
+}
+
+// Q7: flags that cannot be read do not stop the interrupt. Q3: nor does a
+// switch that cannot be set, though the driver wants none.
+void q3_q7_interrupts_without_event_idx(void) {
+    for (int q3 = 0; q3 < 2; q3++) {
+        guest_init();
+        guest_up();
+        request(VBLK_T_FLUSH, 0, 0);
+        put16(g.queue[0].avail, 1); // NO_INTERRUPT
+        g.hole = q3 ? g.queue[0].used : g.queue[0].avail;
+        g.hole_bytes = 2;
+        vblk_set_memory(&g.dev, g.o.memory);
+        CHECK_EQ(VBLK_EMPTY, kick(0).state);
+        CHECK_EQ(1, used_count(0));
+        CHECK_EQ(1, g.fired);
+        CHECK_EQ(q3, g.events[VBLK_EV_NOTIFY_SWITCH]);
+    }
+}
+
+// Q11: used.idx moves once for a batch.
+static uint16_t used_seen;
+
+static int64_t read_and_look(void *user, uint64_t offset, const vblk_seg *seg,
+                             unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    used_seen |= get16(g.queue[0].used + 2);
+    return (int64_t)seg[0].n;
+}
+
+void q11_used_idx_moves_once(void) {
+    g.o.backend.read = read_and_look;
+    used_seen = 0;
+    guest_up();
+    for (int i = 0; i < 5; i++) {
+        request(VBLK_T_IN, 0, 512);
+    }
+    kick(0);
+    CHECK_EQ(0, used_seen);
+    CHECK_EQ(5, used_count(0));
+}

@@ -711,6 +711,16 @@ void r1_reset_clears_what_belongs_to_the_driver(void) {
     CHECK_MEM(&before, &after, sizeof before);
 }
 
+void r1_reset_of_every_queue_there_can_be(void) {
+    g.o.queues = VBLK_MAX_QUEUES;
+    guest_up();
+    wr(VBLK_REG_STATUS, 0);
+    for (unsigned i = 0; i < VBLK_MAX_QUEUES; i++) {
+        CHECK(!g.dev.queue[i].ready && !g.dev.queue[i].size);
+    }
+    CHECK_EQ(VBLK_MAX_QUEUES, g.dev.o.queues);
+}
+
 void r1_reset_clears_poison(void) {
     guest_up();
     put16(g.queue[0].avail + 2, 1000);

@@ -43,6 +43,7 @@
     X(p8_enabling_a_live_queue_names_it, GUEST)                                \
     X(p8_enabling_a_queue_that_runs_is_nothing, GUEST)                         \
     X(r1_reset_clears_what_belongs_to_the_driver, GUEST)                       \
+    X(r1_reset_of_every_queue_there_can_be, GUEST)                             \
     X(r1_reset_clears_poison, GUEST)                                           \
     X(r2_reset_twice_is_harmless, GUEST)                                       \
     X(r3_bind_again_any_number_of_times, GUEST)                                \
@@ -53,6 +54,10 @@
     X(q2_the_switch_with_event_idx_is_avail_event, GUEST)                      \
     X(q3_switching_on_fails, GUEST)                                            \
     X(q3_switching_on_is_tried_again, GUEST)                                   \
+    X(q12_no_bit_before_the_ring, GUEST)                                       \
+    X(q2_avail_event_is_written_once, GUEST)                                   \
+    X(q3_q7_interrupts_without_event_idx, GUEST)                               \
+    X(q11_used_idx_moves_once, GUEST)                                          \
     X(q4_avail_idx_jumps_ahead, GUEST)                                         \
     X(q4_avail_idx_moves_back, GUEST)                                          \
     X(q4_a_full_ring_is_fine, GUEST)                                           \
@@ -214,6 +219,10 @@
     X(fault_in_every_memory_access, GUEST)                                     \
     X(fault_statuses_and_counters, GUEST)                                      \
     X(race_on_guest_memory, GUEST)                                             \
+    X(race_of_interrupt_bits, ONCE)                                            \
+    X(race_of_needs_reset_and_status, ONCE)                                    \
+    X(race_on_one_word, ONCE)                                                  \
+    X(race_for_an_interrupt, ONCE)                                             \
     X(model_agrees_strict, GUEST)                                              \
     X(model_agrees_standard, GUEST)                                            \
     X(model_agrees_throttled, GUEST)                                           \
@@ -279,6 +288,9 @@
     X(b_limiter_offers_what_its_backend_has, GUEST)                            \
     X(t_longest_wait_there_is, ONCE)                                           \
     X(t_a_large_request_is_not_starved, GUEST)                                 \
+    X(t3_a_flush_waits_for_no_other_queue, GUEST)                              \
+    X(t2_an_unmapped_request_costs_nothing, GUEST)                             \
+    X(t8_b2_a_flush_goes_through_the_limiter, GUEST)                           \
     X(t4_the_wait_after_turns, GUEST)                                          \
     X(t4_p8_a_stopped_queue_holds_up_no_other, GUEST)                          \
     X(t_a_broken_queue_holds_up_no_other, GUEST)                               \
@@ -305,6 +317,16 @@
     X(w7_a_line_before_and_one_after, ONCE)                                    \
     X(w7_left_behind_and_gone_before_the_end, ONCE)                            \
     X(w_a_callback_inside_a_callback, ONCE)                                    \
+    X(w11_numbers_differ, ONCE)                                                \
+    X(w1_q10_the_second_queue, ONCE)                                           \
+    X(w7_w8_stuck_anywhere, ONCE)                                              \
+    X(p8_what_waits_in_a_queue_that_starts_again, ONCE)                        \
+    X(w6_two_processors, ONCE)                                                 \
+    X(w4_a_hang_up_is_the_event_itself, ONCE)                                  \
+    X(w4_an_interrupted_wait_is_repeated, ONCE)                                \
+    X(w1_notify_and_ack_do_not_wait, ONCE)                                     \
+    X(r2_a_reset_drains_the_pause_signal, ONCE)                                \
+    X(r2_status_is_0_after_the_thread_has_stopped, ONCE)                       \
     X(w5_a_pause_that_is_taken_back, ONCE)                                     \
     X(f_queue_ready_of_a_live_worker, ONCE)                                    \
     X(w_all_options_have_defaults, ONCE)                                       \
