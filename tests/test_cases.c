@@ -166,6 +166,14 @@ static void *no_map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     return NULL;
 }
 
+static uint64_t not_mapped;
+
+static void *map_all_but_one(void *user, uint64_t gpa, uint64_t *n,
+                             bool writable) {
+    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    return gpa == not_mapped ? NULL : m.map(m.user, gpa, n, writable);
+}
+
 void case_cve_2021_3748_memory_without_pointers(void) {
     if (!g.mapped) {
         return;
@@ -178,6 +186,16 @@ void case_cve_2021_3748_memory_without_pointers(void) {
     CHECK_EQ(0, g.calls);
     CHECK_EQ(1, counts().io_errors);
     CHECK_EQ(0, used_count(0));
+    // Only the header has none: the accessors serve it.
+    guest_init();
+    guest_up();
+    req r = request(VBLK_T_IN, 3, 512);
+    not_mapped = r.header;
+    g.dev.o.memory.map = map_all_but_one;
+    vblk_set_memory(&g.dev, g.dev.o.memory);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK_MEM(g.disk + 3 * 512, at(r.data), 512);
 }
 
 // CVE-2024-11614: offsets into a header that is shorter than they assume.
@@ -190,6 +208,14 @@ void case_cve_2024_11614_header_shorter_than_16(void) {
         submit(0, p, 2);
         kick(0);
         CHECK_EQ(VBLK_S_IOERR, *at(p[1].gpa));
+        CHECK_EQ(1, g.events[VBLK_EV_HEADER_SHORT]);
+        // And where the bytes after it would make a header of it.
+        p[0].gpa = put_header(VBLK_T_FLUSH, 0);
+        p[1].gpa = alloc(1, 1);
+        submit(0, p, 2);
+        kick(0);
+        CHECK_EQ(VBLK_S_IOERR, *at(p[1].gpa));
+        CHECK_EQ(2, g.events[VBLK_EV_HEADER_SHORT]);
         CHECK_EQ(0, g.calls);
     }
 }

@@ -76,6 +76,7 @@ void m3_config_is_not_writable(void) {
         }
     }
     vblk_mmio_write(&g.dev, UINT64_MAX, 8, UINT64_MAX);
+    CHECK_EQ(0, g.events[VBLK_EV_REG_WIDTH]); // any width is right there
     CHECK_EQ(SECTORS, vblk_mmio_read(&g.dev, 0x100, 8));
     CHECK_EQ(512, vblk_mmio_read(&g.dev, 0x114, 4));
     for (uint64_t i = 24; i < 96; i++) {
@@ -505,6 +506,12 @@ void f3_features_ok_needs_version_1_and_a_subset(void) {
     guest_negotiate(VBLK_F_VERSION_1);
     CHECK_EQ(3, rd(VBLK_REG_STATUS));
     CHECK_EQ(1, g.events[VBLK_EV_FEATURES_VERSION]);
+    CHECK_EQ(all, g.last.a); // accepted, offered
+    CHECK_EQ(all | VBLK_F_VERSION_1, g.last.b);
+    wr(VBLK_REG_STATUS, 0x43);
+    CHECK_EQ(VBLK_EV_STATUS_BITS, g.last.code);
+    CHECK_EQ(3, g.last.a); // Status, written
+    CHECK_EQ(0x43, g.last.b);
     wr(VBLK_REG_DRIVER_FEATURES_SEL, 1); // and it may try again
     wr(VBLK_REG_DRIVER_FEATURES, 1);
     wr(VBLK_REG_STATUS, 0xb);
@@ -719,6 +726,10 @@ void r1_reset_of_every_queue_there_can_be(void) {
         CHECK(!g.dev.queue[i].ready && !g.dev.queue[i].size);
     }
     CHECK_EQ(VBLK_MAX_QUEUES, g.dev.o.queues);
+    guest_up();
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+             (uint64_t)wr(VBLK_REG_QUEUE_NOTIFY, VBLK_MAX_QUEUES));
+    CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_IGNORED]);
 }
 
 void r1_reset_clears_poison(void) {

@@ -582,6 +582,7 @@ void t_limits_change_at_run_time(void) {
     CHECK_EQ(SECOND, drain_at(0, 0).wait_ns);
     vblk_limits faster = {10, 0, 0, 0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &faster, 0));
+    CHECK_EQ(faster.iops, g.dev.o.limits.iops);
     CHECK_EQ(100000000, drain_at(0, 0).wait_ns);
     vblk_limits none = {0, 0, 0, 0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, 0));
@@ -895,6 +896,21 @@ void t_a_broken_queue_holds_up_no_other(void) {
         CHECK_EQ(0, counts().currently_throttled);
         ROW("how %d", how);
     }
+}
+
+// LIB-02: what a driver with EVENT_IDX adds while the queue is stalled, and
+// need not kick for, is served, and its next kick is asked for.
+void t4_what_is_added_while_stalled(void) {
+    g.o.limits.iops = 1;
+    guest_up_without(0);
+    request(VBLK_T_IN, 0, 512);
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    req late = request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, SECOND).state);
+    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 2 * SECOND).state);
+    CHECK_EQ(VBLK_S_OK, status_of(&late));
+    CHECK_EQ(3, get16(g.queue[0].used + 4 + 8 * g.queue[0].size));
 }
 
 // LIB-05: a FLUSH that costs nothing does not wait for another queue's write.

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -318,6 +319,13 @@ void w_options_are_checked_and_nothing_leaks(void) {
     CHECK_EQ((uint64_t)VBLK_ERR_QUEUE_SIZE,
              (uint64_t)vblk_worker_init(&w, &o, &wo));
     worker_options();
+    make_worker();
+    const int fds[] = {w.irq_fd, w.kick_fd, w.stop_fd, w.pause_fd, w.done_fd};
+    for (size_t i = 0; i < COUNT(fds); i++) { // nothing has happened yet
+        uint64_t count;
+        CHECK_EQ((uint64_t)-1, (uint64_t)read(fds[i], &count, 8));
+    }
+    CHECK(vblk_worker_end(&w));
     for (int i = 0; i < 20; i++) {
         up();
         read_one();
@@ -386,17 +394,23 @@ void w3_a_stalled_drain_is_ended_by_the_timer(void) {
     o.limits.iops = 200;
     o.limits.iops_burst = 200;
     up();
-    w.dev.ops.tokens = 0; // the worker is idle
-    w.dev.ops.last_ns = clock_ns();
-    uint64_t start = clock_ns();
-    for (unsigned i = 0; i < 6; i++) {
-        chain(i, VBLK_T_IN, i);
-        add(i);
+    // More than once, if the thread comes so late that nothing must wait.
+    for (uint16_t round = 1; vblk_counters(&w.dev).throttled == 0; round++) {
+        w.dev.ops.tokens = 0; // the worker is idle
+        w.dev.ops.last_ns = clock_ns();
+        uint64_t start = clock_ns();
+        for (unsigned i = 0; i < 6; i++) {
+            chain(i, VBLK_T_IN, i);
+            add(i);
+        }
+        store(VBLK_REG_QUEUE_NOTIFY, 0); // once
+        EVENTUALLY(used_idx() == 6 * round);
+        CHECK(clock_ns() - start > 5 * (SECOND / 200));
+        CHECK(round < 10);
+        if (test_failed) {
+            break;
+        }
     }
-    store(VBLK_REG_QUEUE_NOTIFY, 0); // once
-    EVENTUALLY(used_idx() == 6);
-    CHECK(clock_ns() - start > 5 * (SECOND / 200));
-    CHECK(vblk_counters(&w.dev).throttled >= 1);
     finish();
 }
 
@@ -414,6 +428,9 @@ void w_limits_change_under_way(void) {
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)vblk_worker_set_limits(&w, &bad));
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &none));
+    struct itimerspec timer; // at once, and not when the old wait is over
+    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
+    CHECK(timer.it_value.tv_sec == 0 && timer.it_value.tv_nsec < 1000000);
     EVENTUALLY(used_idx() == 4);
     finish();
 }

@@ -289,6 +289,7 @@
     X(t_longest_wait_there_is, ONCE)                                           \
     X(t_a_large_request_is_not_starved, GUEST)                                 \
     X(t3_a_flush_waits_for_no_other_queue, GUEST)                              \
+    X(t4_what_is_added_while_stalled, GUEST)                                   \
     X(t2_an_unmapped_request_costs_nothing, GUEST)                             \
     X(t8_b2_a_flush_goes_through_the_limiter, GUEST)                           \
     X(t4_the_wait_after_turns, GUEST)                                          \
