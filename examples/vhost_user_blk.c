@@ -359,12 +359,17 @@ static void on_sigbus(int number) {
 
 // ---- Rings -----------------------------------------------------------------
 
+static uint32_t all_rings(void) {
+    return (UINT32_C(1) << option.queues) - 1;
+}
+
 static void stop_ring(ring *r) {
     if (r->running) {
         r->base = vblk_queue_stop(&device, (int)(r - rings));
         r->running = r->broken = false;
         r->avail_idx = NULL;
         r->wake_ns = 0;
+        pending |= all_rings(); // who waited behind it need not any more
     }
 }
 
@@ -746,6 +751,7 @@ static void serve(ring *r, uint64_t now) {
         pending |= 1u << (r - rings);
     } else if (out.state == VBLK_BROKEN) {
         r->broken = true;
+        pending |= all_rings();
         signal_guest(r->err);
     }
 }

@@ -384,7 +384,7 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
         CHECK(!vblk_worker_pause(&w, 1));
         CHECK(!vblk_worker_reset(&w));
         CHECK(!vblk_worker_paused(&w)); // its call may still move data
-        CHECK(!vblk_worker_pause(&w, 1));
+        CHECK(!vblk_worker_pause(&w, 600000)); // which is known at once
         CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
                  (uint64_t)vblk_worker_set_memory(&w, o.memory));
         CHECK(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
