@@ -3003,7 +3003,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
     q->used_gpa = ring->used;
     q->avail_next = q->avail_seen = ring->position;
     // Where there is no memory yet, the first drain takes it.
-    q->adopt_used = q->used_gpa % 4 || vblk__wraps(q->used_gpa, 4) ||
+    q->adopt_used = q->used_gpa % 4 ||
                     !vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     q->used_shown = q->used_decided = q->used_next;
     VBLK__STORE(&q->ready, true);
@@ -3014,10 +3014,8 @@ VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
     VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
     vblk_queue *q = &dev->queue[queue];
     uint16_t position = q->avail_next;
-    if (q->ready && !q->poisoned) {
-        vblk__publish(dev, q); // what is completed is not lost
-    }
-    vblk__forget_queue(dev, &dev->queue[queue]);
+    vblk__publish(dev, q); // what is completed is not lost
+    vblk__forget_queue(dev, q);
     return position;
 }
 

@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -666,6 +667,46 @@ void w1_q10_the_second_queue(void) {
         EVENTUALLY(used_is(1));
         CHECK(vblk_worker_end(&w));
     }
+}
+
+// P8, T4: a queue that waited behind one that is stopped looks at once.
+void p8_the_queue_behind_a_stopped_one(void) {
+    struct itimerspec timer;
+    worker_options();
+    o.queues = 2;
+    o.profile = VBLK_STANDARD;
+    o.limits.bps = 1024;
+    o.limits.bps_burst = 65536;
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    w.dev.bytes.tokens = 1024;
+    w.dev.bytes.last_ns = clock_ns();
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 1);
+    store(VBLK_REG_STATUS, 0xb);
+    for (uint32_t queue = 0; queue < 2; queue++) {
+        store(VBLK_REG_QUEUE_SEL, queue);
+        store(VBLK_REG_QUEUE_NUM, 16);
+        store(VBLK_REG_QUEUE_DESC_LOW, queue ? 0 : 0x5000);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, queue ? 0x1000 : 0x6000);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, queue ? 0x2000 : 0x7000);
+        store(VBLK_REG_QUEUE_READY, 1);
+    }
+    put_one(VBLK_T_IN, 1, false);
+    memcpy(ram + 0x5000, ram, 64);
+    ram[0x5000 + 17] = 0x80; // 32768 bytes at 0x8000
+    ram[0x5000 + 25] = 0x80;
+    memcpy(ram + 0x6000, ram + 0x1000, 8);
+    store(VBLK_REG_STATUS, 0xf);
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 2);
+    store(VBLK_REG_QUEUE_SEL, 0);
+    store(VBLK_REG_QUEUE_READY, 0);
+    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
+    CHECK(timer.it_value.tv_sec == 0 && timer.it_value.tv_nsec < 1000000);
+    EVENTUALLY(used_is(1));
+    CHECK(vblk_worker_end(&w));
 }
 
 // W11: no two workers have the same number.
