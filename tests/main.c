@@ -27,6 +27,8 @@ static bool fails(const char *call);
 #define pwritev(...)   (fails("pwritev") ? -1 : pwritev(__VA_ARGS__))
 #define clock_nanosleep(...)                                                   \
     (fails("clock_nanosleep") ? errno : clock_nanosleep(__VA_ARGS__))
+#define pthread_create(...)                                                    \
+    (fails("pthread_create") ? errno : pthread_create(__VA_ARGS__))
 #define pthread_mutex_init(...)                                                \
     (fails("pthread_mutex_init") ? errno : pthread_mutex_init(__VA_ARGS__))
 

@@ -214,15 +214,11 @@ void w_without_descriptors(void) {
 }
 
 void w_without_a_thread(void) {
-    pthread_attr_t was, huge;
     worker_options();
     make_worker();
-    pthread_getattr_default_np(&was);
-    pthread_attr_init(&huge);
-    pthread_attr_setstacksize(&huge, (size_t)1 << 47);
-    CHECK_EQ(0, pthread_setattr_default_np(&huge));
+    test_calls_fail("pthread_create", EAGAIN, 0, 1);
     bind_driver();
-    CHECK_EQ(0, pthread_setattr_default_np(&was));
+    CHECK_EQ(0, test_calls_left());
     CHECK_EQ(0x4f, load(VBLK_REG_STATUS));
     CHECK(was_told("cannot be started"));
     CHECK(vblk_worker_paused(&w));
@@ -231,7 +227,6 @@ void w_without_a_thread(void) {
     put_flush(1);
     EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
-    pthread_attr_destroy(&huge);
 }
 
 void w_a_timer_that_breaks(void) {
