@@ -565,13 +565,15 @@ static bool frame_standard(model *m, chain *c) {
 static const model_wide billion = 1000000000;
 
 static void refill(model_bucket *b, uint64_t now_ns) {
-    if (now_ns > b->then_ns) {
-        b->balance += (model_wide)(now_ns - b->then_ns) * (model_wide)b->rate;
-        b->then_ns = now_ns;
+    model_wide full = (model_wide)b->burst * billion;
+    model_wide rate = (model_wide)b->rate;
+    if (now_ns > b->then_ns && rate > 0) {
+        model_wide elapsed = (model_wide)(now_ns - b->then_ns);
+        bool       enough = elapsed > (full - b->balance) / rate;
+        b->balance = enough ? full : b->balance + elapsed * rate;
     }
-    if (b->balance > (model_wide)b->burst * billion) {
-        b->balance = (model_wide)b->burst * billion;
-    }
+    b->then_ns = now_ns > b->then_ns ? now_ns : b->then_ns;
+    b->balance = b->balance < full ? b->balance : full;
 }
 
 // Nanoseconds until `n` tokens pass; 0: they do.
