@@ -565,6 +565,26 @@ static void collect(unsigned queue) {
     }
 }
 
+// Ranges that may be written and what the device goes by.
+static void find_overlaps(void) {
+    s.tangled = s.tangled || (uint64_t)s.tables * s.ranges > 200000;
+    for (unsigned i = 0; i < s.ranges && !s.tangled; i++) {
+        const range *r = &s.range[i];
+        for (unsigned k = 0; r->write && k < s.tables; k++) {
+            s.tangled |= overlap(r->gpa, r->n, s.table[k].gpa, s.table[k].n);
+        }
+    }
+    for (unsigned i = 0; i < s.ranges && !s.tangled; i++) {
+        const range *r = &s.range[i];
+        for (unsigned k = 0; r->write && k < QUEUES; k++) {
+            const vblk_queue *q = &f.dev.queue[k];
+            f.queue[k].tangled |=
+                (r->queue != VBLK_NO_QUEUE || q->used_gpa != r->gpa) &&
+                overlap(r->gpa, r->n, q->used_gpa, used_bytes(q));
+        }
+    }
+}
+
 // The guest does something while the device is at work: offers one more
 // chain, or changes a byte that the device goes by.
 static void strike(void) {
@@ -584,6 +604,7 @@ static void strike(void) {
         poke_le(at_idx, head, 2);
         poke_le(q->avail_gpa + 2, idx + 1u, 2);
         walk(0, head);
+        find_overlaps();
         s.waits[0]++;
     } else {
         uint64_t gpa = f.ambush_how & 2 ? q->desc_gpa : q->avail_gpa;
@@ -628,22 +649,7 @@ static void begin(int queue, bool takes) {
             }
         }
     }
-    s.tangled = s.tangled || (uint64_t)s.tables * s.ranges > 200000;
-    for (unsigned i = 0; i < s.ranges && !s.tangled; i++) {
-        const range *r = &s.range[i];
-        for (unsigned k = 0; r->write && k < s.tables; k++) {
-            s.tangled |= overlap(r->gpa, r->n, s.table[k].gpa, s.table[k].n);
-        }
-    }
-    for (unsigned i = 0; i < s.ranges && !s.tangled; i++) {
-        const range *r = &s.range[i];
-        for (unsigned k = 0; r->write && k < QUEUES; k++) {
-            const vblk_queue *q = &f.dev.queue[k];
-            f.queue[k].tangled |=
-                (r->queue != VBLK_NO_QUEUE || q->used_gpa != r->gpa) &&
-                overlap(r->gpa, r->n, q->used_gpa, used_bytes(q));
-        }
-    }
+    find_overlaps();
 }
 
 
