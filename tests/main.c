@@ -16,6 +16,7 @@
 
 // Calls of the Linux part that tests make fail, see test_calls_fail().
 static bool fails(const char *call);
+static int  returned(void); // for calls that leave errno alone
 #define calloc(...)    (fails("calloc") ? NULL : calloc(__VA_ARGS__))
 #define epoll_ctl(...) (fails("epoll_ctl") ? -1 : epoll_ctl(__VA_ARGS__))
 #define eventfd(...)   (fails("eventfd") ? -1 : eventfd(__VA_ARGS__))
@@ -26,11 +27,11 @@ static bool fails(const char *call);
 #define pwrite(...)    (fails("pwrite") ? -1 : pwrite(__VA_ARGS__))
 #define pwritev(...)   (fails("pwritev") ? -1 : pwritev(__VA_ARGS__))
 #define clock_nanosleep(...)                                                   \
-    (fails("clock_nanosleep") ? errno : clock_nanosleep(__VA_ARGS__))
+    (fails("clock_nanosleep") ? returned() : clock_nanosleep(__VA_ARGS__))
 #define pthread_create(...)                                                    \
-    (fails("pthread_create") ? errno : pthread_create(__VA_ARGS__))
+    (fails("pthread_create") ? returned() : pthread_create(__VA_ARGS__))
 #define pthread_mutex_init(...)                                                \
-    (fails("pthread_mutex_init") ? errno : pthread_mutex_init(__VA_ARGS__))
+    (fails("pthread_mutex_init") ? returned() : pthread_mutex_init(__VA_ARGS__))
 
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
@@ -71,6 +72,11 @@ static bool fails(const char *call) {
     __atomic_fetch_sub(&call_times, 1, __ATOMIC_RELEASE);
     errno = call_errno;
     return true;
+}
+
+static int returned(void) {
+    errno = 0;
+    return call_errno;
 }
 
 // Private functions that tests look at.

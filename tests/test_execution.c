@@ -754,9 +754,19 @@ void b2_a_file_that_cannot_be_opened(void) {
     CHECK_EQ(0, pipe(fd));
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd[0]);
+    int next = dup(0);
+    close(next);
     CHECK_EQ((uint64_t)VBLK_ERR_FILE,
              (uint64_t)vblk_file_open(&file, path, true));
     CHECK_EQ(ESPIPE, errno);
+    make_file(path, 512);
+    test_calls_fail("pthread_mutex_init", ENOMEM, 0, 1);
+    CHECK_EQ((uint64_t)VBLK_ERR_FILE,
+             (uint64_t)vblk_file_open(&file, path, true));
+    CHECK_EQ(ENOMEM, errno);
+    remove(path);
+    CHECK_EQ(next, dup(0)); // none was left open
+    close(next);
     close(fd[0]);
     close(fd[1]);
 }
