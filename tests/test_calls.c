@@ -400,6 +400,7 @@ void w_a_callback_inside_a_callback(void) {
     EVENTUALLY(flushed());
     CHECK_EQ(1, get(&inside));
     CHECK_EQ(1, get(&lines));
+    CHECK(strstr(last_line, ": QueueNotify") != NULL); // of no queue
     CHECK(vblk_worker_reset(&w));
     CHECK(vblk_worker_end(&w));
 }

@@ -304,6 +304,13 @@ void q_what_is_only_read_is_mapped_for_reading(void) {
     guest_up();
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+    req r = prepare(VBLK_T_FLUSH, 0, 0);
+    part p[2] = {{r.header, 16, 0}, {r.status, 1, WRITE}};
+    part table = {put_table(p, 2), 32, INDIRECT};
+    mark(table.gpa, 32, READABLE);
+    submit(0, &table, 1);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK(!g.mapped_for_writing);
 }
 
