@@ -307,7 +307,6 @@ void q_what_is_only_read_is_mapped_for_reading(void) {
     req r = prepare(VBLK_T_FLUSH, 0, 0);
     part p[2] = {{r.header, 16, 0}, {r.status, 1, WRITE}};
     part table = {put_table(p, 2), 32, INDIRECT};
-    mark(table.gpa, 32, READABLE);
     submit(0, &table, 1);
     kick(0);
     CHECK_EQ(VBLK_S_OK, status_of(&r));

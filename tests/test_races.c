@@ -168,7 +168,10 @@ UNWATCHED void race_on_one_word(void) {
         flips[1] = kind ? 1024 : SECTORS;
         pthread_t thread = start(flip);
         unsigned good = 0;
-        for (unsigned i = 0; more(i, 300000) && !g.broken_rule; i++) {
+        for (unsigned i = 0;
+             (more(i, 300000) || (good == 0 && i < 30000000)) &&
+             !g.broken_rule; i++) {
+            spin(i);
             offer(0, r.head);
             vblk_drain(&g.dev, 0, 0);
             good += status_of(&r) == VBLK_S_OK;
