@@ -149,8 +149,7 @@ static void count_line(void *user, const char *line) {
 }
 
 static void on_released(void *user) {
-    (void)user;
-    set(&released, 1);
+    set(&released, user == &wo);
 }
 
 static void worker_options(void) {
@@ -162,6 +161,7 @@ static void worker_options(void) {
     o.queue_size = 16;
     wo.log = count_line;
     wo.released = on_released;
+    wo.user = &wo;
     wo.stop_ms = 10000;
     may_go = inside = released = lines = 0;
 }
