@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -102,6 +103,21 @@ void test_fail(const char *file, int line, const char *text) {
     test_failed++;
     if (test_failed <= 10) {
         printf("  %s:%d: %s\n", file, line, text);
+    }
+}
+
+uint64_t clock_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
+
+void test_wait(unsigned round) {
+    struct timespec t = {0, 100000};
+    if (round < 100) {
+        sched_yield();
+    } else {
+        nanosleep(&t, NULL);
     }
 }
 

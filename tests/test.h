@@ -61,6 +61,39 @@ void     test_calls_fail(const char *call, int err, unsigned skip,
                          unsigned times);
 unsigned test_calls_left(void); // those that did not happen yet
 
+// Monotonic, in nanoseconds.
+#define SECOND UINT64_C(1000000000)
+uint64_t clock_ns(void);
+
+// Wait for what another thread brings about. It may need our processor.
+void test_wait(unsigned round);
+
+// TEST_PATIENCE seconds mean that it never comes.
+#ifndef TEST_PATIENCE
+#define TEST_PATIENCE 20
+#endif
+#define EVENTUALLY(cond)                                                       \
+    do {                                                                       \
+        uint64_t end_ = clock_ns() + TEST_PATIENCE * SECOND;                   \
+        for (unsigned round_ = 0; !(cond); round_++) {                         \
+            if (clock_ns() > end_) {                                           \
+                test_fail(__FILE__, __LINE__, "never: " #cond);                \
+                break;                                                         \
+            }                                                                  \
+            test_wait(round_);                                                 \
+        }                                                                      \
+    } while (0)
+
+// Loads and stores that race by design; the thread sanitizer looks away.
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define UNWATCHED __attribute__((no_sanitize("thread")))
+#endif
+#endif
+#ifndef UNWATCHED
+#define UNWATCHED
+#endif
+
 // Reproducible: the same seed gives the same run.
 uint32_t test_random(void);
 uint32_t test_below(uint32_t n);

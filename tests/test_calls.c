@@ -13,27 +13,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SECOND UINT64_C(1000000000)
-
-// 20 s mean that it hangs.
-#define EVENTUALLY(cond)                                                       \
-    do {                                                                       \
-        for (unsigned ms_ = 0; !(cond); ms_++) {                               \
-            struct timespec t_ = {0, 1000000};                                 \
-            if (ms_ == 20000) {                                                \
-                test_fail(__FILE__, __LINE__, "never: " #cond);                \
-                break;                                                         \
-            }                                                                  \
-            nanosleep(&t_, NULL);                                              \
-        }                                                                      \
-    } while (0)
-
-static uint64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
-
 static void set(uint32_t *flag, uint32_t value) {
     __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }

@@ -115,15 +115,6 @@ void fault_statuses_and_counters(void) {
 
 static uint32_t racing; // atomic
 
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define UNWATCHED __attribute__((no_sanitize("thread")))
-#endif
-#endif
-#ifndef UNWATCHED
-#define UNWATCHED
-#endif
-
 // Flips bytes of the rings, tables and headers below 64 KiB. What it does is
 // a race by design, so the thread sanitizer does not watch it.
 UNWATCHED static void *flip(void *arg) {

@@ -5,16 +5,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <time.h>
-
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define UNWATCHED __attribute__((no_sanitize("thread")))
-#endif
-#endif
-#ifndef UNWATCHED
-#define UNWATCHED
-#endif
 
 static uint32_t over, turn, done; // atomic
 static uint64_t until;            // when a race has lasted long enough
@@ -25,12 +15,6 @@ static void set(uint32_t *word, uint32_t value) {
 
 static uint32_t get(const uint32_t *word) {
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);
-}
-
-static uint64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 // Rounds are counted, and on a slow machine fewer.

@@ -5,8 +5,6 @@
 #include <errno.h>
 #include <pthread.h>
 
-#define SECOND UINT64_C(1000000000)
-
 
 // ---- Token bucket ---------------------------------------------------------
 

@@ -6,7 +6,6 @@
 #include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
-#include <time.h>
 #include <unistd.h>
 
 // The policy is private to the implementation, which is in main.c.
@@ -56,11 +55,6 @@ void w4_meaning_of_an_event(void) {
 
 // ---- A device with a worker, and what a driver needs around it ------------
 
-#define SECOND UINT64_C(1000000000)
-#ifndef TEST_PATIENCE
-#define TEST_PATIENCE 20
-#endif
-
 static vblk_worker w;
 static vblk_options o;
 static vblk_worker_options wo;
@@ -88,26 +82,6 @@ static void on_log(void *user, const char *line) {
     strncpy(last_line, line, sizeof last_line - 1);
     pthread_mutex_unlock(&log_lock);
 }
-
-static uint64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
-
-// Wait for a condition that a thread brings about; TEST_PATIENCE seconds mean
-// that it hangs.
-#define EVENTUALLY(cond)                                                       \
-    do {                                                                       \
-        uint64_t end_ = clock_ns() + TEST_PATIENCE * SECOND;                   \
-        while (!(cond)) {                                                      \
-            if (clock_ns() > end_) {                                           \
-                test_fail(__FILE__, __LINE__, "never: " #cond);                \
-                break;                                                         \
-            }                                                                  \
-            sched_yield();                                                     \
-        }                                                                      \
-    } while (0)
 
 static void make_worker(void) {
     int err = vblk_worker_init(&w, &o, &wo);

@@ -24,18 +24,6 @@ static unsigned            said, flushed, evented;
 static char                told[8192]; // all lines
 static pthread_mutex_t     lock = PTHREAD_MUTEX_INITIALIZER;
 
-#define EVENTUALLY(cond)                                                       \
-    do {                                                                       \
-        for (unsigned ms_ = 0; !(cond); ms_++) {                               \
-            struct timespec t_ = {0, 1000000};                                 \
-            if (ms_ == 20000) {                                                \
-                test_fail(__FILE__, __LINE__, "never: " #cond);                \
-                break;                                                         \
-            }                                                                  \
-            nanosleep(&t_, NULL);                                              \
-        }                                                                      \
-    } while (0)
-
 static void on_log(void *user, const char *line) {
     (void)user;
     pthread_mutex_lock(&lock);
