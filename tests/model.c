@@ -597,6 +597,13 @@ static void pay(model_bucket *b, uint64_t n) {
     }
 }
 
+// For the request whose turn it is.
+static uint64_t wait_of_turn(model *m, uint64_t now_ns) {
+    uint64_t a = wait_for(&m->ops, 1, now_ns);
+    uint64_t b = wait_for(&m->bytes, m->turn_bytes, now_ns);
+    return a > b ? a : b;
+}
+
 // Whether the request passes, and has paid (T2); if not, nanoseconds until it
 // does, or until the queue that stalled first may.
 static bool throttle(model *m, const model_queue *q, uint64_t bytes,
@@ -609,9 +616,7 @@ static bool throttle(model *m, const model_queue *q, uint64_t bytes,
     if (mine) {
         m->turn_bytes = bytes;
     }
-    uint64_t a = wait_for(&m->ops, 1, now_ns);
-    uint64_t b = wait_for(&m->bytes, m->turn_bytes, now_ns);
-    *wait = a > b ? a : b;
+    *wait = wait_of_turn(m, now_ns);
     if (!mine || *wait > 0) {
         m->turn = mine ? q : m->turn;
         return false;
@@ -1003,11 +1008,12 @@ vblk_outcome model_drain(model *m, int queue, uint64_t now_ns) {
             continue;
         }
         vblk_outcome one = drain_one(m, &m->queue[i], now_ns);
-        bool sooner = one.state == VBLK_STALLED && out.state == VBLK_STALLED &&
-                      one.wait_ns < out.wait_ns;
-        if (urgency(one.state) > urgency(out.state) || sooner) {
+        if (urgency(one.state) > urgency(out.state)) {
             out = one;
         }
+    }
+    if (queue == VBLK_ALL_QUEUES && out.state == VBLK_STALLED) {
+        out.wait_ns = wait_of_turn(m, now_ns);
     }
     return out;
 }
