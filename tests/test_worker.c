@@ -266,6 +266,7 @@ void w2_the_thread_has_a_name_and_a_place(void) {
     snprintf(want, sizeof want, "vblk%d", w.number);
     CHECK_EQ(0, strcmp(want, served_name));
     CHECK_EQ(0, served_cpu);
+    CHECK_EQ(0, logged);
     finish();
 }
 
