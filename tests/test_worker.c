@@ -805,6 +805,15 @@ void w7_pause_of_a_stuck_worker(void) {
     EVENTUALLY(used_idx() == 3);
     finish();
     close_pipes();
+    up_stuck(); // and nobody else asks it to stop for a moment
+    CHECK(!vblk_worker_pause(&w, 20));
+    let_go();
+    EVENTUALLY(vblk_worker_paused(&w));
+    CHECK_EQ(2, used_idx()); // after its request, not after them all
+    vblk_worker_resume(&w);
+    EVENTUALLY(used_idx() == 3);
+    finish();
+    close_pipes();
 }
 
 // LIB-09: the interrupt function wants a lock that the vCPU holds while it
