@@ -272,10 +272,11 @@ void w_lines_left_out_are_counted(void) {
     wo.log = NULL;
     make_worker();
     dup2(fileno(file), 2);
+    w.lines.last_ns = clock_ns() + 3600 * SECOND; // and stands still
     for (int i = 0; i < 60; i++) {
         store(VBLK_REG_QUEUE_NOTIFY, 1); // there is only queue 0
     }
-    w.lines.last_ns -= 1000000000; // time has passed
+    w.lines.last_ns = clock_ns() - SECOND; // time has passed
     store(VBLK_REG_QUEUE_NOTIFY, 9);
     store(VBLK_REG_QUEUE_NOTIFY, 9);
     fflush(stderr);
@@ -292,8 +293,8 @@ void w_lines_left_out_are_counted(void) {
     while (note && sscanf(note, "(%u lines left out)", &left_out) != 1) {
         note = strstr(note + 1, "(");
     }
-    CHECK_EQ(62, printed + left_out);
-    CHECK(printed >= 52 && left_out > 0);
+    CHECK_EQ(52, printed);
+    CHECK_EQ(10, left_out);
     CHECK(note && !strstr(strchr(note, ')') + 1, "left out)")); // said once
     fclose(file);
     CHECK(vblk_worker_end(&w));
