@@ -134,14 +134,12 @@
     For io_uring, a thread pool or an event loop: call vblk_next() for each
     queue until it says neither VBLK_REQUEST nor VBLK_MORE, start each, and
     call vblk_complete() as they end, in any order, then vblk_publish() once
-    for the lot. A vblk_request
-    may be copied. A reset in between is no danger: a request of an earlier
-    driver session is recognised by vblk_complete() and thrown away. But its
-    memory belongs to the guest again, so cancel or wait out what still moves
-    data before you forward the guest's write of 0 to Status or QueueReady. A
-    request with `durable` set must be on stable storage before it is
-    completed.
-
+    for the lot. A vblk_request may be copied. A reset in between is no danger:
+    a request of an earlier driver session is recognised by vblk_complete() and
+    thrown away. But its memory belongs to the guest again, so cancel or wait
+    out what still moves data before you forward the guest's write of 0 to
+    Status or QueueReady. A request with `durable` set must be on stable
+    storage before it is completed.
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
     A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
@@ -612,9 +610,9 @@ typedef struct vblk_seg {
 // The disk. `offset` is in bytes, a multiple of 512 but for the rest of a short
 // transfer; all is within the capacity. read and write return how many bytes
 // they moved, which may be less than asked: they are called again for the
-// rest. 0 means no progress:
-// for a read, the end of the backing, and the rest reads as zeroes; for a
-// write, an error. Negative: an error number for the event.
+// rest. 0 means no progress: for a read, the end of the backing, and the rest
+// reads as zeroes; for a write, an error. Negative: an error number for the
+// event.
 typedef struct vblk_backend {
     int64_t (*read)(void *user, uint64_t offset, const vblk_seg *seg,
                     unsigned segs);
@@ -859,10 +857,10 @@ typedef struct vblk_ring {
 } vblk_ring;
 
 // Start `queue`, at any time after FEATURES_OK, in any profile. The position
-// in the used ring is taken from that ring. Returns the
-// queue, for vblk_drain(); or VBLK_NO_QUEUE if there is no such queue, it runs
-// already, or the size is not valid. Thread: as register calls; the queue's
-// drainer must be outside.
+// in the used ring is taken from that ring. Returns the queue, for
+// vblk_drain(); or VBLK_NO_QUEUE if there is no such queue, it runs already, or
+// the size is not valid. Thread: as register calls; the queue's drainer must be
+// outside.
 VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring);
 
 // Stop it. What is under way goes stale, so wait for it first if it must not
@@ -877,8 +875,8 @@ VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue);
 // VBLK_NO_QUEUE): take requests, call the backend, complete, publish, and
 // interrupt the guest at most once per queue. Takes at most as many requests
 // as the queue has entries; VBLK_MORE then means that there are more. For
-// all queues the answer is the most pressing one: MORE, the shortest wait,
-// BROKEN, EMPTY. Thread: the queue's drainer.
+// all queues the answer is the most pressing one: MORE, STALLED with the wait
+// of the queue whose turn it is, BROKEN, EMPTY. Thread: the queue's drainer.
 VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
 
 // Take the next request of `queue` into `req`. EMPTY: there is none, and the
@@ -2127,9 +2125,14 @@ static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
     return s;
 }
 
+// A request of an earlier session, or of a queue that broke.
+static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
+    return dev->queue[r->queue].epoch != r->epoch;
+}
+
 VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       void *dst, size_t n) {
-    if (dev->queue[req->queue].epoch != req->epoch) {
+    if (vblk__stale(dev, req)) {
         return false;
     }
     for (uint8_t *p = (uint8_t *)dst; n > 0;) {
@@ -2148,7 +2151,7 @@ VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
 
 VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       const void *src, size_t n) {
-    if (dev->queue[req->queue].epoch != req->epoch) {
+    if (vblk__stale(dev, req)) {
         return false;
     }
     for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
@@ -2322,7 +2325,7 @@ static uint32_t vblk__only_status(const vblk_request *r) {
 VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
                            uint8_t status, uint64_t bytes) {
     vblk_queue *q = &dev->queue[req->queue];
-    if (q->epoch != req->epoch) {
+    if (vblk__stale(dev, req)) {
         return false;
     }
     VBLK_ASSERT(q->under_way > 0);
@@ -2620,7 +2623,7 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
         vblk_outcome out = vblk__drain_one(dev, turn, now_ns);
         most = urgency[out.state] > urgency[most.state] ? out : most;
     }
-    if (most.state == VBLK_STALLED && dev->turn) { // it may be another's now
+    if (most.state == VBLK_STALLED) { // whose turn it is may have changed
         const vblk_queue *q = &dev->queue[dev->turn - 1];
         most.wait_ns = vblk__wait_for(dev, q->stalled_bytes, now_ns);
     }
@@ -2633,12 +2636,11 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
 // Stop a queue, so that it can start from position 0. What is under way goes
 // stale.
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
-    vblk__end_turn(dev, q);
+    vblk__end_stall(dev, q, 0);
     VBLK__STORE(&q->ready, false);
     q->epoch++;
     VBLK_MEMSET(&q->resolved, 0, offsetof(vblk_queue, counts) -
                                      offsetof(vblk_queue, resolved));
-    VBLK__STORE(&q->counts.currently_throttled, 0);
 }
 
 // The same, and forget what the driver said of it.
@@ -3791,6 +3793,12 @@ static void vblk__now_parked(vblk_worker *w) {
     pthread_cond_broadcast(&w->changed);
 }
 
+static void vblk__at_rest(vblk_worker *w) {
+    pthread_mutex_lock(&w->parking);
+    vblk__now_parked(w);
+    pthread_mutex_unlock(&w->parking);
+}
+
 // Rest as long as the host or the library asks for it.
 static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
     pthread_mutex_lock(&w->parking);
@@ -3895,9 +3903,7 @@ static void *vblk__thread_main(void *arg) {
     vblk__self = NULL;
     if (vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)) {
         vblk_worker *w = t->w;
-        pthread_mutex_lock(&w->parking);
-        vblk__now_parked(w);
-        pthread_mutex_unlock(&w->parking);
+        vblk__at_rest(w);
         vblk__signal(w->done_fd); // the stopper joins, then frees t
         return NULL;
     }
@@ -3940,9 +3946,7 @@ static void vblk__start(vblk_worker *w) {
     }
     if (err) {
         free(t);
-        pthread_mutex_lock(&w->parking);
-        vblk__now_parked(w);
-        pthread_mutex_unlock(&w->parking);
+        vblk__at_rest(w);
         vblk__log(w, "the thread cannot be started (error %d): the device "
                      "needs a reset", err);
         vblk_needs_reset(&w->dev);
@@ -3988,9 +3992,7 @@ static bool vblk__stop(vblk_worker *w) {
     // A log that the thread is stuck in would stop this one too.
     bool log = !__atomic_load_n(&t->logging, __ATOMIC_ACQUIRE);
     __atomic_store_n(&w->left, !ended, __ATOMIC_RELEASE);
-    pthread_mutex_lock(&w->parking);
-    vblk__now_parked(w);
-    pthread_mutex_unlock(&w->parking);
+    vblk__at_rest(w);
     if (ended) {
         pthread_join(t->id, NULL);
         free(t);
@@ -4014,9 +4016,7 @@ static bool vblk__worker_reset(vblk_worker *w) {
         free(old);
         w->left_behind = NULL;
         __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
-        pthread_mutex_lock(&w->parking);
-        vblk__now_parked(w);
-        pthread_mutex_unlock(&w->parking);
+        vblk__at_rest(w);
     }
     vblk__stop(w);
     vblk__reset(&w->dev, w->left_behind ? VBLK_STATUS_NEEDS_RESET : 0);
@@ -4050,7 +4050,9 @@ static bool vblk__hold_still(vblk_worker *w) {
     return true;
 }
 
+// Whatever was changed, the queues are looked at once more, stalled or not.
 static void vblk__let_go(vblk_worker *w) {
+    vblk__set_timer(w, 1);
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
 }
@@ -4115,11 +4117,8 @@ static void vblk__worker_store(vblk_worker *w, uint64_t offset,
     int queue = vblk_mmio_write(&w->dev, offset, bytes, value);
     if (ready) {
         vblk__let_go(w);
-    }
-    if (queue == VBLK_ALL_QUEUES && offset == VBLK_REG_STATUS) {
+    } else if (queue == VBLK_ALL_QUEUES) {
         vblk__start(w);
-    } else if (queue != VBLK_NO_QUEUE) {
-        vblk__set_timer(w, 1); // a stalled queue looks again at once
     }
 }
 
@@ -4157,7 +4156,6 @@ VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
         vblk__let_go(w);
     }
     pthread_mutex_unlock(&w->registers);
-    vblk_worker_kick(w); // whatever waited for it
     return still ? VBLK_OK : VBLK_ERR_BUSY;
 }
 
@@ -4166,7 +4164,6 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {
     int err = vblk__hold_still(w) ? VBLK_OK : VBLK_ERR_BUSY;
     if (!err) {
         err = vblk_set_limits(&w->dev, limits, vblk__clock());
-        vblk__set_timer(w, 1); // a stalled queue looks again at once
         vblk__let_go(w);
     }
     pthread_mutex_unlock(&w->registers);

@@ -709,8 +709,13 @@ static void check_counters(void) {
              (c.throttled_ns >= was->throttled_ns || f.now >> 62) && // wraps
              c.invalid_avail_idx >= was->invalid_avail_idx,
          "a counter went back");
-    rule(c.currently_throttled <= f.dev.o.queues,
-         "more queues are throttled than there are");
+    uint64_t stalled = 0;
+    for (unsigned i = 0; i < QUEUES; i++) {
+        stalled += f.dev.queue[i].stalled;
+    }
+    rule(c.currently_throttled == stalled, "the gauge is wrong");
+    rule(f.dev.turn ? f.dev.queue[f.dev.turn - 1].stalled : !stalled,
+         "a turn without a stall, or a stall without a turn");
     f.counts = c;
 }
 
