@@ -15,7 +15,7 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_worker_edges.c tests/test_calls.c tests/test_races.c \
            tests/model.c tests/test_model.c \
            tests/fuzz.c
-HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/model.h
+HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
 all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/vblk-serve

@@ -1,6 +1,6 @@
 // System calls that fail or are interrupted, and the host's own calls at
 // moments that are rarely met: what the Linux part makes of them.
-#include "guest.h"
+#include "rig.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -87,15 +87,6 @@ void t8_a_signal_does_not_shorten_a_sleep(void) {
 
 // ---- A worker ---------------------------------------------------------------
 
-static vblk_worker         w;
-static vblk_options        o;
-static vblk_worker_options wo;
-static uint8_t             ram[1 << 16];
-static vblk_region         region = {0, sizeof ram, ram};
-static vblk_ram            guest_ram = {&region, 1};
-static uint8_t             disk[1 << 16];
-static vblk_memdisk        memdisk = {disk, sizeof disk, false};
-
 // A callback that stays until it may go.
 static uint32_t may_go, inside, released;
 
@@ -132,12 +123,7 @@ static void on_released(void *user) {
 }
 
 static void worker_options(void) {
-    memset(&o, 0, sizeof o);
-    memset(&wo, 0, sizeof wo);
-    memset(ram, 0, sizeof ram);
-    o.memory = vblk_ram_memory(&guest_ram);
-    o.backend = vblk_memdisk_backend(&memdisk);
-    o.queue_size = 16;
+    rig_options();
     wo.log = count_line;
     wo.released = on_released;
     wo.user = &wo;
@@ -145,57 +131,10 @@ static void worker_options(void) {
     may_go = inside = released = lines = 0;
 }
 
-static void store(uint32_t offset, uint32_t value) {
-    vblk_worker_mmio_write(&w, offset, 4, value);
-}
-
-static uint32_t load(uint32_t offset) {
-    return (uint32_t)vblk_mmio_read(&w.dev, offset, 4);
-}
-
-static void bind_driver(void) {
-    store(VBLK_REG_STATUS, 1);
-    store(VBLK_REG_STATUS, 3);
-    store(VBLK_REG_DRIVER_FEATURES_SEL, 0);
-    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_FLUSH);
-    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
-    store(VBLK_REG_DRIVER_FEATURES, 1);
-    store(VBLK_REG_STATUS, 0xb);
-    store(VBLK_REG_QUEUE_NUM, 16);
-    store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
-    store(VBLK_REG_QUEUE_DEVICE_LOW, 0x2000);
-    store(VBLK_REG_QUEUE_READY, 1);
-    store(VBLK_REG_STATUS, 0xf);
-}
-
 static void make_worker(void) {
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
     bind_driver();
     CHECK_EQ(0xf, load(VBLK_REG_STATUS));
-}
-
-static void offer_up_to(uint8_t idx, bool notify) {
-    uint8_t le[2] = {idx, 0};
-    uint16_t word;
-    memcpy(&word, le, 2);
-    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
-                     __ATOMIC_RELEASE);
-    if (notify) {
-        store(VBLK_REG_QUEUE_NOTIFY, 0);
-    }
-}
-
-static void put_flush(void) {
-    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
-    ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
-    ram[0x3000] = VBLK_T_FLUSH;
-    ram[0x3010] = 0xff;
-    offer_up_to(1, true);
-}
-
-static bool flushed(void) {
-    return __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
-                           __ATOMIC_ACQUIRE) != 0;
 }
 
 static unsigned threads(void) {
@@ -244,8 +183,8 @@ void w_no_memory_for_a_thread(void) {
     CHECK_EQ(2, get(&lines)); // why, and that it needs a reset
     store(VBLK_REG_STATUS, 0);
     bind_driver();
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
 }
 
@@ -257,15 +196,15 @@ void w7_a_reset_that_signals_interrupt(void) {
     CHECK(vblk_worker_reset(&w));
     CHECK_EQ(0, test_calls_left());
     bind_driver();
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
 
     worker_options();
     o.backend.flush = staying_flush;
     wo.stop_ms = 2;
     make_worker();
-    put_flush();
+    put_flush(1);
     EVENTUALLY(get(&inside));
     uint64_t start = clock_ns();
     test_calls_fail("poll", EINTR, 0, 300000); // the deadline passes meanwhile
@@ -290,8 +229,8 @@ void w7_a_thread_at_work_is_not_left_behind(void) {
         CHECK_EQ(0, load(VBLK_REG_STATUS));
         bind_driver();
     }
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK_EQ(0, get(&released));
     CHECK(vblk_worker_end(&w));
 }
@@ -303,7 +242,7 @@ void w7_a_log_that_is_stuck(void) {
     wo.stop_ms = 20;
     make_worker();
     ram[0x1004] = 99; // no head: an event, and so a line
-    put_flush();
+    put_flush(1);
     EVENTUALLY(get(&inside));
     uint64_t start = clock_ns();
     CHECK(!vblk_worker_reset(&w));
@@ -314,8 +253,8 @@ void w7_a_log_that_is_stuck(void) {
     EVENTUALLY(vblk_worker_reset(&w));
     memset(ram, 0, sizeof ram);
     bind_driver();
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
 }
 
@@ -330,7 +269,7 @@ void w7_a_line_before_and_one_after(void) {
     offer_up_to(1, true);
     EVENTUALLY(get(&lines) == 1);
     CHECK(strstr(last_line, "queue 0, head 3: ") != NULL);
-    put_flush();
+    put_flush(1);
     offer_up_to(2, true);
     EVENTUALLY(get(&inside));
     CHECK(!vblk_worker_reset(&w));
@@ -351,7 +290,7 @@ void w7_left_behind_and_gone_before_the_end(void) {
         wo.stop_ms = 5;
         wo.released = told ? on_released : NULL;
         make_worker();
-        put_flush();
+        put_flush(1);
         EVENTUALLY(get(&inside));
         CHECK(!vblk_worker_reset(&w));
         CHECK_EQ(before + 1, threads());
@@ -375,8 +314,8 @@ void w_a_callback_inside_a_callback(void) {
     worker_options();
     o.backend.flush = notifying_flush;
     make_worker();
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK_EQ(1, get(&inside));
     CHECK_EQ(1, get(&lines));
     char want[40];
@@ -395,14 +334,6 @@ static void put_one(uint8_t type, uint8_t idx, bool notify) {
     ram[0x3000] = type;
     ram[0x3010] = 0xff;
     offer_up_to(idx, notify);
-}
-
-static bool used_is(uint8_t idx) {
-    uint8_t le[2] = {idx, 0};
-    uint16_t word;
-    memcpy(&word, le, 2);
-    return __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
-                           __ATOMIC_ACQUIRE) == word;
 }
 
 static void wait_ms(unsigned ms) {
@@ -603,7 +534,7 @@ void w7_w8_stuck_anywhere(void) {
             ram[0x1004] = 99; // no head
             offer_up_to(1, true);
         } else if (where == 2) {
-            put_flush();
+            put_flush(1);
         } else {
             put_one((uint8_t)where, 1, true);
         }
@@ -714,7 +645,7 @@ void w5_a_pause_that_is_taken_back(void) {
     worker_options();
     o.backend.flush = staying_flush;
     make_worker();
-    put_flush();
+    put_flush(1);
     EVENTUALLY(get(&inside));
     CHECK_EQ(0, pthread_create(&thread, NULL, pause_for_long, NULL));
     while (!get(&released)) { // until the resume comes after the pause
@@ -723,9 +654,9 @@ void w5_a_pause_that_is_taken_back(void) {
     }
     pthread_join(thread, NULL);
     CHECK_EQ(1, get(&released));
-    CHECK(!flushed());
+    CHECK(!used_is(1));
     set(&may_go, 1);
-    EVENTUALLY(flushed());
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
 }
 
@@ -734,13 +665,13 @@ void f_queue_ready_of_a_live_worker(void) {
     worker_options();
     o.backend.flush = staying_flush;
     make_worker();
-    put_flush();
+    put_flush(1);
     EVENTUALLY(get(&inside));
     store(VBLK_REG_QUEUE_READY, 0); // does not wait
     CHECK_EQ(1, load(VBLK_REG_QUEUE_READY));
     CHECK_EQ(1, lines);
     set(&may_go, 1);
-    EVENTUALLY(flushed());
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_end(&w));
 }
 
@@ -749,8 +680,8 @@ void w_all_options_have_defaults(void) {
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, NULL));
     CHECK_EQ(1000, w.wo.stop_ms);
     bind_driver();
-    put_flush();
-    EVENTUALLY(flushed());
+    put_flush(1);
+    EVENTUALLY(used_is(1));
     CHECK(vblk_worker_reset(&w));
     CHECK(vblk_worker_end(&w));
 }

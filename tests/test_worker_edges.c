@@ -1,6 +1,6 @@
 // The worker's edges: descriptors that break or cannot be had, the host's own
 // hooks, registers of other widths, kicks and pauses at awkward moments.
-#include "guest.h"
+#include "rig.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -12,14 +12,6 @@
 #include <time.h>
 #include <unistd.h>
 
-static vblk_worker         w;
-static vblk_options        o;
-static vblk_worker_options wo;
-static uint8_t             ram[1 << 16];
-static vblk_region         region = {0, sizeof ram, ram};
-static vblk_ram            guest_ram = {&region, 1};
-static uint8_t             disk[1 << 16];
-static vblk_memdisk        memdisk = {disk, sizeof disk, false};
 static unsigned            said, flushed, evented;
 static char                told[8192]; // all lines
 static pthread_mutex_t     lock = PTHREAD_MUTEX_INITIALIZER;
@@ -52,13 +44,8 @@ static void count_event(void *user, const vblk_event *event) {
 }
 
 static void worker_options(void) {
-    memset(&o, 0, sizeof o);
-    memset(&wo, 0, sizeof wo);
-    memset(ram, 0, sizeof ram);
-    o.memory = vblk_ram_memory(&guest_ram);
-    o.backend = vblk_memdisk_backend(&memdisk);
+    rig_options();
     o.backend.flush = count_flush;
-    o.queue_size = 16;
     wo.log = on_log;
     said = flushed = evented = 0;
     memset(told, 0, sizeof told);
@@ -66,50 +53,6 @@ static void worker_options(void) {
 
 static void make_worker(void) {
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
-}
-
-static void store(uint32_t offset, uint32_t value) {
-    vblk_worker_mmio_write(&w, offset, 4, value);
-}
-
-static uint32_t load(uint32_t offset) {
-    return (uint32_t)vblk_mmio_read(&w.dev, offset, 4);
-}
-
-static void bind_driver(void) {
-    store(VBLK_REG_STATUS, 1);
-    store(VBLK_REG_STATUS, 3);
-    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_FLUSH);
-    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
-    store(VBLK_REG_DRIVER_FEATURES, 1);
-    store(VBLK_REG_STATUS, 0xb);
-    store(VBLK_REG_QUEUE_NUM, 16);
-    store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
-    store(VBLK_REG_QUEUE_DEVICE_LOW, 0x2000);
-    store(VBLK_REG_QUEUE_READY, 1);
-    store(VBLK_REG_STATUS, 0xf);
-}
-
-// A request of a header and a status byte at 0x3000.
-static void put_flush(uint16_t n) {
-    ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
-    ram[16] = 16, ram[17] = 0x30, ram[24] = 1, ram[28] = WRITE;
-    ram[0x3000] = VBLK_T_FLUSH;
-    ram[0x3010] = 0xff;
-    uint8_t idx[2] = {(uint8_t)n, (uint8_t)(n >> 8)};
-    uint16_t word;
-    memcpy(&word, idx, 2);
-    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
-                     __ATOMIC_RELEASE);
-    store(VBLK_REG_QUEUE_NOTIFY, 0);
-}
-
-static bool used_is(uint8_t n) {
-    uint16_t word = __atomic_load_n((uint16_t *)(void *)(ram + 0x2002),
-                                    __ATOMIC_ACQUIRE);
-    uint8_t b[2];
-    memcpy(b, &word, 2);
-    return b[0] == n;
 }
 
 void w_flush_in_the_thread(void) {
@@ -301,16 +244,11 @@ void w_lines_left_out_are_counted(void) {
 }
 
 // Reads of 512 bytes, all by the chain at 0.
-static void put_reads(uint16_t n) {
+static void put_reads(uint8_t n) {
     ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;
     ram[17] = 0x40, ram[25] = 2, ram[28] = NEXT | WRITE, ram[30] = 2;
     ram[32] = 16, ram[33] = 0x30, ram[40] = 1, ram[44] = WRITE;
-    uint8_t idx[2] = {(uint8_t)n, (uint8_t)(n >> 8)};
-    uint16_t word;
-    memcpy(&word, idx, 2);
-    __atomic_store_n((uint16_t *)(void *)(ram + 0x1002), word,
-                     __ATOMIC_RELEASE);
-    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    offer_up_to(n, true);
 }
 
 // A kick neither shortens a stall nor loses it; bytes alone are limited.
