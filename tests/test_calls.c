@@ -188,7 +188,7 @@ void w_no_memory_for_a_thread(void) {
     CHECK(vblk_worker_end(&w));
 }
 
-// Interrupted past the deadline: the reset asks once more, and no longer.
+// Signals neither shorten the wait of a reset nor stretch it past its deadline.
 void w7_a_reset_that_signals_interrupt(void) {
     worker_options();
     make_worker();
