@@ -221,11 +221,13 @@
 
     VBLK_STRICT refuses whatever a well-behaved Linux driver never sends.
     VBLK_STANDARD takes all that the standard lets a driver do, and what
-    firmware really does. It differs in these points alone:
+    shipped drivers really do. It differs in these points alone:
 
         P1  any framing: the header is the first 16 readable bytes, the
             status the last writable one, data what lies between
-        P2  DRIVER is taken without ACKNOWLEDGE (U-Boot 2023.01)
+        P2  DRIVER is taken without ACKNOWLEDGE (U-Boot 2023.01), several
+            steps are taken at once (SeaBIOS), a Status write adds its bits
+            to those that are set (NuttX), unknown bits are ignored
         P3  size_max binds only a driver that accepted SIZE_MAX
         P4  an empty IN or OUT succeeds, FLUSH ignores data, GET_ID copies
             what fits
@@ -236,6 +238,10 @@
             InterruptStatus alone
         P8  QueueReady may be cleared while the device is live; that queue
             starts again from position 0
+        P9  bit 31 of a request's type is ignored (SLOF)
+        P10 FEATURES_OK is taken without VERSION_1 (xv6, legacy drivers
+            behind a transitional device); the layout stays the modern one
+        P11 VendorID is 0x554d4551 by default (xv6 insists on it)
 
     Where strict refuses what standard would take, the event's text says so.
 
@@ -471,10 +477,12 @@ typedef enum vblk_error {
     X(NOTIFY_IGNORED, "QueueNotify for a queue that does not exist or is not " \
       "ready, or before DRIVER_OK, is ignored; a = queue (M10)")               \
     /* status: a = Status, b = value written */                                \
-    X(STATUS_CLEARS, "a Status write that would clear a bit is refused; only " \
-      "0 clears, and resets (F2)")                                             \
+    X(STATUS_CLEARS, "a Status write that would clear a bit is refused: only " \
+      "0 clears, and resets; the standard profile adds what is new in it "     \
+      "(F2, P2)")                                                              \
     X(STATUS_BITS, "a Status write that adds two bits or an unknown bit is "   \
-      "refused: 1, 3, 11, 15 in turn (F2)")                                    \
+      "refused: 1, 3, 11, 15 in turn; the standard profile takes several "     \
+      "steps at once and masks the unknown (F2, P2)")                          \
     X(STATUS_ORDER, "a Status write out of the order ACKNOWLEDGE, DRIVER, "    \
       "FEATURES_OK, DRIVER_OK is refused (F2)")                                \
     X(STATUS_NO_ACK, "DRIVER without ACKNOWLEDGE is refused; the standard "    \
@@ -484,7 +492,7 @@ typedef enum vblk_error {
     X(STATUS_FAILED, "the driver gave up on the device (F5)")                  \
     /* a = features accepted, b = features offered */                          \
     X(FEATURES_VERSION, "FEATURES_OK is refused: VERSION_1 was not accepted; " \
-      "legacy drivers are not served (F3)")                                    \
+      "the standard profile serves such a driver (F3, P10)")                   \
     X(FEATURES_UNOFFERED, "FEATURES_OK is refused: a feature was accepted "    \
       "that is not offered (F3)")                                              \
     /* queue broken: a, b as named */                                          \
@@ -534,6 +542,8 @@ typedef enum vblk_error {
     X(HEADER_UNREADABLE, "the header is outside guest memory; a = address "    \
       "(V4)")                                                                  \
     X(TYPE_UNKNOWN, "an unknown request type; a = type (V11)")                 \
+    X(TYPE_BARRIER, "a request type with bit 31, BARRIER, which was never "    \
+      "offered; the standard profile ignores it; a = type (V11, P9)")          \
     X(SEGMENT_LONG, "a data descriptor longer than size_max; a = bytes, "      \
       "b = size_max (V5)")                                                     \
     X(SEGMENT_LONG_STRICT, "a data descriptor longer than size_max; the "      \
@@ -658,7 +668,7 @@ typedef struct vblk_options {
     uint32_t     seg_max;    // data segments in a request; default queue_size
                              // - 2, at least 1 and at most VBLK_MAX_SEGS
     uint32_t     size_max;   // bytes in a segment; default 1 MiB
-    uint32_t     vendor_id;
+    uint32_t     vendor_id;  // default 0; standard: 0x554d4551, QEMU's
     uint64_t     features_off; // of those offered, bits not to offer
     vblk_limits  limits;       // default none
     // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of the device's
@@ -1952,6 +1962,9 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
 
 // ---- Request: list to validated request -------------------------------------
 
+// Of the type: an order among requests, which old drivers ask for unasked.
+#define VBLK__T_BARRIER 0x80000000u
+
 enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
 
 static const struct vblk__kind {
@@ -2409,10 +2422,14 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         return vblk__because(code, a, 0);
     }
     uint64_t sector = vblk__get64(header + 8);
-    r->type = vblk__get32(header);
+    uint32_t type = vblk__get32(header);
+    r->type = type & ~VBLK__T_BARRIER;
     const struct vblk__kind *k = vblk__kind_of(dev, r->type);
     if (!k) {
-        return vblk__because(VBLK_EV_TYPE_UNKNOWN, r->type, 0);
+        return vblk__because(VBLK_EV_TYPE_UNKNOWN, type, 0);
+    }
+    if (type != r->type && dev->o.profile == VBLK_STRICT) { // P9
+        return vblk__because(VBLK_EV_TYPE_BARRIER, type, 0);
     }
     vblk__why why = vblk__check(dev, c, k, sector);
     if (why.code || k->data == VBLK__NO_DATA) {
@@ -2481,7 +2498,8 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     vblk__why why = vblk__parse(dev, r, &c);
     if (why.code) {
-        bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN;
+        bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN ||
+                       why.code == VBLK_EV_TYPE_BARRIER;
         vblk__tell(dev, q, why.code, r->head, why.a, why.b);
         vblk__finish(dev, q, r, unknown ? VBLK_S_UNSUPP : VBLK_S_IOERR,
                      vblk__only_status(r));
@@ -2705,9 +2723,15 @@ VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
     return VBLK__LOAD(&dev->status);
 }
 
+// The bits of Status that a driver sets [2.1].
+#define VBLK__DRIVERS_BITS                                                     \
+    (VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER | VBLK_STATUS_DRIVER_OK |    \
+     VBLK_STATUS_FEATURES_OK | VBLK_STATUS_FAILED)
+
 // What stands against FEATURES_OK (F3).
 static vblk_event_code vblk__check_features(const vblk_dev *dev) {
-    if (!(dev->accepted & VBLK_F_VERSION_1)) {
+    if (dev->o.profile == VBLK_STRICT &&
+        !(dev->accepted & VBLK_F_VERSION_1)) { // P10
         return VBLK_EV_FEATURES_VERSION;
     }
     if (dev->accepted & ~dev->offered) {
@@ -2716,12 +2740,42 @@ static vblk_event_code vblk__check_features(const vblk_dev *dev) {
     return VBLK_EV_NONE;
 }
 
+// What stands against one more bit over `old` (F2, F3, P2).
+static vblk_event_code vblk__check_step(const vblk_dev *dev, uint32_t old,
+                                        uint32_t bit) {
+    const uint32_t driver = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER;
+    bool standard = dev->o.profile == VBLK_STANDARD;
+    uint32_t base = old | (standard ? VBLK_STATUS_ACKNOWLEDGE : 0);
+    bool in_turn = false;
+    switch (bit) {
+    case VBLK_STATUS_ACKNOWLEDGE: in_turn = old == 0; break;
+    case VBLK_STATUS_DRIVER:
+        if (old == 0 && !standard) {
+            return VBLK_EV_STATUS_NO_ACK;
+        }
+        in_turn = base == VBLK_STATUS_ACKNOWLEDGE;
+        break;
+    case VBLK_STATUS_FEATURES_OK:
+        if (base == driver) {
+            return vblk__check_features(dev);
+        }
+        break;
+    case VBLK_STATUS_DRIVER_OK:
+        in_turn = base == (driver | VBLK_STATUS_FEATURES_OK);
+        break;
+    default: in_turn = true; // FAILED
+    }
+    return in_turn ? VBLK_EV_NONE : VBLK_EV_STATUS_ORDER;
+}
+
 // What stands against a Status that goes from `old` to `value` (F2 to F7).
 static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
                                           uint32_t value) {
-    const uint32_t driver = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER;
+    static const uint8_t steps[] = {
+        VBLK_STATUS_ACKNOWLEDGE, VBLK_STATUS_DRIVER, VBLK_STATUS_FEATURES_OK,
+        VBLK_STATUS_DRIVER_OK, VBLK_STATUS_FAILED};
     uint32_t add = value & ~old;
-    uint32_t base = old;
+    vblk_event_code code = VBLK_EV_NONE;
     if (add == VBLK_STATUS_FAILED && !(old & ~value)) {
         return VBLK_EV_NONE;
     }
@@ -2731,62 +2785,56 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
     if (old & ~value) {
         return VBLK_EV_STATUS_CLEARS;
     }
-    if (dev->o.profile == VBLK_STANDARD) {
-        base |= VBLK_STATUS_ACKNOWLEDGE; // P2
-    }
-    switch (add) {
-    case VBLK_STATUS_ACKNOWLEDGE:
-        return old == 0 ? VBLK_EV_NONE : VBLK_EV_STATUS_ORDER;
-    case VBLK_STATUS_DRIVER:
-        if (old == 0) {
-            return dev->o.profile == VBLK_STRICT ? VBLK_EV_STATUS_NO_ACK
-                                                 : VBLK_EV_NONE;
-        }
-        return base == VBLK_STATUS_ACKNOWLEDGE ? VBLK_EV_NONE
-                                               : VBLK_EV_STATUS_ORDER;
-    case VBLK_STATUS_FEATURES_OK:
-        return base == driver ? vblk__check_features(dev)
-                              : VBLK_EV_STATUS_ORDER;
-    case VBLK_STATUS_DRIVER_OK:
-        return base == (driver | VBLK_STATUS_FEATURES_OK)
-                   ? VBLK_EV_NONE
-                   : VBLK_EV_STATUS_ORDER;
-    default:
+    if (add & ~VBLK__DRIVERS_BITS ||
+        (dev->o.profile == VBLK_STRICT && add & (add - 1))) {
         return VBLK_EV_STATUS_BITS;
     }
+    for (unsigned i = 0; i < sizeof steps && !code; i++) {
+        if (add & steps[i]) {
+            code = vblk__check_step(dev, old, steps[i]);
+            old |= steps[i];
+        }
+    }
+    return code;
 }
 
-VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t value) {
+VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
     uint32_t old = VBLK__LOAD(&dev->status);
-    if (value == 0) {
+    if (written == 0) {
         vblk__reset(dev, 0);
         return VBLK_NO_QUEUE;
     }
     // A drainer may add NEEDS_RESET meanwhile, once: then look again.
-    for (int tries = 0; tries < 4 && value != old; tries++) {
+    for (int tries = 0; tries < 4; tries++) {
+        uint32_t value = dev->o.profile == VBLK_STRICT
+                             ? written
+                             : old | (written & VBLK__DRIVERS_BITS); // P2
+        uint32_t add = value & ~old;
+        if (value == old) { // F4
+            break;
+        }
         vblk_event_code code = vblk__check_status(dev, old, value);
         if (code) {
             bool features = code == VBLK_EV_FEATURES_VERSION ||
                             code == VBLK_EV_FEATURES_UNOFFERED;
             vblk__say(dev, VBLK_NO_QUEUE, code, 0,
                       features ? dev->accepted : old,
-                      features ? dev->offered : value);
+                      features ? dev->offered : written);
             return VBLK_NO_QUEUE;
         }
-        uint32_t add = value & ~old;
-        if (add == VBLK_STATUS_FEATURES_OK) {
+        if (add & VBLK_STATUS_FEATURES_OK) {
             dev->event_idx = dev->accepted & VBLK_F_EVENT_IDX;
             dev->indirect = dev->accepted & VBLK_F_INDIRECT_DESC;
             dev->write_through =
                 dev->offered & ~dev->accepted & VBLK_F_FLUSH; // X4
         }
         if (VBLK__CAS(&dev->status, old, value)) {
-            if (add == VBLK_STATUS_FAILED) {
+            if (add & VBLK_STATUS_FAILED) {
                 vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_STATUS_FAILED, 0, old,
-                          value);
+                          written);
             }
-            return add == VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
-                                                : VBLK_NO_QUEUE;
+            return add & VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
+                                               : VBLK_NO_QUEUE;
         }
     }
     return VBLK_NO_QUEUE;
@@ -3110,6 +3158,9 @@ static void vblk__set_defaults(vblk_options *o) {
     o->queues = o->queues ? o->queues : 1;
     o->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
     o->size_max = o->size_max ? o->size_max : 1u << 20;
+    if (o->profile == VBLK_STANDARD && !o->vendor_id) {
+        o->vendor_id = 0x554d4551; // P11
+    }
     if (!o->seg_max) {
         o->seg_max = o->queue_size > 3 ? o->queue_size - 2 : 1;
         o->seg_max = o->seg_max < VBLK_MAX_SEGS ? o->seg_max : VBLK_MAX_SEGS;

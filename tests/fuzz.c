@@ -1540,6 +1540,7 @@ static void request(uint8_t what) {
     };
     uint32_t t = types[type & 7];
     bool in = (t != VBLK_T_OUT) != (type >> 7);
+    t |= type & 0x40 ? 0x80000000 : 0; // P9
     parts c;
     c.n = 0;
     uint64_t header = alloc(24, 1);
@@ -2043,6 +2044,7 @@ static const struct {
          0, NEXT, 0, 0),
     SEED("headers", UP_AND, RW(1, 0), RW(2, 0), RW(5, 0), RW(6, 0), RW(7, 0),
          RW(8, 0), RW(12, 0), RW(13, 0)),
+    SEED("barrier", UP_AND, SEND(0x40, 0, 0, 0), SEND(0x41, 0, 0, 0)),
     SEED("types", UP_AND, SEND(4, 0, 0, 0), SEND(7, 0, 0, 0), SEND(5, 0, 0, 0),
          SEND(2, 0, 0, 0), SEND(0x80, 0, 0, 0), SEND(0x81, 0, 0, 0),
          SEND(0, 0, 16, 0)),

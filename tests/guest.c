@@ -319,6 +319,31 @@ void reset(void) {
     memset(g.queue, 0, sizeof g.queue);
 }
 
+// By the rule: 0 resets, the same value is nothing; strict: one bit may be
+// added, in order; standard: what is new in it is added if each step of it is
+// in order; FAILED any time.
+uint32_t guest_status_after(bool standard, uint32_t old, uint32_t value) {
+    static const uint8_t ways[][5] = {{0, 1, 3, 0xb, 0xf}, {0, 2, 0xa, 0xe}};
+    uint32_t add = value & ~old & (standard ? 0x8fu : ~0u);
+    if (value == 0) {
+        return 0;
+    }
+    if (!standard && (old & ~value || add & (add - 1))) {
+        return old;
+    }
+    for (unsigned way = 0; way <= standard; way++) {
+        for (unsigned i = 0; i < 5; i++) {
+            for (unsigned k = i; k < 5; k++) {
+                uint32_t from = ways[way][i], to = ways[way][k] | (add & 0x80);
+                if (old == from && to == (from | add)) {
+                    return to;
+                }
+            }
+        }
+    }
+    return add == 0x80 ? old | 0x80 : old;
+}
+
 void guest_make(void) {
     int err = vblk_init(&g.dev, &g.o);
     CHECK_EQ(VBLK_OK, err);
@@ -464,7 +489,7 @@ req prepare(uint32_t type, uint64_t sector, uint32_t bytes) {
 }
 
 uint16_t send(unsigned queue, const req *r) {
-    uint32_t type = get32(r->header);
+    uint32_t type = get32(r->header) & 0x7fffffff; // P9
     part p[3] = {
         {r->header, 16, 0},
         {r->data, r->bytes, type == VBLK_T_OUT ? 0 : WRITE},

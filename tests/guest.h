@@ -100,6 +100,8 @@ void guest_make(void);
 void guest_negotiate(uint64_t declined);
 void guest_queue_up(unsigned queue, uint32_t size);
 void guest_go(void);
+// What Status becomes when `value` is stored over `old`.
+uint32_t guest_status_after(bool standard, uint32_t old, uint32_t value);
 
 uint32_t rd(uint32_t offset);
 int      wr(uint32_t offset, uint32_t value); // does not drain

@@ -108,7 +108,7 @@ void model_init(model *m, const vblk_options *o) {
         }
     }
     m->size_max = o->size_max ? o->size_max : 1u << 20;
-    m->vendor = o->vendor_id;
+    m->vendor = o->vendor_id || !m->standard ? o->vendor_id : 0x554d4551;
     m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
                  VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
     if (m->can_flush || (m->read_only && !m->unsafe)) { // nothing to flush
@@ -260,25 +260,22 @@ static void reset_all(model *m) { // R1
     }
 }
 
-// True if the write takes: one bit more, in order (F2 to F7, P2).
-static bool status_step(const model *m, uint32_t value) {
-    uint32_t old = m->status, added = value & ~old;
-    if (old & ~value) {
-        return false;
-    }
-    if (added == VBLK_STATUS_FAILED) {
+// True if one bit more is in order (F2 to F7, P2).
+static bool status_step(const model *m, uint32_t old, uint32_t bit) {
+    if (bit == VBLK_STATUS_FAILED) {
         return true;
     }
     if (old & (VBLK_STATUS_NEEDS_RESET | VBLK_STATUS_FAILED)) {
         return false;
     }
-    switch (added) {
+    switch (bit) {
     case VBLK_STATUS_ACKNOWLEDGE:
         return !(old & VBLK_STATUS_DRIVER);
     case VBLK_STATUS_DRIVER:
         return m->standard || old & VBLK_STATUS_ACKNOWLEDGE;
     case VBLK_STATUS_FEATURES_OK:
-        return old & VBLK_STATUS_DRIVER && m->accepted & VBLK_F_VERSION_1 &&
+        return old & VBLK_STATUS_DRIVER &&
+               (m->standard || m->accepted & VBLK_F_VERSION_1) && // P10
                !(m->accepted & ~m->offered);
     case VBLK_STATUS_DRIVER_OK:
         return old & VBLK_STATUS_FEATURES_OK;
@@ -287,17 +284,41 @@ static bool status_step(const model *m, uint32_t value) {
     }
 }
 
+// What Status becomes, if the write takes. Standard: what is new in it and is
+// a driver's to set, each bit in order.
+static uint32_t status_after(const model *m, uint32_t value) {
+    static const uint32_t order[] = {1, 2, 8, 4, 0x80};
+    uint32_t old = m->status, now = old, added = value & ~old;
+    unsigned bits = 0;
+    if (m->standard) {
+        added &= 0x8f;
+    } else if (old & ~value || added & ~UINT32_C(0x8f)) {
+        return old;
+    }
+    if (old & VBLK_STATUS_NEEDS_RESET && added != VBLK_STATUS_FAILED) {
+        return old;
+    }
+    for (unsigned i = 0; i < COUNT(order); i++) {
+        if (added & order[i]) {
+            bits++;
+            if (!status_step(m, now, order[i])) {
+                return old;
+            }
+            now |= order[i];
+        }
+    }
+    return bits > 1 && !m->standard ? old : now;
+}
+
 static int write_status(model *m, uint32_t value) {
     if (value == 0) {
         reset_all(m);
-    } else if (status_step(m, value)) {
-        bool live = m->status & VBLK_STATUS_DRIVER_OK;
-        m->status = value;
-        if (value & VBLK_STATUS_DRIVER_OK && !live) {
-            return VBLK_ALL_QUEUES;
-        }
+        return VBLK_NO_QUEUE;
     }
-    return VBLK_NO_QUEUE;
+    uint32_t old = m->status;
+    m->status = status_after(m, value);
+    return m->status & ~old & VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
+                                                    : VBLK_NO_QUEUE;
 }
 
 static void set_half(uint64_t *address, bool high, uint32_t value) { // M8
@@ -418,6 +439,7 @@ typedef struct chain {
     uint64_t status;
     bool     header_there, header_readable;
     uint32_t type;
+    bool     barrier; // bit 31 of the type
     uint64_t sector;
 } chain;
 
@@ -494,6 +516,8 @@ static void read_header(model *m, chain *c, const uint64_t *address) {
     for (unsigned i = 0; i < 4; i++) {
         c->type |= (uint32_t)header[i] << 8 * i;
     }
+    c->barrier = c->type >> 31;
+    c->type &= 0x7fffffff;
     for (unsigned i = 0; i < 8; i++) {
         c->sector |= (uint64_t)header[8 + i] << 8 * i;
     }
@@ -672,6 +696,9 @@ static uint8_t validate(const model *m, const chain *c) {
     bool flush = c->type == VBLK_T_FLUSH, id = c->type == VBLK_T_GET_ID;
     if (!c->header_there || !c->header_readable) {
         return VBLK_S_IOERR; // V3, V4
+    }
+    if (c->barrier && !m->standard) { // P9
+        return VBLK_S_UNSUPP;
     }
     bool flushes = flush && (m->offered & VBLK_F_FLUSH || m->read_only);
     if (!(in || out || id || flushes)) {

@@ -616,6 +616,8 @@ void events_of_strict_rules_name_the_standard_profile(void) {
         VBLK_EV_HEADER_FRAMING,      VBLK_EV_SEGMENT_LONG_STRICT,
         VBLK_EV_DATA_MISSING,        VBLK_EV_DATA_UNWANTED,
         VBLK_EV_ID_SHORT,            VBLK_EV_REG_QUEUE_FROZEN,
+        VBLK_EV_STATUS_CLEARS,       VBLK_EV_STATUS_BITS,
+        VBLK_EV_FEATURES_VERSION,    VBLK_EV_TYPE_BARRIER,
     };
     unsigned named = 0;
     for (size_t i = 0; i < COUNT(codes); i++) {

@@ -447,6 +447,9 @@ static void add(part *p, unsigned *n, uint64_t gpa, uint64_t bytes,
 static uint32_t random_type(void) {
     static const uint32_t odd[] = {2, 5, 7, 9, 11, 13, 0x80000000, 0x100,
                                    UINT32_MAX};
+    if (one_in(30)) { // P9
+        return random_type() | 0x80000000;
+    }
     switch (test_below(20)) {
     case 0:  return odd[test_below(COUNT(odd))];
     case 1:

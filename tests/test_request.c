@@ -327,7 +327,7 @@ void v10_flush_of_a_read_only_disk(void) {
 void v11_unknown_types(void) {
     static const uint32_t types[] = {2,  3,  5,  6,  7,  9,  10, 11, 12, 13,
                                      14, 15, 16, 17, 18, 20, 22, 24, 26, 99,
-                                     0x80000000, 0x80000001, 0x100,
+                                     0x80000003, 0xc0000001, 0x100,
                                      UINT32_MAX};
     for (int profile = 0; profile < 2; profile++) {
         guest_init();
@@ -348,6 +348,29 @@ void v11_unknown_types(void) {
         CHECK_EQ(0, g.calls);
         vblk_counts none = {0}, now = counts();
         CHECK_MEM(&none, &now, sizeof none);
+    }
+}
+
+void p9_the_barrier_bit_is_ignored(void) {
+    static const uint32_t barrier = 0x80000000;
+    for (int profile = 0; profile < 2; profile++) {
+        bool standard = profile == VBLK_STANDARD;
+        guest_init();
+        g.o.profile = (vblk_profile)profile;
+        guest_up();
+        static const uint32_t types[] = {VBLK_T_IN, VBLK_T_OUT, VBLK_T_FLUSH,
+                                         VBLK_T_GET_ID};
+        for (size_t i = 0; i < COUNT(types); i++) {
+            uint32_t bytes = types[i] == VBLK_T_FLUSH ? 0 : 512;
+            fate f = send_request(types[i] | barrier, 0, bytes);
+            CHECK_EQ(standard ? VBLK_S_OK : VBLK_S_UNSUPP, f.status);
+        }
+        CHECK_EQ(standard ? 0 : COUNT(types), g.events[VBLK_EV_TYPE_BARRIER]);
+        CHECK_EQ(standard ? 1 : 0, counts().writes);
+        CHECK_EQ(standard ? 1 : 0, counts().reads);
+        send_request(99 | barrier, 0, 0); // the event has the type as it was
+        CHECK_EQ(VBLK_EV_TYPE_UNKNOWN, g.last.code);
+        CHECK_EQ(99 | barrier, g.last.a);
     }
 }
 

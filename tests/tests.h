@@ -8,6 +8,7 @@
 
 #define TESTS(X)                                                               \
     X(m1_identity, GUEST)                                                      \
+    X(p11_the_standard_vendor_is_qemus, GUEST)                                 \
     X(m2_registers_are_32_bits_wide, GUEST)                                    \
     X(m3_config_any_width_and_alignment, GUEST)                                \
     X(m3_config_of_large_numbers, GUEST)                                       \
@@ -31,7 +32,9 @@
     X(f1_features_follow_from_the_options, GUEST)                              \
     X(f2_status_steps_strict, GUEST)                                           \
     X(p2_status_steps_standard, GUEST)                                         \
+    X(p2_steps_at_once, GUEST)                                                 \
     X(f3_features_ok_needs_version_1_and_a_subset, GUEST)                      \
+    X(p10_a_driver_without_version_1, GUEST)                                   \
     X(f4_writing_the_same_status_is_nothing, GUEST)                            \
     X(f5_failed_is_stored_and_nothing_else_happens, GUEST)                     \
     X(f6_writing_0_resets_from_every_state, GUEST)                             \
@@ -118,6 +121,7 @@
     X(v9_write_to_a_read_only_disk, GUEST)                                     \
     X(v10_flush_of_a_read_only_disk, GUEST)                                    \
     X(v11_unknown_types, GUEST)                                                \
+    X(p9_the_barrier_bit_is_ignored, GUEST)                                    \
     X(v11_flush_is_unknown_where_it_is_not_offered, GUEST)                     \
     X(v12_wrong_direction, GUEST)                                              \
     X(v13_beyond_the_disk, GUEST)                                              \
