@@ -2911,10 +2911,27 @@ static void vblk__write_features(vblk_dev *dev, uint32_t value) {
     }
 }
 
-static void vblk__half(uint64_t *address, uint64_t offset, uint32_t value) {
+// The address that a register of `q` holds half of, with that half changed.
+static uint64_t *vblk__half(vblk_queue *q, uint64_t offset, uint32_t value,
+                            uint64_t *changed) {
     unsigned shift = offset & 4 ? 32 : 0;
-    *address &= ~((uint64_t)UINT32_MAX << shift);
-    *address |= (uint64_t)value << shift;
+    uint64_t *address = offset < VBLK_REG_QUEUE_DRIVER_LOW   ? &q->desc_gpa
+                        : offset < VBLK_REG_QUEUE_DEVICE_LOW ? &q->avail_gpa
+                                                             : &q->used_gpa;
+    *changed = (*address & ~((uint64_t)UINT32_MAX << shift)) |
+               (uint64_t)value << shift;
+    return address;
+}
+
+// Linux clears QueueReady after its reset; that is no mistake.
+static bool vblk__would_change(vblk_queue *q, uint64_t offset,
+                               uint32_t value) {
+    uint64_t address;
+    switch (offset) {
+    case VBLK_REG_QUEUE_NUM:   return value != q->size;
+    case VBLK_REG_QUEUE_READY: return (value == 1) != q->ready;
+    default: return *vblk__half(q, offset, value, &address) != address;
+    }
 }
 
 // What stands against a write to a register of `q` (M7, P8).
@@ -2949,7 +2966,9 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     vblk_queue *q = &dev->queue[dev->queue_sel];
     vblk_event_code code = vblk__check_window(dev, q, offset, value);
     if (code) {
-        vblk__tell(dev, q, code, 0, offset, value);
+        if (vblk__would_change(q, offset, value)) {
+            vblk__tell(dev, q, code, 0, offset, value);
+        }
         return VBLK_NO_QUEUE;
     }
     switch (offset) {
@@ -2976,17 +2995,12 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
             VBLK__STORE(&q->ready, value == 1);
         }
         break;
-    case VBLK_REG_QUEUE_DESC_LOW:
-    case VBLK_REG_QUEUE_DESC_HIGH:
-        vblk__half(&q->desc_gpa, offset, value);
+    default: {
+        uint64_t changed;
+        uint64_t *address = vblk__half(q, offset, value, &changed);
+        *address = changed;
         break;
-    case VBLK_REG_QUEUE_DRIVER_LOW:
-    case VBLK_REG_QUEUE_DRIVER_HIGH:
-        vblk__half(&q->avail_gpa, offset, value);
-        break;
-    default:
-        vblk__half(&q->used_gpa, offset, value);
-        break;
+    }
     }
     return VBLK_NO_QUEUE;
 }

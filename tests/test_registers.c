@@ -188,6 +188,38 @@ void m7_queue_registers_have_a_window(void) {
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
 }
 
+// Linux clears QueueReady after each reset.
+void m7_what_changes_nothing_is_silent(void) {
+    static const uint32_t registers[] = {
+        VBLK_REG_QUEUE_NUM,        VBLK_REG_QUEUE_READY,
+        VBLK_REG_QUEUE_DESC_LOW,   VBLK_REG_QUEUE_DESC_HIGH,
+        VBLK_REG_QUEUE_DRIVER_LOW, VBLK_REG_QUEUE_DRIVER_HIGH,
+        VBLK_REG_QUEUE_DEVICE_LOW, VBLK_REG_QUEUE_DEVICE_HIGH};
+    guest_make();
+    guest_negotiate(0);
+    wr(VBLK_REG_STATUS, 0);
+    for (size_t i = 0; i < COUNT(registers); i++) {
+        wr(registers[i], 0);
+    }
+    wr(VBLK_REG_QUEUE_READY, 2); // clears as well
+    CHECK_EQ(0, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+    for (size_t i = 0; i < COUNT(registers); i++) {
+        ROW_BEGIN();
+        wr(registers[i], 1);
+        CHECK_EQ(i + 1, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+        ROW("register %#x", registers[i]);
+    }
+    guest_up();
+    const vblk_queue *q = &g.dev.queue[0];
+    unsigned said = g.events[VBLK_EV_REG_QUEUE_WINDOW];
+    wr(VBLK_REG_QUEUE_NUM, q->size);
+    wr(VBLK_REG_QUEUE_READY, 1);
+    wr(VBLK_REG_QUEUE_DRIVER_LOW, (uint32_t)q->avail_gpa);
+    CHECK_EQ(said, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+    wr(VBLK_REG_QUEUE_DRIVER_LOW, (uint32_t)q->avail_gpa + 2);
+    CHECK_EQ(said + 1, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+}
+
 void m7_queue_sizes(void) {
     static const uint32_t bad[] = {0, 3, 257, 512, 0x10000, 0x10004,
                                    UINT32_MAX};

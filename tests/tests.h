@@ -17,6 +17,7 @@
     X(m5_driver_features_window, GUEST)                                        \
     X(m6_queues_that_do_not_exist, GUEST)                                      \
     X(m7_queue_registers_have_a_window, GUEST)                                 \
+    X(m7_what_changes_nothing_is_silent, GUEST)                                \
     X(m7_queue_sizes, GUEST)                                                   \
     X(m7_queue_ready_is_frozen_when_live, GUEST)                               \
     X(m7_queue_ready_before_driver_ok, GUEST)                                  \
