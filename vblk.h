@@ -513,8 +513,8 @@ typedef enum vblk_error {
       "ring is outside guest memory; a = address (Q3)")                        \
     X(HOST_RESET, "the host asked for a reset of the device")                  \
     /* chain dropped (standard: returned with length 0) */                     \
-    X(CHAIN_LONG, "a chain has more than seg_max + 2 descriptors, or loops; "  \
-      "a = limit (V1)")                                                        \
+    X(CHAIN_LONG, "a chain has more than seg_max + 2 descriptors, or more "    \
+      "than its table has: it loops; a = limit (V1)")                          \
     X(CHAIN_NEXT, "a descriptor index is outside its table; a = index, "       \
       "b = entries (V1)")                                                      \
     X(CHAIN_UNREADABLE, "a descriptor, or the table it is in, is outside "     \
@@ -556,8 +556,8 @@ typedef enum vblk_error {
     X(DATA_UNWANTED, "a FLUSH with data; the standard profile ignores the "    \
       "data; a = bytes (V7, P4)")                                              \
     X(DATA_RAGGED, "data of no multiple of 512 bytes; a = bytes (V8)")         \
-    X(DATA_LONG, "data of 4 GiB or more cannot be told in a used length; "     \
-      "a = bytes (V13)")                                                       \
+    X(DATA_LONG, "data of 4 GiB or more: a used length cannot tell it, and "   \
+      "no request may hold the device for so long; a = bytes (V13)")           \
     X(DATA_UNMAPPED, "a data buffer is outside guest memory; a = address, "    \
       "b = bytes (X5)")                                                        \
     X(READ_ONLY, "a write to a read-only disk; a = sector (V9)")               \
@@ -566,10 +566,14 @@ typedef enum vblk_error {
     X(ID_SHORT, "GET_ID with less than 20 bytes in its first buffer; the "     \
       "standard profile copies what fits; a = bytes (V16, P4)")                \
     /* backend */                                                              \
-    X(BACKEND_FAILED, "the backend failed; a = type, b = its error number "    \
-      "(X3)")                                                                  \
-    X(BACKEND_STUCK, "the backend wrote less than asked and stopped there; "   \
-      "a = bytes written, b = bytes asked (X3)")                               \
+    X(READ_FAILED, "the backend failed to read; a = sector, b = its error "    \
+      "number (X3)")                                                           \
+    X(WRITE_FAILED, "the backend failed to write; a = sector, b = its error "  \
+      "number (X3)")                                                           \
+    X(WRITE_STUCK, "the backend wrote less than asked and stopped there; "     \
+      "a = sector, b = bytes left (X3)")                                       \
+    X(FLUSH_FAILED, "the backend failed to make writes durable; a = sector "   \
+      "behind the write, 0 of a FLUSH; b = its error number (X3)")             \
     X(NO_MEMORY, "a queue has work but guest memory was not given yet; the "   \
       "work waits for vblk_set_memory() (W9)")
 
@@ -1288,12 +1292,14 @@ static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
 // Sixteen bytes, each read once: a descriptor or a header.
 static inline bool vblk__fetch16(vblk_dev *dev, const uint8_t *ptr,
                                  uint64_t gpa, uint8_t *dst) {
-    if (!ptr) {
-        return vblk__read(dev, gpa, dst, 16);
+    bool ok = true;
+    if (ptr) {
+        VBLK_MEMCPY(dst, ptr, 16);
+    } else {
+        ok = vblk__read(dev, gpa, dst, 16);
     }
-    VBLK_MEMCPY(dst, ptr, 16);
     VBLK__ONCE();
-    return true;
+    return ok;
 }
 
 // Ring words. `ptr` is the start of the area or NULL, `gpa` its address. An
@@ -1809,6 +1815,7 @@ typedef struct vblk__table {
     uint8_t *ptr; // or NULL
     uint64_t gpa;
     uint32_t entries;
+    uint32_t taken; // so far: a chain has each entry once
     bool     indirect;
 } vblk__table;
 
@@ -1856,14 +1863,16 @@ static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
     t->ptr = vblk__whole(dev, gpa, n, false);
     t->gpa = gpa;
     t->entries = n / VBLK__DESC_BYTES;
+    t->taken = 0;
     t->indirect = true;
     return true;
 }
 
-// Follow the chain from `head`; at most seg_max + 2 descriptors, so it ends.
+// Follow the chain from `head`: at most seg_max + 2 descriptors, and at most
+// as many of a table as it has, whatever the guest writes there meanwhile.
 static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
-    vblk__table t = {q->desc, q->desc_gpa, q->size, false};
+    vblk__table t = {q->desc, q->desc_gpa, q->size, 0, false};
     unsigned limit = dev->o.seg_max + 2;
     uint32_t i = head;
     for (;;) {
@@ -1873,8 +1882,9 @@ static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
             vblk__tell(dev, q, VBLK_EV_CHAIN_NEXT, head, i, t.entries);
             return false;
         }
-        if (c->descs == limit) {
-            vblk__tell(dev, q, VBLK_EV_CHAIN_LONG, head, limit, 0);
+        if (c->descs == limit || t.taken++ == t.entries) {
+            vblk__tell(dev, q, VBLK_EV_CHAIN_LONG, head,
+                       c->descs == limit ? limit : t.entries, 0);
             return false;
         }
         if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
@@ -1940,10 +1950,10 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
         vblk__desc *d = &c->d[c->first];
         uint32_t n = VBLK__HEADER_BYTES - got;
         n = d->n < n ? d->n : n;
-        uint8_t *p = vblk__whole(dev, d->gpa, n, false);
         if (vblk__wraps(d->gpa, d->n)) {
             return VBLK_EV_HEADER_UNREADABLE;
         }
+        uint8_t *p = vblk__whole(dev, d->gpa, n, false);
         if (p && n == VBLK__HEADER_BYTES) {
             vblk__fetch16(dev, p, 0, header);
         } else if (!vblk__read(dev, d->gpa, header + got, n)) {
@@ -2143,6 +2153,12 @@ static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
     return dev->queue[r->queue].epoch != r->epoch;
 }
 
+// Guest memory refuses the data at byte `at`, which it had agreed to (X5).
+static void vblk__refused(vblk_dev *dev, const vblk_request *r, uint64_t at) {
+    vblk_seg s = vblk__piece(r, at, r->bytes - at);
+    vblk__say(dev, r->queue, VBLK_EV_DATA_UNMAPPED, r->head, s.gpa, s.n);
+}
+
 VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       void *dst, size_t n) {
     if (vblk__stale(dev, req)) {
@@ -2153,6 +2169,7 @@ VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
         if (s.ptr) {
             VBLK_MEMCPY(p, s.ptr, s.n);
         } else if (!vblk__read(dev, s.gpa, p, s.n)) {
+            vblk__refused(dev, req, at);
             return false;
         }
         p += s.n;
@@ -2172,6 +2189,7 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
         if (s.ptr) {
             VBLK_MEMCPY(s.ptr, p, s.n);
         } else if (!vblk__write(dev, s.gpa, p, s.n)) {
+            vblk__refused(dev, req, at);
             return false;
         }
         p += s.n;
@@ -2191,6 +2209,7 @@ static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
         } else {
             s.n = s.n < sizeof zeroes ? s.n : sizeof zeroes;
             if (!vblk__write(dev, s.gpa, zeroes, s.n)) {
+                vblk__refused(dev, r, at);
                 return false;
             }
         }
@@ -2199,21 +2218,31 @@ static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     return true;
 }
 
-// Call the backend until all is moved, nothing moves, or it fails. Returns
-// bytes moved, or its negative error.
-static int64_t vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
-                          vblk_seg *seg, unsigned segs, uint64_t bytes) {
+// How far a transfer came, and why it ended there: 0, a backend's negative
+// error number, or VBLK__REFUSED where guest memory said so itself.
+typedef struct vblk__progress {
+    uint64_t bytes;
+    int64_t  error;
+} vblk__progress;
+
+#define VBLK__REFUSED INT64_MIN
+
+// Call the backend until all is moved, nothing moves, or it fails.
+static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
+                                 vblk_seg *seg, unsigned segs,
+                                 uint64_t bytes) {
     const vblk_backend *b = &dev->o.backend;
-    uint64_t done = 0;
-    while (done < bytes) {
-        int64_t n = type == VBLK_T_IN
-                        ? b->read(b->user, offset + done, seg, segs)
-                        : b->write(b->user, offset + done, seg, segs);
+    vblk__progress done = {0, 0};
+    while (done.bytes < bytes) {
+        uint64_t at = offset + done.bytes;
+        int64_t n = type == VBLK_T_IN ? b->read(b->user, at, seg, segs)
+                                      : b->write(b->user, at, seg, segs);
         if (n <= 0) {
-            return n < 0 ? n : (int64_t)done;
+            done.error = n;
+            break;
         }
-        VBLK_ASSERT((uint64_t)n <= bytes - done);
-        done += (uint64_t)n;
+        VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
+        done.bytes += (uint64_t)n;
         while (segs > 0 && (uint64_t)n >= seg->n) {
             n -= (int64_t)seg->n;
             seg++;
@@ -2225,58 +2254,40 @@ static int64_t vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
             seg->n -= (size_t)n;
         }
     }
-    return (int64_t)done;
+    return done;
 }
 
-// Guest memory refused what it had agreed to (X5): no backend's error number.
-#define VBLK__REFUSED INT64_MIN
-
 // The same without pointers, through a buffer.
-static int64_t vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
+static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
-    uint64_t done = 0;
-    while (done < r->bytes) {
-        uint64_t n = r->bytes - done;
+    vblk__progress done = {0, 0};
+    while (done.bytes < r->bytes && !done.error) {
+        uint64_t n = r->bytes - done.bytes;
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
         if (r->type == VBLK_T_OUT &&
-            !vblk_get(dev, r, done, scratch, (size_t)n)) {
-            return VBLK__REFUSED;
+            !vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
+            done.error = VBLK__REFUSED;
+            break;
         }
-        int64_t got = vblk__move(dev, r->type, r->offset + done, &s, 1, n);
-        if (got < 0) {
-            return got;
-        }
+        vblk__progress got = vblk__move(dev, r->type, r->offset + done.bytes,
+                                        &s, 1, n);
         if (r->type == VBLK_T_IN &&
-            !vblk_put(dev, r, done, scratch, (size_t)got)) {
-            return VBLK__REFUSED;
+            !vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
+            got.error = VBLK__REFUSED;
         }
-        done += (uint64_t)got;
-        if ((uint64_t)got < n) {
+        done.bytes += got.bytes;
+        done.error = got.error;
+        if (got.bytes < n) {
             break;
         }
     }
-    return (int64_t)done;
+    return done;
 }
 
-static void vblk__backend_failed(vblk_dev *dev, const vblk_request *r,
-                                 int64_t error) {
-    vblk__say(dev, r->queue, VBLK_EV_BACKEND_FAILED, r->head, r->type,
-              (uint64_t)-error);
-}
-
-static bool vblk__flush(vblk_dev *dev, const vblk_request *r) {
-    const vblk_backend *b = &dev->o.backend;
-    int err = b->flush(b->user);
-    if (err) {
-        vblk__backend_failed(dev, r, err);
-    }
-    return err == 0;
-}
-
-// Bytes moved, or the backend's negative error. vblk__move() eats the segments
-// it is given, and the padding needs the request's.
-static int64_t vblk__transfer(vblk_dev *dev, const vblk_request *r) {
+// vblk__move() eats the segments it is given, and the padding needs the
+// request's.
+static vblk__progress vblk__transfer(vblk_dev *dev, const vblk_request *r) {
     vblk_seg seg[sizeof r->seg / sizeof r->seg[0]];
     if (!r->direct) {
         return vblk__move_copied(dev, r);
@@ -2287,23 +2298,30 @@ static int64_t vblk__transfer(vblk_dev *dev, const vblk_request *r) {
     return vblk__move(dev, r->type, r->offset, seg, r->segs, r->bytes);
 }
 
-// Do `r` with the backend, here and now.
+// Do `r` with the backend, here and now. A backend's failure is told with the
+// sector that it came to.
 static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
-    int64_t moved = r->type == VBLK_T_FLUSH ? 0 : vblk__transfer(dev, r);
-    bool ok = moved >= 0;
-    if (moved == VBLK__REFUSED) {
-        vblk__say(dev, r->queue, VBLK_EV_DATA_UNMAPPED, r->head,
-                  r->seg[0].gpa, r->bytes);
-    } else if (!ok) {
-        vblk__backend_failed(dev, r, moved);
-    } else if (r->type == VBLK_T_OUT && (uint64_t)moved < r->bytes) {
-        vblk__say(dev, r->queue, VBLK_EV_BACKEND_STUCK, r->head,
-                  (uint64_t)moved, r->bytes);
-        ok = false;
-    } else if (r->type == VBLK_T_FLUSH || r->durable) {
-        ok = vblk__flush(dev, r);
+    static const vblk__progress none = {0, 0};
+    const vblk_backend *b = &dev->o.backend;
+    vblk__progress done = r->type == VBLK_T_FLUSH ? none
+                                                  : vblk__transfer(dev, r);
+    uint64_t sector = (r->offset + done.bytes) / VBLK_SECTOR;
+    vblk_event_code code = r->type == VBLK_T_IN ? VBLK_EV_READ_FAILED
+                                                : VBLK_EV_WRITE_FAILED;
+    bool stuck = r->type == VBLK_T_OUT && done.bytes < r->bytes;
+    if (!done.error && stuck) {
+        vblk__say(dev, r->queue, VBLK_EV_WRITE_STUCK, r->head, sector,
+                  r->bytes - done.bytes);
+    } else if (!done.error && (r->type == VBLK_T_FLUSH || r->durable)) {
+        done.error = b->flush(b->user);
+        code = VBLK_EV_FLUSH_FAILED;
     }
-    vblk_complete(dev, r, ok ? VBLK_S_OK : VBLK_S_IOERR, (uint64_t)moved);
+    if (done.error && done.error != VBLK__REFUSED) {
+        vblk__say(dev, r->queue, code, r->head, sector,
+                  (uint64_t)-done.error);
+    }
+    bool ok = !done.error && !stuck;
+    vblk_complete(dev, r, ok ? VBLK_S_OK : VBLK_S_IOERR, done.bytes);
 }
 
 
@@ -2341,7 +2359,10 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
     if (vblk__stale(dev, req)) {
         return false;
     }
-    VBLK_ASSERT(q->under_way > 0);
+    VBLK_ASSERT(q->under_way > 0); // else it was completed before
+    if (q->under_way == 0) {
+        return false;
+    }
     q->under_way--;
     bool in = req->type == VBLK_T_IN;
     bool ok = status == VBLK_S_OK && (!in || vblk__pad(dev, req, bytes));
@@ -2370,14 +2391,14 @@ static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
 }
 
 // GET_ID needs no backend: the id goes out as far as there is space (V16).
-static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
-    size_t n = r->bytes < VBLK_ID_BYTES ? (size_t)r->bytes : VBLK_ID_BYTES;
-    bool to_status = n == r->bytes || dev->o.profile == VBLK_STRICT; // P6
-    if (!vblk_put(dev, r, 0, dev->id, n)) {
+static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                         uint64_t space) {
+    bool to_status = r->bytes == space || dev->o.profile == VBLK_STRICT; // P6
+    if (!vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
         vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
         return;
     }
-    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)n + to_status);
+    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
 }
 
 // Read the chain at `r->head` and find its status byte. False: it was dropped,
@@ -2412,6 +2433,16 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     return true;
 }
 
+// Only the first `bytes` of the list are to be looked up; there are more.
+static void vblk__keep(vblk__chain *c, uint32_t bytes) {
+    unsigned i = c->first;
+    for (; c->d[i].n < bytes; i++) {
+        bytes -= c->d[i].n;
+    }
+    c->d[i].n = bytes;
+    c->count = i + 1;
+}
+
 // Fill in `r` from its header and the rest of its chain, or say why not.
 static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     uint8_t header[VBLK__HEADER_BYTES];
@@ -2439,6 +2470,10 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     }
     r->offset = k->sectors ? sector * VBLK_SECTOR : 0;
     r->bytes = c->in_bytes + c->out_bytes;
+    if (!k->sectors && r->bytes > VBLK_ID_BYTES) {
+        r->bytes = VBLK_ID_BYTES;
+        vblk__keep(c, VBLK_ID_BYTES);
+    }
     return vblk__map_data(dev, r, c);
 }
 
@@ -2512,7 +2547,7 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         return VBLK_STALLED;
     }
     if (r->type == VBLK_T_GET_ID) {
-        vblk__get_id(dev, q, r);
+        vblk__get_id(dev, q, r, c.in_bytes);
         return VBLK_MORE;
     }
     q->under_way++;

@@ -681,11 +681,20 @@ static bool out_of_range(const model *m, const chain *c) { // V13
     return offset > disk || c->bytes > disk - offset;
 }
 
+// What a request moves: all of its data, but of GET_ID no more than the id.
+static uint64_t moved(const chain *c) {
+    bool id = c->type == VBLK_T_GET_ID && c->bytes > VBLK_ID_BYTES;
+    return id ? VBLK_ID_BYTES : c->bytes;
+}
+
 static bool data_mapped(const chain *c) { // X5
-    for (unsigned i = 0; i < c->datas; i++) {
-        if (c->data[i].wrapped || !mapped(c->data[i].gpa, c->data[i].n)) {
+    uint64_t left = moved(c);
+    for (unsigned i = 0; i < c->datas && left > 0; i++) {
+        uint64_t n = c->data[i].n < left ? c->data[i].n : left;
+        if (wraps(c->data[i].gpa, n) || !mapped(c->data[i].gpa, n)) {
             return false;
         }
+        left -= n;
     }
     return true;
 }
@@ -810,7 +819,7 @@ static uint32_t execute(model *m, const model_queue *q, const chain *c,
         m->counts.writes += c->type == VBLK_T_OUT;
         return VBLK_S_OK;
     }
-    if (!throttle(m, q, c->type == VBLK_T_FLUSH ? 0 : c->bytes, now_ns,
+    if (!throttle(m, q, c->type == VBLK_T_FLUSH ? 0 : moved(c), now_ns,
                   wait)) {
         return STALLS;
     }

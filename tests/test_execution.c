@@ -179,14 +179,15 @@ void x3_backend_errors(void) {
         guest_init();
         guest_up();
         g.fail_call = 1;
-        req r = request(type, 0, 512);
+        req r = request(type, 7, 512);
         kick(0);
         CHECK_EQ(VBLK_S_IOERR, status_of(&r));
         CHECK_EQ(1, used_len(0));
         CHECK_EQ(1, counts().io_errors);
         CHECK_EQ(0, counts().reads + counts().writes);
-        CHECK_EQ(1, g.events[VBLK_EV_BACKEND_FAILED]);
-        CHECK_EQ(type, g.last.a);
+        CHECK_EQ(1, g.events[type ? VBLK_EV_WRITE_FAILED
+                                  : VBLK_EV_READ_FAILED]);
+        CHECK_EQ(7, g.last.a);
         CHECK_EQ(type ? 28 : 5, g.last.b);
         CHECK_EQ(VBLK_S_OK, run(type, 0, 512));
     }
@@ -198,19 +199,69 @@ void x3_an_error_after_a_part(void) {
         guest_up();
         g.most = 512;
         g.fail_call = 2;
-        CHECK_EQ(VBLK_S_IOERR, run(type, 0, 2048));
+        CHECK_EQ(VBLK_S_IOERR, run(type, 6, 2048));
         CHECK_EQ(1, counts().io_errors);
         CHECK_EQ(0, counts().bytes_read + counts().bytes_written);
+        CHECK_EQ(7, g.last.a); // the sector that it came to
     }
 }
 
 void x3_a_write_without_progress(void) {
     guest_up();
     g.stuck = 700;
-    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 2048));
-    CHECK_EQ(1, g.events[VBLK_EV_BACKEND_STUCK]);
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 3, 2048));
+    CHECK_EQ(1, g.events[VBLK_EV_WRITE_STUCK]);
+    CHECK_EQ(4, g.last.a);
+    CHECK_EQ(2048 - 700, g.last.b);
     CHECK_EQ(1, counts().io_errors);
     CHECK_EQ(0, counts().writes);
+}
+
+// Memory that agrees to `fickle` when it is asked, and then refuses it.
+static vblk_memory steady;
+static uint64_t    fickle;
+
+static int fickle_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    bool no = dst && gpa <= fickle && fickle - gpa < n;
+    return no ? -1 : steady.read(user, gpa, dst, n);
+}
+
+static int fickle_write(void *user, uint64_t gpa, const void *src,
+                        uint64_t n) {
+    bool no = src && gpa <= fickle && fickle - gpa < n;
+    return no ? -1 : steady.write(user, gpa, src, n);
+}
+
+// X5: memory that goes after it was looked at is an event, with its address.
+void x5_what_memory_refuses_in_the_middle_is_told(void) {
+    static const uint32_t types[] = {VBLK_T_IN, VBLK_T_OUT, VBLK_T_GET_ID};
+    for (unsigned i = 0; i < 4 && !g.mapped; i++) {
+        guest_init();
+        steady = g.o.memory;
+        g.o.memory.read = fickle_read;
+        g.o.memory.write = fickle_write;
+        g.backing = i == 3 ? 2 * 4096 : g.backing; // and what is padded
+        g.o.capacity = SECTORS;
+        guest_up();
+        uint32_t n = types[i % 3] == VBLK_T_GET_ID ? 20 : 8192;
+        req r = prepare(types[i % 3], 8, n);
+        uint64_t at_fault = n > 20 ? r.data + 4096 : r.data;
+        uint32_t first = n > 20 ? 4096 : 20;
+        uint16_t way = types[i % 3] == VBLK_T_OUT ? 0 : WRITE;
+        part p[4] = {{r.header, 16, 0}, {r.data, first, way},
+                     {at_fault, 4096, way}, {r.status, 1, WRITE}};
+        p[2] = n > 20 ? p[2] : p[3];
+        submit(0, p, n > 20 ? 4 : 3);
+        fickle = at_fault + 8;
+        kick(0);
+        ROW_BEGIN();
+        CHECK_EQ(VBLK_S_IOERR, status_of(&r));
+        CHECK_EQ(1, g.events[VBLK_EV_DATA_UNMAPPED]);
+        CHECK_EQ(at_fault, g.last.a);
+        CHECK_EQ(n > 20 ? 4096 : 20, g.last.b);
+        CHECK_EQ(1, counts().io_errors);
+        ROW("case %u", i);
+    }
 }
 
 void x4_flush(void) {
@@ -223,7 +274,9 @@ void x4_flush(void) {
     CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
     CHECK_EQ(1, counts().io_errors);
     CHECK_EQ(1, counts().flushes);
-    CHECK_EQ(1, g.events[VBLK_EV_BACKEND_FAILED]);
+    CHECK_EQ(1, g.events[VBLK_EV_FLUSH_FAILED]);
+    CHECK_EQ(0, g.last.a);
+    CHECK_EQ(5, g.last.b);
 }
 
 // BDUR-05: the flush is for the disk, whichever queue it came by.
@@ -250,8 +303,10 @@ void x4_write_through_when_flush_is_declined(void) {
     CHECK_EQ(1, g.flushes);
     CHECK_EQ(0, counts().flushes);
     g.fail_call = 2;
-    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 0, 512));
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 8, 512));
     CHECK_EQ(1, counts().writes);
+    CHECK_EQ(VBLK_EV_FLUSH_FAILED, g.last.code);
+    CHECK_EQ(9, g.last.a);
     vblk_request r;
     request(VBLK_T_OUT, 0, 512);
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);

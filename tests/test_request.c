@@ -90,6 +90,21 @@ void v1_p5_chain_limit_standard(void) {
     chain_limit(VBLK_STANDARD);
 }
 
+// However often the guest has written it anew: what a table holds is read once.
+void v1_a_loop_in_a_small_table_ends_there(void) {
+    guest_up();
+    req r = prepare(VBLK_T_IN, 0, 512);
+    part p[4] = {{r.header, 16, 0}, {r.data, 256, WRITE},
+                 {r.data + 256, 256, WRITE}, {r.status, 1, WRITE}};
+    part table = {put_table(p, 4), 64, INDIRECT};
+    p[3].flags |= NEXT;
+    put_desc(table.gpa, 3, p[3], 1);
+    unsigned before = g.accesses;
+    dropped(send_parts(&table, 1, r.status), VBLK_EV_CHAIN_LONG);
+    CHECK_EQ(4, g.last.a);
+    CHECK(g.accesses - before < 20);
+}
+
 void v2_p5_no_place_for_the_status(void) {
     for (int profile = 0; profile < 2; profile++) {
         guest_init();
@@ -557,6 +572,33 @@ void p4_get_id_standard(void) {
                  {r.data + 3, 37, WRITE}, {r.status, 1, WRITE}};
     CHECK_EQ(20, send_parts(p, 4, r.status).len);
     CHECK_MEM("disk-0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", at(r.data), 20);
+}
+
+static vblk_memory whole;
+
+static void *map_a_page(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    *n = *n < 4096 ? *n : 4096;
+    return whole.map(user, gpa, n, writable);
+}
+
+// The rest of its buffers is not even asked for, and need not be there.
+void v16_get_id_looks_up_what_it_fills(void) {
+    whole = g.o.memory;
+    g.o.memory.map = g.mapped ? map_a_page : NULL;
+    g.o.profile = VBLK_STANDARD;
+    guest_up_without(VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX);
+    req r = prepare(VBLK_T_GET_ID, 0, 20);
+    part p[5] = {{r.header, 16, 0}, {r.data, 15, WRITE},
+                 {SEAM, 1u << 20, WRITE}, {RAM_END, 0xf0000000, WRITE},
+                 {r.status, 1, WRITE}};
+    unsigned before = g.accesses;
+    fate f = send_parts(p, 5, r.status);
+    CHECK_EQ(VBLK_S_OK, f.status);
+    CHECK_EQ(20, f.len);
+    CHECK_MEM("disk-0", at(r.data), 6);
+    CHECK(g.accesses - before < 30);
+    CHECK_EQ(0, *at(SEAM + 4)); // of the id
+    CHECK_EQ(DIRT, *at(SEAM + 5));
 }
 
 void v16_get_id_outside_memory(void) {

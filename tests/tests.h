@@ -105,6 +105,7 @@
     X(q_spurious_kicks, GUEST)                                                 \
     X(v1_chain_limit_strict, GUEST)                                            \
     X(v1_p5_chain_limit_standard, GUEST)                                       \
+    X(v1_a_loop_in_a_small_table_ends_there, GUEST)                            \
     X(v2_p5_no_place_for_the_status, GUEST)                                    \
     X(v2_strict_wants_the_status_last, GUEST)                                  \
     X(v3_short_header, GUEST)                                                  \
@@ -132,6 +133,7 @@
     X(v15_long_status_descriptor, GUEST)                                       \
     X(v16_get_id, GUEST)                                                       \
     X(p4_get_id_standard, GUEST)                                               \
+    X(v16_get_id_looks_up_what_it_fills, GUEST)                                \
     X(v16_get_id_outside_memory, GUEST)                                        \
     X(v16_get_id_when_memory_changes_its_mind, GUEST)                          \
     X(v17_status_outside_memory, GUEST)                                        \
@@ -150,6 +152,7 @@
     X(x3_backend_errors, GUEST)                                                \
     X(x3_an_error_after_a_part, GUEST)                                         \
     X(x3_a_write_without_progress, GUEST)                                      \
+    X(x5_what_memory_refuses_in_the_middle_is_told, GUEST)                     \
     X(x4_flush, GUEST)                                                         \
     X(x4_flush_covers_all_queues, GUEST)                                       \
     X(x4_write_through_when_flush_is_declined, GUEST)                          \
