@@ -157,14 +157,15 @@
         registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
                     vblk_set_status, vblk_queue_start, vblk_queue_stop
         draining    vblk_next, vblk_complete, vblk_publish, vblk_drain,
-                    vblk_get, vblk_put
+                    vblk_get, vblk_put, vblk_set_limits
         any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
                     vblk_needs_reset, and all other queries
 
     Register calls: one at a time for a device. Draining calls: one at a time
     for a queue; different queues may be drained by different threads, unless
-    a limit is set: then one at a time for the device, vblk_set_limits()
-    included. A register call may overlap draining calls, except those that
+    a limit is set: then one at a time for the device. vblk_set_limits() is a
+    draining call of every queue: for it the draining threads must be outside,
+    and come back by the rule that holds then. A register call may overlap draining calls, except those that
     start or stop a queue or change the memory: a Status of 0, QueueReady
     after DRIVER_OK, vblk_queue_start(), vblk_queue_stop() and
     vblk_set_memory(). For those, the draining threads must be outside.
@@ -430,7 +431,8 @@ extern "C" {
     X(ERR_QUEUES, -6, "queues is more than VBLK_MAX_QUEUES")                   \
     X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
     X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS, or more than "     \
-      "queue_size - 2 without INDIRECT_DESC")                                  \
+      "queue_size - 2 without INDIRECT_DESC, which leaves no request at all "  \
+      "for a queue_size below 3")                                              \
     X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
@@ -922,7 +924,7 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 // Change the limits while the device runs. Debts and savings stay, savings up
 // to the new burst; a bucket that had no limit starts full. Drain all queues
 // then: a stalled one may pass. VBLK_OK or VBLK_ERR_LIMITS, in which case
-// nothing changed. Thread: the drainer.
+// nothing changed. Thread: as a draining call of every queue.
 VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
                             uint64_t now_ns);
 
@@ -959,7 +961,8 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 
 typedef struct vblk_region {
     uint64_t gpa;
-    uint64_t bytes; // gpa + bytes may be 2^64, regions may touch
+    uint64_t bytes; // at most SIZE_MAX; gpa + bytes may be 2^64, regions may
+                    // touch
     void    *host;
 } vblk_region;
 
@@ -1175,24 +1178,31 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 //
 //     LOAD, STORE  relaxed: a single word that nothing else is read by
 //     LOAD_ACQUIRE Status, by a drainer: with DRIVER_OK comes all that the
-//                  driver set up before
+//                  driver set up before; what the driver polls, Status,
+//                  InterruptStatus and the line: with them comes the ring
 //     ACQUIRE      an index: what it covers is read after it
 //     RELEASE      an index: what it covers is written before it
 //     OR, CAS      both: what they announce is written before them, and what
 //                  they take over is read after them
 //     FENCE        full: one side's store before its load of the other's
+#if defined(__GNUC__) || defined(__clang__)
+typedef uint16_t __attribute__((may_alias)) vblk__shared16; // in guest memory
+#else
+typedef uint16_t vblk__shared16;
+#endif
 #if defined(VBLK_SINGLE_THREADED)
 #define VBLK__LOAD(p)          (*(p))
 #define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
 #define VBLK__LOAD_ACQUIRE(p)  (*(p))
-#define VBLK__ACQUIRE(p)       (*(const volatile uint16_t *)(const void *)(p))
-#define VBLK__RELEASE(p, v)    ((void)(*(volatile uint16_t *)(void *)(p) = (v)))
+#define VBLK__ACQUIRE(p)                                                       \
+    (*(const volatile vblk__shared16 *)(const void *)(p))
+#define VBLK__RELEASE(p, v)                                                    \
+    ((void)(*(volatile vblk__shared16 *)(void *)(p) = (v)))
 #define VBLK__OR(p, v)         ((void)(*(p) |= (v)))
 #define VBLK__CAS(p, old, new) (*(p) = (new), (void)(old), true)
 #define VBLK__FENCE()          ((void)0)
 #define VBLK__ONCE()           ((void)0)
 #elif defined(__GNUC__) || defined(__clang__)
-typedef uint16_t __attribute__((may_alias)) vblk__shared16;
 #define VBLK__LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
 #define VBLK__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #define VBLK__LOAD_ACQUIRE(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
@@ -2755,7 +2765,7 @@ VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features) {
 }
 
 VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
-    return VBLK__LOAD(&dev->status);
+    return VBLK__LOAD_ACQUIRE(&dev->status);
 }
 
 // The bits of Status that a driver sets [2.1].
@@ -2927,7 +2937,7 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->o.queue_size : 0;
     case VBLK_REG_QUEUE_READY:       return q ? VBLK__LOAD(&q->ready) : 0;
     case VBLK_REG_INTERRUPT_STATUS:
-        return VBLK__LOAD(&dev->interrupt) & ~VBLK__LINE;
+        return VBLK__LOAD_ACQUIRE(&dev->interrupt) & ~VBLK__LINE;
     case VBLK_REG_STATUS:            return vblk_status(dev);
     case VBLK_REG_SHM_LEN_LOW:
     case VBLK_REG_SHM_LEN_HIGH:
@@ -3119,7 +3129,7 @@ VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
 }
 
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
-    return (VBLK__LOAD(&dev->interrupt) & VBLK__LINE) != 0;
+    return (VBLK__LOAD_ACQUIRE(&dev->interrupt) & VBLK__LINE) != 0;
 }
 
 VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
@@ -3140,6 +3150,18 @@ static int vblk__check_limits(const vblk_limits *l) {
                    vblk__check_limit(l->bps, l->bps_burst)
                ? VBLK_OK
                : VBLK_ERR_LIMITS;
+}
+
+static uint32_t vblk__queue_size(const vblk_options *o) {
+    return o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+}
+
+static uint32_t vblk__seg_max(const vblk_options *o) {
+    uint32_t size = vblk__queue_size(o);
+    uint32_t fits = size > 3 ? size - 2 : 1;
+    return o->seg_max ? o->seg_max
+           : fits < VBLK_MAX_SEGS ? fits
+                                  : VBLK_MAX_SEGS;
 }
 
 static int vblk__check_options(const vblk_options *o) {
@@ -3170,9 +3192,8 @@ static int vblk__check_options(const vblk_options *o) {
         return VBLK_ERR_QUEUE_SIZE;
     }
     bool indirect = !(o->features_off & VBLK_F_INDIRECT_DESC);
-    uint32_t entries = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
     if (o->seg_max > VBLK_MAX_SEGS ||
-        (o->seg_max && !indirect && o->seg_max + 2 > entries)) {
+        (!indirect && vblk__seg_max(o) + 2 > vblk__queue_size(o))) {
         return VBLK_ERR_SEG_MAX;
     }
     if (o->size_max && o->size_max < VBLK_SECTOR) {
@@ -3205,14 +3226,11 @@ static void vblk__set_defaults(vblk_options *o) {
     vblk__set_bursts(&o->limits);
     o->read_only = o->read_only || o->backend.read_only || !o->backend.write;
     o->queues = o->queues ? o->queues : 1;
-    o->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    o->seg_max = vblk__seg_max(o);
+    o->queue_size = vblk__queue_size(o);
     o->size_max = o->size_max ? o->size_max : 1u << 20;
     if (o->profile == VBLK_STANDARD && !o->vendor_id) {
         o->vendor_id = 0x554d4551; // P11
-    }
-    if (!o->seg_max) {
-        o->seg_max = o->queue_size > 3 ? o->queue_size - 2 : 1;
-        o->seg_max = o->seg_max < VBLK_MAX_SEGS ? o->seg_max : VBLK_MAX_SEGS;
     }
 }
 
@@ -3264,6 +3282,13 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     dev->o.limits = l;
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
+    // Only a limited device has a turn: without limits its queues may be
+    // drained by several threads, and none of them could pass it on.
+    for (unsigned i = 0; !l.iops && !l.bps && i < dev->o.queues; i++) {
+        if (dev->queue[i].stalled) {
+            vblk__end_stall(dev, &dev->queue[i], now_ns);
+        }
+    }
     return VBLK_OK;
 }
 
@@ -3304,7 +3329,7 @@ VBLKDEF const char *vblk_strerror(int err) {
 }
 
 VBLKDEF const char *vblk_event_text(vblk_event_code code) {
-    switch (code) {
+    switch ((int)code) {
 #define VBLK_X(name, text) case VBLK_EV_##name: return text;
     VBLK_EVENTS(VBLK_X)
 #undef VBLK_X
@@ -3316,6 +3341,9 @@ VBLKDEF const char *vblk_event_text(vblk_event_code code) {
 // ---- Memory and memory disk -------------------------------------------------
 
 VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram) {
+    for (unsigned i = 0; i < ram->regions; i++) {
+        VBLK_ASSERT((size_t)ram->region[i].bytes == ram->region[i].bytes);
+    }
     vblk_memory memory = {vblk__ram_read, vblk__ram_write, vblk__ram_map,
                           NULL};
     memory.user = (void *)(uintptr_t)ram;
@@ -3386,6 +3414,7 @@ other header in this unit, or compile with -D_GNU_SOURCE"
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>

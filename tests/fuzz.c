@@ -1851,8 +1851,13 @@ static void make(void) {
     o->size_max = b & 128 ? 512 : c & 64 ? UINT32_MAX : 0;
     o->limits = some_limits(c & 7);
     o->features_off = c & 8 ? VBLK_F_EVENT_IDX : 0;
-    o->features_off |= c & 16 ? VBLK_F_INDIRECT_DESC : 0;
-    o->seg_max = c & 16 ? 0 : o->seg_max; // else it may be refused
+    if (c & 16) { // else it may be refused
+        o->features_off |= VBLK_F_INDIRECT_DESC;
+        o->seg_max = 0;
+        o->queue_size = o->queue_size == 1 || o->queue_size == 2
+                            ? 4
+                            : o->queue_size;
+    }
     o->features_off |= c & 32 ? VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX : 0;
     o->capacity = capacity[d & 7];
     f.backing = d & 8 ? (uint64_t)(d >> 4) * 100 : UINT64_MAX >> 1;

@@ -662,9 +662,24 @@ static void set_limit(model_bucket *b, uint64_t rate, uint64_t burst,
     }
 }
 
+static void stall_ends(model *m, model_queue *q, uint64_t now_ns) { // T5
+    end_turn(m, q);
+    if (q->stalled) {
+        q->stalled = false;
+        m->counts.currently_throttled--;
+        m->counts.throttled_ns += now_ns - q->stalled_ns;
+    }
+}
+
 void model_set_limits(model *m, const vblk_limits *l, uint64_t now_ns) {
     set_limit(&m->ops, l->iops, l->iops_burst, now_ns);
     set_limit(&m->bytes, l->bps, l->bps_burst, now_ns);
+    if (l->iops == 0 && l->bps == 0) { // nobody waits any more
+        m->turn = NULL;
+        for (unsigned i = 0; i < m->queues; i++) {
+            stall_ends(m, &m->queue[i], now_ns);
+        }
+    }
 }
 
 
@@ -934,15 +949,6 @@ static void leave_switch_open(model *m, const model_queue *q) {
         leave_open(m, event + 1, MODEL_ANY, 0);
     } else {
         leave_open(m, q->used, MODEL_EITHER, 1);
-    }
-}
-
-static void stall_ends(model *m, model_queue *q, uint64_t now_ns) { // T5
-    end_turn(m, q);
-    if (q->stalled) {
-        q->stalled = false;
-        m->counts.currently_throttled--;
-        m->counts.throttled_ns += now_ns - q->stalled_ns;
     }
 }
 

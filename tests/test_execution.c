@@ -590,7 +590,7 @@ static uint64_t huge_size(void *user) {
 }
 
 void options_refused_with_a_code_and_nothing_half_set_up(void) {
-    for (int i = 0; i < 18; i++) {
+    for (int i = 0; i < 21; i++) {
         vblk_options o = g.o;
         int want = VBLK_OK;
         switch (i) {
@@ -619,6 +619,12 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
                  o.queue_size = 16;
                  o.seg_max = i == 15 ? 14 : 15;
                  want = i == 15 ? VBLK_OK : VBLK_ERR_SEG_MAX;          break;
+        case 17:
+        case 18:
+        case 19: o.features_off = VBLK_F_INDIRECT_DESC;
+                 o.queue_size = i == 19 ? 4 : 2;
+                 o.seg_max = i == 18 ? 1 : 0;
+                 want = i == 19 ? VBLK_OK : VBLK_ERR_SEG_MAX;          break;
         default: o.memory.read = NULL;
                  o.memory.write = NULL;
                  o.memory.map = g.o.memory.map; // nothing at all is fine

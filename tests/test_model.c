@@ -963,7 +963,12 @@ static void make(vblk_profile profile) {
     g.o.vendor_id = test_random();
     g.o.id = one_in(4) ? "an id of more than twenty bytes" : "id";
     g.o.features_off = one_in(6) ? VBLK_F_INDIRECT_DESC : 0;
-    g.o.seg_max = g.o.features_off ? 0 : g.o.seg_max; // or it is refused
+    if (g.o.features_off) { // or it is refused
+        g.o.seg_max = 0;
+        if (g.o.queue_size == 1 || g.o.queue_size == 2) {
+            g.o.queue_size = 4;
+        }
+    }
     g.o.features_off |= one_in(6) ? VBLK_F_EVENT_IDX : 0;
     g.o.features_off |= one_in(6) ? VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX : 0;
     g.o.features_off |= one_in(6) ? VBLK_F_BLK_SIZE : 0;

@@ -119,6 +119,74 @@ void race_of_needs_reset_and_status(void) {
     stop(thread);
 }
 
+// What the driver polls; each says that something is in the used ring.
+static bool is_announced(int kind) {
+    return kind == 0   ? rd(VBLK_REG_INTERRUPT_STATUS) & 1
+           : kind == 1 ? vblk_interrupt_line(&g.dev)
+                       : rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET;
+}
+
+static int      polled;
+static uint64_t polled_status, polled_element;
+
+// Plain loads: what was announced is ordered before by the announcement alone.
+static void *poll_and_look(void *arg) {
+    (void)arg;
+    for (uint32_t i = 1; !get(&over); i++) {
+        for (unsigned k = 0; (get(&turn) != i || !is_announced(polled)) &&
+                             !get(&over); k++) {
+            spin(k);
+        }
+        if (get(&over)) {
+            break;
+        }
+        CHECK_EQ(VBLK_S_OK, *at(polled_status));
+        CHECK_EQ(513, get32(polled_element + 4));
+        vblk_interrupt_ack(&g.dev, 3);
+        set(&done, i);
+    }
+    return NULL;
+}
+
+// MMIO-34: a driver that polls sees what InterruptStatus, the line or Status
+// speak of. The thread sanitizer sees it; so does a machine of weak order.
+void race_of_a_polling_driver(void) {
+    for (polled = 0; polled < 3; polled++) {
+        guest_init();
+        g.o.event = NULL;
+        g.o.interrupt = NULL;
+        guest_up();
+        pthread_t thread = start(poll_and_look);
+        for (uint32_t i = 1; more(i, 3000); i++) {
+            if (polled == 2) { // what breaks the queue comes after a request
+                reset();
+                g.bump = 0x1000;
+                guest_negotiate(VBLK_F_EVENT_IDX);
+                guest_queue_up(0, 16);
+                guest_go();
+            }
+            guest_queue *q = &g.queue[0];
+            req r = prepare(VBLK_T_IN, 0, 512);
+            r.head = send(0, &r);
+            if (polled == 2) {
+                put16(q->avail + 4 + 2 * (uint64_t)(q->avail_idx % q->size),
+                      999);
+                put16(q->avail + 2, (uint16_t)(q->avail_idx + 1));
+            }
+            polled_status = r.status;
+            polled_element = q->used + 4 +
+                             8 * ((uint64_t)(q->avail_idx - 1) % q->size);
+            set(&turn, i);
+            vblk_drain(&g.dev, 0, 0);
+            for (unsigned k = 0; get(&done) != i && !test_failed; k++) {
+                spin(k);
+            }
+            g.bump = r.header;
+        }
+        stop(thread);
+    }
+}
+
 static volatile uint32_t *flipped;
 static uint32_t           flips[2];
 

@@ -589,6 +589,29 @@ void t_limits_change_at_run_time(void) {
     CHECK_EQ(0, counts().currently_throttled);
 }
 
+// Removing the limits ends all waiting, counted, and leaves no turn behind:
+// without one, each queue may be a thread's of its own.
+void t_without_limits_nobody_waits(void) {
+    g.o.queues = 3;
+    limits(1, 0);
+    for (unsigned i = 0; i < 3; i++) {
+        req r = prepare(VBLK_T_FLUSH, 0, 0);
+        send(i, &r);
+        send(i, &r);
+    }
+    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(3, counts().currently_throttled);
+    vblk_limits none = {0, 0, 0, 0};
+    CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, SECOND / 4));
+    CHECK_EQ(0, counts().currently_throttled);
+    CHECK_EQ(3 * SECOND / 4, counts().throttled_ns);
+    vblk_limits again = {1, 1, 0, 0};
+    CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &again, SECOND / 4));
+    CHECK_EQ(SECOND, drain_at(2, SECOND / 4).wait_ns); // one passes
+    CHECK_EQ(1, drain_at(1, 5 * SECOND / 4 - 1).wait_ns);
+    CHECK_EQ(VBLK_EMPTY, drain_at(2, 5 * SECOND / 4).state);
+}
+
 // Queues take turns: none starves behind another.
 void t_queues_share_a_limit(void) {
     unsigned served[2] = {0, 0};

@@ -209,6 +209,7 @@
     X(t7_reset_storm, GUEST)                                                   \
     X(t_next_stalls_and_gives_the_wait, GUEST)                                 \
     X(t_limits_change_at_run_time, GUEST)                                      \
+    X(t_without_limits_nobody_waits, GUEST)                                    \
     X(t_queues_share_a_limit, GUEST)                                           \
     X(t_the_most_pressing_answer_of_all_queues, GUEST)                         \
     X(t_switching_on_fails_at_a_stall, GUEST)                                  \
@@ -229,6 +230,7 @@
     X(race_on_guest_memory, GUEST)                                             \
     X(race_of_interrupt_bits, ONCE)                                            \
     X(race_of_needs_reset_and_status, ONCE)                                    \
+    X(race_of_a_polling_driver, ONCE)                                          \
     X(race_on_one_word, ONCE)                                                  \
     X(race_for_an_interrupt, ONCE)                                             \
     X(model_agrees_strict, GUEST)                                              \

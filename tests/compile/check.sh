@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/../.." || exit 1
 here=tests/compile
 B=${B:-build}
-warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
+warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wswitch-enum -Werror"
 passed=0 failed=0
 
 # try NAME COMMAND...: counts, and prints what the command said if it failed
@@ -42,6 +42,9 @@ for cc in gcc clang; do
     try "$cc, two units" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         $here/unit_a.c $here/unit_b.c -o "$B/compile" -lpthread
     try "$cc, two units run" "$B/compile"
+    try "$cc, another memcpy" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
+        -DVBLK_MEMCPY=other_copy -DVBLK_MEMSET=other_fill \
+        -c $here/memcpy.c -o "$B/compile.o"
     try "$cc, freestanding" $cc -std=c99 -ffreestanding -nostdlib $warn -Os \
         -I. -c $here/small.c -o "$B/compile.o"
     cp $here/unit_b.c "$B/unit_b.cc"
