@@ -10,10 +10,11 @@
     clock, no I/O: guest memory, the disk and the time come from you.
 
     On Linux, VBLK_IMPLEMENTATION_THREADED in place of VBLK_IMPLEMENTATION
-    adds file backends and a worker thread; link with -lpthread where libc
+    adds file backends and a worker thread, on any POSIX system
+    VBLK_IMPLEMENTATION_FILES the files alone; link with -lpthread where libc
     needs it. In that unit include vblk.h before every other header, or
     compile with -D_GNU_SOURCE. Units that only call those functions define
-    VBLK_THREADED before including.
+    VBLK_THREADED or VBLK_FILES before including.
 
     Written against VIRTIO 1.2 (1.3 and 1.4 agree for this device). A number
     in brackets, [2.7.8], is a section of that document.
@@ -165,10 +166,12 @@
     for a queue; different queues may be drained by different threads, unless
     a limit is set: then one at a time for the device. vblk_set_limits() is a
     draining call of every queue: for it the draining threads must be outside,
-    and come back by the rule that holds then. A register call may overlap draining calls, except those that
-    start or stop a queue or change the memory: a Status of 0, QueueReady
-    after DRIVER_OK, vblk_queue_start(), vblk_queue_stop() and
-    vblk_set_memory(). For those, the draining threads must be outside.
+    and come back by the rule that holds then.
+
+    A register call may overlap draining calls, except those that start or
+    stop a queue or change the memory: a Status of 0, QueueReady after
+    DRIVER_OK, vblk_queue_start(), vblk_queue_stop() and vblk_set_memory().
+    For those, the draining threads must be outside.
     Distinct devices share nothing.
 
     Callbacks run inside the call that caused them and must not call back
@@ -284,19 +287,26 @@
 
         0.1.0  (2026-11-20)  first release
 */
-#if defined(VBLK_IMPLEMENTATION_THREADED)
-#ifndef VBLK_IMPLEMENTATION
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
+#define VBLK_IMPLEMENTATION_FILES
+#endif
+#if defined(VBLK_IMPLEMENTATION_FILES) && !defined(VBLK_IMPLEMENTATION)
 #define VBLK_IMPLEMENTATION
 #endif
-#ifndef VBLK_THREADED
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_THREADED)
 #define VBLK_THREADED
 #endif
+#if (defined(VBLK_IMPLEMENTATION_FILES) || defined(VBLK_THREADED)) &&          \
+    !defined(VBLK_FILES)
+#define VBLK_FILES
 #endif
 // These have an effect if nothing was included before.
-#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE // preadv
+#if defined(VBLK_IMPLEMENTATION_FILES) && defined(__linux__) &&                \
+    !defined(_GNU_SOURCE) &&                                                   \
+    (defined(VBLK_IMPLEMENTATION_THREADED) || !defined(_POSIX_C_SOURCE))
+#define _GNU_SOURCE // preadv; the worker
 #endif
-#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(_FILE_OFFSET_BITS)
+#if defined(VBLK_IMPLEMENTATION_FILES) && !defined(_FILE_OFFSET_BITS)
 #define _FILE_OFFSET_BITS 64 // a 32-bit program's files over 2 GiB
 #endif
 
@@ -437,10 +447,9 @@ extern "C" {
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
-      "rate and may not be smaller than one second's worth of it; neither "    \
-      "may be 2^63 or more")                                                   \
-    X(ERR_FILE, -12, "the image file cannot be opened or its size is not to "  \
-      "be had; errno says why")                                                \
+      "rate and, but for a limiter's, may not be smaller than one second's "   \
+      "worth of it; neither may be 2^63 or more")                              \
+    X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
     X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
     X(ERR_WORKER, -14, "an eventfd, timerfd or epoll descriptor cannot be "    \
       "had; errno says why")                                                   \
@@ -626,9 +635,10 @@ typedef struct vblk_seg {
 // The disk. `offset` is in bytes, a multiple of 512 but for the rest of a short
 // transfer; all is within the capacity. read and write return how many bytes
 // they moved, which may be less than asked: they are called again for the
-// rest. 0 means no progress: for a read, the end of the backing, and the rest
-// reads as zeroes; for a write, an error. Negative: an error number for the
-// event.
+// rest. 0 means no progress: for a read, the end of a backing that never was
+// longer, and the rest reads as zeroes; for a write, an error. Negative: an
+// error number for the event. A backing that has become shorter has lost data
+// and says an error, also to flush.
 typedef struct vblk_backend {
     int64_t (*read)(void *user, uint64_t offset, const vblk_seg *seg,
                     unsigned segs);
@@ -991,8 +1001,8 @@ VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk);
 #endif // VBLK_H
 
 
-#if defined(VBLK_THREADED) && !defined(VBLK_THREADED_H)
-#define VBLK_THREADED_H
+#if defined(VBLK_FILES) && !defined(VBLK_FILES_H)
+#define VBLK_FILES_H
 #include <pthread.h>
 
 #ifdef __cplusplus
@@ -1000,21 +1010,31 @@ extern "C" {
 #endif
 
 
-// ---- Files, locks, limiters (Linux) ----------------------------------------
+// ---- Files, locks, limiters (POSIX) ----------------------------------------
 
-// An image file or a block device by positioned I/O: preadv, pwritev and
-// fdatasync. Safe from several threads.
+// An image file or a block device by positioned I/O and fdatasync(). Safe from
+// several threads. What was there once and is not any more, because the file
+// was cut or the device has gone, is an error (EIO), for each flush from then
+// on too; what never was there reads as zeroes.
 typedef struct vblk_file {
     int             fd;
     bool            read_only;
     int             flush_error; // after one failed fdatasync, all fail: the
                                  // kernel forgets which pages are not written
-    pthread_mutex_t mutex;       // of flushes
+    uint64_t end VBLK__ATOMIC64; // atomic; so long it was, at its longest
+    pthread_mutex_t mutex;       // of flush_error
 } vblk_file;
 
 // Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set. vblk_file_close()
 // after the device's last use.
 VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only);
+
+// The same for a descriptor that is open, such as a memfd or one that another
+// process passed; vblk_file_close() closes it. On failure it stays yours.
+// With O_DIRECT it is the guest's buffers that must be aligned. errno may be
+// EACCES: not open for reading, or, unless `read_only`, for writing; EINVAL:
+// O_APPEND; EISDIR; ENOTBLK: neither a file nor a block device.
+VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
@@ -1030,25 +1050,50 @@ VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner);
 VBLKDEF void vblk_locked_end(vblk_locked *locked);
 VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
 
-// A backend whose reads and writes wait until their bytes fit a rate: for
-// several disks on one budget, or a host without a timer. The calling thread
-// sleeps, so the device's own limits are better where they will do.
+// A backend whose calls wait until they fit a rate: for several disks on one
+// budget, or a host without a timer. The calling thread sleeps, so the
+// device's own limits are better where they will do.
+//
+// A call takes its share, at most a tenth of a second's bytes, in the order
+// of arrival, sleeps until that has come, and moves as much: large requests
+// come again for the rest, behind those that arrived meanwhile. So none waits
+// for ever, and a thread can be stopped between two shares.
 typedef struct vblk_limiter {
     vblk_backend    inner;
-    vblk_bucket     bytes;
+    uint64_t        share;      // bytes, most of a call; whole sectors
+    vblk_bucket     ops, bytes; // in debt for what is promised and to come
+    struct {
+        uint64_t at;            // where a request goes on that was cut
+        uint64_t paid;          // bytes, of its share and not yet moved
+    } rest[16];
+    unsigned        rests;      // remembered so far, the old ones overwritten
     pthread_mutex_t mutex;
-    uint64_t (*now)(void);       // nanoseconds, CLOCK_MONOTONIC
+    uint64_t (*now)(void);      // nanoseconds, CLOCK_MONOTONIC
     void (*sleep)(uint64_t ns);
 } vblk_limiter;
 
-// `bps` bytes a second with `burst` bytes; a burst of 0 is steady: a tenth of
-// a second's worth. A rate of 0 passes everything. VBLK_OK, VBLK_ERR_LIMITS
-// or VBLK_ERR_LOCK. vblk_limiter_end() after the last use. Safe from several
-// threads if `inner` is.
+// A rate of 0 is no limit. A burst of 0 is steady: a tenth of a second's
+// worth; unlike a device's it may be less than a second's. A read, write or
+// flush is one operation. VBLK_OK, VBLK_ERR_LIMITS or VBLK_ERR_LOCK.
+// vblk_limiter_end() after the last use. Safe from several threads if `inner`
+// is.
 VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
-                              uint64_t bps, uint64_t burst);
+                              const vblk_limits *limits);
 VBLKDEF void vblk_limiter_end(vblk_limiter *limiter);
 VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter);
+
+#ifdef __cplusplus
+}
+#endif
+#endif // VBLK_FILES
+
+
+#if defined(VBLK_THREADED) && !defined(VBLK_THREADED_H)
+#define VBLK_THREADED_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 
 // ---- Worker (Linux) --------------------------------------------------------
@@ -3399,27 +3444,12 @@ VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
 #endif // VBLK_IMPLEMENTATION
 
 
-#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_THREADS_IMPLEMENTED)
-#define VBLK_THREADS_IMPLEMENTED
+#if defined(VBLK_IMPLEMENTATION_FILES) && !defined(VBLK_FILES_IMPLEMENTED)
+#define VBLK_FILES_IMPLEMENTED
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
-#include <sched.h>
-#ifndef CPU_SETSIZE
-#error "vblk.h: the Linux part needs _GNU_SOURCE: include vblk.h before any \
-other header in this unit, or compile with -D_GNU_SOURCE"
-#endif
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <sys/prctl.h>
-#include <sys/timerfd.h>
-#include <sys/uio.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -3427,26 +3457,84 @@ other header in this unit, or compile with -D_GNU_SOURCE"
 // compile with -D_FILE_OFFSET_BITS=64.
 typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 
+// What systems differ in: calls over several segments, where there are any;
+// what makes writes durable; and what a disk is, beside a file.
+#if (defined(__linux__) && defined(_GNU_SOURCE)) ||                            \
+    ((defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__)) &&  \
+     !defined(_POSIX_C_SOURCE))
+#define VBLK__VECTORS
+#include <sys/uio.h>
+#endif
+#if defined(__APPLE__) && defined(F_FULLFSYNC)
+#define VBLK__SYNC(fd) fcntl(fd, F_FULLFSYNC)
+#elif defined(__APPLE__)
+#define VBLK__SYNC(fd) fsync(fd)
+#else
+#define VBLK__SYNC(fd) fdatasync(fd)
+#endif
+#if defined(__linux__)
+#define VBLK__IS_DISK(mode) S_ISBLK(mode)
+#else
+#define VBLK__IS_DISK(mode) (S_ISBLK(mode) || S_ISCHR(mode))
+#endif
+
 
 // ---- Files ------------------------------------------------------------------
 
-VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
-    int fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
-    if (fd < 0) {
-        return VBLK_ERR_FILE;
+// Bytes of the backing up to `end` are there.
+static void vblk__file_saw(vblk_file *f, uint64_t end) {
+    uint64_t seen = VBLK__LOAD(&f->end);
+    while (end > seen && !VBLK__CAS(&f->end, seen, end)) {
     }
-    int err = lseek(fd, 0, SEEK_END) < 0
-                  ? errno
-                  : pthread_mutex_init(&file->mutex, NULL);
+}
+
+// An errno that stands against `fd` as a disk, or 0.
+static int vblk__file_check(int fd, bool read_only) {
+    struct stat st;
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fstat(fd, &st)) {
+        return errno;
+    }
+    if ((flags & O_ACCMODE) != O_RDWR &&
+        ((flags & O_ACCMODE) != O_RDONLY || !read_only)) {
+        return EACCES;
+    }
+    if (flags & O_APPEND && !read_only) {
+        return EINVAL; // would write elsewhere than it is told
+    }
+    return S_ISREG(st.st_mode) || VBLK__IS_DISK(st.st_mode) ? 0
+           : S_ISDIR(st.st_mode)                            ? EISDIR
+                                                            : ENOTBLK;
+}
+
+VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only) {
+    int err = vblk__file_check(fd, read_only);
+    off_t end = err ? -1 : lseek(fd, 0, SEEK_END);
+    err = !err && end < 0 ? errno : err;
+    err = err ? err : pthread_mutex_init(&file->mutex, NULL);
     if (err) {
-        close(fd);
         errno = err;
         return VBLK_ERR_FILE;
     }
     file->fd = fd;
     file->read_only = read_only;
     file->flush_error = 0;
+    file->end = (uint64_t)end;
     return VBLK_OK;
+}
+
+VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
+    int fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
+    if (fd < 0) {
+        return VBLK_ERR_FILE;
+    }
+    int err = vblk_file_from(file, fd, read_only);
+    if (err) {
+        int saved = errno;
+        close(fd);
+        errno = saved;
+    }
+    return err;
 }
 
 VBLKDEF void vblk_file_close(vblk_file *file) {
@@ -3455,35 +3543,59 @@ VBLKDEF void vblk_file_close(vblk_file *file) {
     file->fd = -1;
 }
 
+// Several segments in one call, where the system has one and the array holds
+// them; the first ones otherwise.
 static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
                                  unsigned segs, bool in) {
+#ifdef VBLK__VECTORS
     struct iovec iov[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
-    int count = (int)(segs < IOV_MAX ? segs : IOV_MAX);
-    for (int i = 0; i < count; i++) {
+    unsigned most = sizeof iov / sizeof iov[0];
+#ifdef IOV_MAX
+    most = most < IOV_MAX ? most : IOV_MAX;
+#endif
+    segs = segs < most ? segs : most;
+    for (unsigned i = 0; i < segs; i++) {
         iov[i].iov_base = seg[i].ptr;
         iov[i].iov_len = seg[i].n;
     }
-    return in ? preadv(fd, iov, count, offset)
-              : pwritev(fd, iov, count, offset);
+    if (segs > 1) { // a single one is cheaper without a vector
+        return in ? preadv(fd, iov, (int)segs, offset)
+                  : pwritev(fd, iov, (int)segs, offset);
+    }
+#endif
+    (void)segs;
+    return in ? pread(fd, seg->ptr, seg->n, offset)
+              : pwrite(fd, seg->ptr, seg->n, offset);
 }
 
 // One system call, repeated while interrupted; partial transfers are the
-// caller's to continue. A single segment is cheaper without a vector.
+// caller's to continue.
 static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
                                const vblk_seg *seg, unsigned segs, bool in) {
-    off_t at = (off_t)offset;
     ssize_t n;
     do {
-        n = segs > 1 ? vblk__file_vector(f->fd, at, seg, segs, in)
-            : in     ? pread(f->fd, seg->ptr, seg->n, at)
-                     : pwrite(f->fd, seg->ptr, seg->n, at);
+        n = vblk__file_vector(f->fd, (off_t)offset, seg, segs, in);
     } while (n < 0 && errno == EINTR);
-    return n < 0 ? -errno : n;
+    if (n < 0) {
+        return -errno;
+    }
+    vblk__file_saw(f, n > 0 ? offset + (uint64_t)n : 0);
+    return n;
+}
+
+// The backing became shorter than it was: writes are lost, for good.
+static int vblk__file_lost(vblk_file *f) {
+    pthread_mutex_lock(&f->mutex);
+    f->flush_error = f->flush_error ? f->flush_error : EIO;
+    pthread_mutex_unlock(&f->mutex);
+    return -EIO;
 }
 
 static int64_t vblk__file_read(void *user, uint64_t offset,
                                const vblk_seg *seg, unsigned segs) {
-    return vblk__file_move((vblk_file *)user, offset, seg, segs, true);
+    vblk_file *f = (vblk_file *)user;
+    int64_t n = vblk__file_move(f, offset, seg, segs, true);
+    return n == 0 && offset < VBLK__LOAD(&f->end) ? vblk__file_lost(f) : n;
 }
 
 static int64_t vblk__file_write(void *user, uint64_t offset,
@@ -3493,23 +3605,26 @@ static int64_t vblk__file_write(void *user, uint64_t offset,
                         : vblk__file_move(f, offset, seg, segs, false);
 }
 
+static uint64_t vblk__file_size(void *user) {
+    vblk_file *f = (vblk_file *)user;
+    off_t end = lseek(f->fd, 0, SEEK_END);
+    vblk__file_saw(f, end < 0 ? 0 : (uint64_t)end);
+    return end < 0 ? 0 : (uint64_t)end;
+}
+
 // One at a time: the kernel tells of a failure once, to one caller.
 static int vblk__file_flush(void *user) {
     vblk_file *f = (vblk_file *)user;
     int err;
     pthread_mutex_lock(&f->mutex);
     do {
-        err = fdatasync(f->fd) ? errno : 0;
+        err = VBLK__SYNC(f->fd) ? errno : 0;
     } while (err == EINTR);
+    err = !err && vblk__file_size(f) < VBLK__LOAD(&f->end) ? EIO : err;
     f->flush_error = err ? err : f->flush_error;
     err = f->flush_error;
     pthread_mutex_unlock(&f->mutex);
     return -err;
-}
-
-static uint64_t vblk__file_size(void *user) {
-    off_t end = lseek(((vblk_file *)user)->fd, 0, SEEK_END);
-    return end < 0 ? 0 : (uint64_t)end;
 }
 
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
@@ -3591,22 +3706,37 @@ static void vblk__sleep(uint64_t ns) {
     struct timespec t;
     t.tv_sec = (time_t)(ns / VBLK__SECOND);
     t.tv_nsec = (long)(ns % VBLK__SECOND);
-    while (clock_nanosleep(CLOCK_MONOTONIC, 0, &t, &t) == EINTR) {
+    while (nanosleep(&t, &t) && errno == EINTR) {
     }
 }
 
+static uint64_t vblk__steady(uint64_t rate, uint64_t burst) {
+    return burst ? burst : rate < 10 ? 1 : rate / 10;
+}
+
 VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
-                              uint64_t bps, uint64_t burst) {
-    uint64_t steady = bps / 10 ? bps / 10 : 1;
-    if ((burst && !bps) || bps > INT64_MAX || burst > INT64_MAX) {
+                              const vblk_limits *limits) {
+    vblk_limits l = *limits;
+    uint64_t tenth = l.bps / 10;
+    if ((l.iops_burst && !l.iops) || (l.bps_burst && !l.bps) ||
+        (l.iops | l.iops_burst | l.bps | l.bps_burst) > INT64_MAX) {
         return VBLK_ERR_LIMITS;
     }
+    VBLK_MEMSET(limiter, 0, sizeof *limiter);
     int err = pthread_mutex_init(&limiter->mutex, NULL);
     errno = err ? err : errno;
     limiter->inner = inner;
     limiter->now = vblk__clock;
     limiter->sleep = vblk__sleep;
-    vblk_bucket_init(&limiter->bytes, bps, burst ? burst : steady);
+    // Whole pages suit direct I/O.
+    limiter->share = !l.bps                ? UINT64_MAX
+                     : tenth < VBLK_SECTOR ? VBLK_SECTOR
+                     : tenth < 4096        ? tenth - tenth % VBLK_SECTOR
+                                           : tenth - tenth % 4096;
+    vblk_bucket_init(&limiter->ops, l.iops,
+                     vblk__steady(l.iops, l.iops_burst));
+    vblk_bucket_init(&limiter->bytes, l.bps,
+                     vblk__steady(l.bps, l.bps_burst));
     return err ? VBLK_ERR_LOCK : VBLK_OK;
 }
 
@@ -3614,43 +3744,98 @@ VBLKDEF void vblk_limiter_end(vblk_limiter *limiter) {
     pthread_mutex_destroy(&limiter->mutex);
 }
 
-static void vblk__limiter_pay(vblk_limiter *l, const vblk_seg *seg,
-                              unsigned segs) {
-    uint64_t n = 0, wait;
-    for (unsigned i = 0; i < segs; i++) {
-        n += seg[i].n;
+// Take `n` tokens, which may be yet to come; until when, from now.
+static uint64_t vblk__promise(vblk_bucket *b, uint64_t n, uint64_t now_ns) {
+    vblk_bucket_refill(b, now_ns);
+    vblk_bucket_take(b, n);
+    // More than the bucket holds passes at the end of the debt.
+    return n > 0 ? vblk_bucket_wait(b, UINT64_MAX, now_ns) : 0;
+}
+
+// Pay and wait for it. The lock makes the order of arrival.
+static void vblk__limiter_pay(vblk_limiter *l, uint64_t ops, uint64_t bytes) {
+    pthread_mutex_lock(&l->mutex);
+    uint64_t now = l->ops.rate || l->bytes.rate ? l->now() : 0;
+    uint64_t a = vblk__promise(&l->ops, ops, now);
+    uint64_t b = vblk__promise(&l->bytes, bytes, now);
+    pthread_mutex_unlock(&l->mutex);
+    if (a > 0 || b > 0) {
+        l->sleep(a > b ? a : b);
     }
-    do {
-        pthread_mutex_lock(&l->mutex);
-        uint64_t now = l->bytes.rate ? l->now() : 0;
-        vblk_bucket_refill(&l->bytes, now);
-        wait = vblk_bucket_wait(&l->bytes, n, now);
-        if (wait == 0) {
-            vblk_bucket_take(&l->bytes, n);
+}
+
+// Whether a call at `offset` goes on with a request that was cut there, and
+// how many bytes that has paid for.
+static bool vblk__limiter_goes_on(vblk_limiter *l, uint64_t offset,
+                                  uint64_t *paid) {
+    const unsigned room = sizeof l->rest / sizeof l->rest[0];
+    bool found = false;
+    *paid = 0;
+    pthread_mutex_lock(&l->mutex);
+    for (unsigned i = 0; i < room && i < l->rests && !found; i++) {
+        found = l->rest[i].at == offset;
+        if (found) {
+            *paid = l->rest[i].paid;
+            l->rest[i].at = UINT64_MAX;
         }
-        pthread_mutex_unlock(&l->mutex);
-        if (wait > 0) {
-            l->sleep(wait);
-        }
-    } while (wait > 0);
+    }
+    pthread_mutex_unlock(&l->mutex);
+    return found;
+}
+
+static void vblk__limiter_cut(vblk_limiter *l, uint64_t at, uint64_t paid) {
+    const unsigned room = sizeof l->rest / sizeof l->rest[0];
+    pthread_mutex_lock(&l->mutex);
+    l->rest[l->rests % room].at = at;
+    l->rest[l->rests % room].paid = paid;
+    l->rests++;
+    pthread_mutex_unlock(&l->mutex);
+}
+
+static int64_t vblk__limiter_move(vblk_limiter *l, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs,
+                                  bool in) {
+    vblk_seg piece = seg[0];
+    uint64_t paid, n = 0;
+    bool goes_on = vblk__limiter_goes_on(l, offset, &paid);
+    uint64_t most = paid ? paid : l->share;
+    unsigned whole = 0;
+    while (whole < segs && seg[whole].n <= most - n) {
+        n += seg[whole++].n;
+    }
+    bool cut = whole < segs;
+    if (whole == 0) {
+        piece.n = (size_t)most;
+        n = most;
+        seg = &piece;
+        whole = 1;
+    }
+    if (!paid) {
+        vblk__limiter_pay(l, !goes_on, n);
+        paid = n;
+    }
+    int64_t moved = in ? l->inner.read(l->inner.user, offset, seg, whole)
+                       : l->inner.write(l->inner.user, offset, seg, whole);
+    if (moved > 0 && (cut || (uint64_t)moved < n)) {
+        vblk__limiter_cut(l, offset + (uint64_t)moved,
+                          paid - (uint64_t)moved);
+    }
+    return moved;
 }
 
 static int64_t vblk__limiter_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
-    vblk_limiter *l = (vblk_limiter *)user;
-    vblk__limiter_pay(l, seg, segs);
-    return l->inner.read(l->inner.user, offset, seg, segs);
+    return vblk__limiter_move((vblk_limiter *)user, offset, seg, segs, true);
 }
 
 static int64_t vblk__limiter_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
-    vblk_limiter *l = (vblk_limiter *)user;
-    vblk__limiter_pay(l, seg, segs);
-    return l->inner.write(l->inner.user, offset, seg, segs);
+    return vblk__limiter_move((vblk_limiter *)user, offset, seg, segs, false);
 }
 
 static int vblk__limiter_flush(void *user) {
     vblk_limiter *l = (vblk_limiter *)user;
+    vblk__limiter_pay(l, 1, 0);
     return l->inner.flush(l->inner.user);
 }
 
@@ -3669,6 +3854,28 @@ VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
     b.user = limiter;
     return b;
 }
+
+
+#endif // VBLK_IMPLEMENTATION_FILES
+
+
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_THREADS_IMPLEMENTED)
+#define VBLK_THREADS_IMPLEMENTED
+#include <poll.h>
+#include <sched.h>
+#ifndef CPU_SETSIZE
+#error "vblk.h: the worker needs _GNU_SOURCE: include vblk.h before any other \
+header in this unit, or compile with -D_GNU_SOURCE"
+#endif
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/timerfd.h>
 
 
 // ---- Worker: policy ---------------------------------------------------------

@@ -2,6 +2,7 @@
 #include "guest.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <unistd.h>
 
@@ -776,8 +777,10 @@ void b2_b5_file(void) {
     make_file(path, 64 * 512 + 100);
     CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
     over_backend(vblk_file_backend(&file));
-    CHECK(ftruncate(file.fd, 1000) == 0); // X2 with a real file
-    guest_init();
+    CHECK(ftruncate(file.fd, 1000) == 0);
+    vblk_file_close(&file);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    guest_init(); // X2 with a real file
     g.o.backend = vblk_file_backend(&file);
     g.o.capacity = 64;
     guest_up();
@@ -821,7 +824,7 @@ void b2_a_file_that_cannot_be_opened(void) {
     close(next);
     CHECK_EQ((uint64_t)VBLK_ERR_FILE,
              (uint64_t)vblk_file_open(&file, path, true));
-    CHECK_EQ(ESPIPE, errno);
+    CHECK_EQ(ENOTBLK, errno);
     make_file(path, 512);
     test_calls_fail("pthread_mutex_init", ENOMEM, 0, 1);
     CHECK_EQ((uint64_t)VBLK_ERR_FILE,
@@ -832,6 +835,118 @@ void b2_a_file_that_cannot_be_opened(void) {
     close(next);
     close(fd[0]);
     close(fd[1]);
+}
+
+// What was there and is gone is an error and no zeroes, for each flush from
+// then on too, whether it was there at first or came by a write.
+void x2_a_file_that_became_shorter(void) {
+    for (int written = 0; written < 2; written++) {
+        char path[64];
+        vblk_file file;
+        make_file(path, written ? 1024 : 8192);
+        guest_init();
+        CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+        g.o.backend = vblk_file_backend(&file);
+        g.o.capacity = 32;
+        guest_up();
+        if (written) {
+            CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 8, 4096));
+        }
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 8, 4096 + 512)); // 512 never there
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+        CHECK(ftruncate(file.fd, 4096 + 100) == 0);
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 4096));
+        CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 7, 1024));
+        CHECK_EQ(VBLK_EV_READ_FAILED, g.last.code);
+        CHECK_EQ(8, g.last.a);
+        CHECK_EQ(EIO, g.last.b);
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 16, 512));
+        CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
+        CHECK(ftruncate(file.fd, 8192) == 0); // the data is not back
+        CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_FLUSH, 0, 0));
+        vblk_file_close(&file);
+        CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+        vblk_backend b = vblk_file_backend(&file);
+        CHECK(ftruncate(file.fd, 0) == 0); // seen by a flush first
+        CHECK_EQ((uint64_t)-EIO, (uint64_t)b.flush(b.user));
+        vblk_file_close(&file);
+        remove(path);
+    }
+}
+
+void b2_a_file_by_its_descriptor(void) {
+    static const struct {
+        int  flags, err;
+        bool read_only;
+    } rows[] = {
+        {O_RDWR, 0, false},     {O_RDWR, 0, true},
+        {O_RDONLY, 0, true},    {O_RDONLY, EACCES, false},
+        {O_WRONLY, EACCES, false}, {O_WRONLY, EACCES, true},
+        {O_RDWR | O_APPEND, EINVAL, false}, {O_RDWR | O_APPEND, 0, true},
+    };
+    char path[64];
+    vblk_file file;
+    make_file(path, 64 * 512);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        int fd = open(path, rows[i].flags);
+        ROW_BEGIN();
+        errno = 0;
+        int err = vblk_file_from(&file, fd, rows[i].read_only);
+        CHECK_EQ((uint64_t)(rows[i].err ? VBLK_ERR_FILE : VBLK_OK),
+                 (uint64_t)err);
+        CHECK_EQ(rows[i].err, err ? errno : 0);
+        if (err) {
+            CHECK_EQ(0, close(fd)); // still ours
+        } else {
+            if (rows[i].read_only) {
+                read_only_backend(vblk_file_backend(&file));
+            } else {
+                over_backend(vblk_file_backend(&file));
+            }
+            vblk_file_close(&file);
+            CHECK(close(fd) != 0);
+        }
+        ROW("%zu", i);
+    }
+    remove(path);
+    static const struct {
+        const char *path;
+        int         err;
+    } others[] = {{"/tmp", EISDIR}, {"/dev/null", ENOTBLK}};
+    for (size_t i = 0; i < COUNT(others); i++) {
+        errno = 0;
+        CHECK_EQ((uint64_t)VBLK_ERR_FILE,
+                 (uint64_t)vblk_file_open(&file, others[i].path, true));
+        CHECK_EQ(others[i].err, errno);
+    }
+    CHECK_EQ((uint64_t)VBLK_ERR_FILE,
+             (uint64_t)vblk_file_from(&file, -1, true));
+    CHECK_EQ(EBADF, errno);
+}
+
+// A wrapper may pass more segments than a request of this device has.
+void b2_more_segments_than_a_call_takes(void) {
+    enum { SEGS = 1500 };
+    static uint8_t data[SEGS];
+    static vblk_seg seg[SEGS];
+    char path[64];
+    vblk_file file;
+    make_file(path, SEGS);
+    for (unsigned i = 0; i < SEGS; i++) {
+        data[i] = (uint8_t)i;
+        seg[i].ptr = data + i;
+        seg[i].n = 1;
+    }
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    vblk_backend b = vblk_file_backend(&file);
+    int64_t n = b.write(b.user, 0, seg, SEGS);
+    CHECK(n > 0 && n <= SEGS);
+    uint8_t back[SEGS];
+    CHECK_EQ(SEGS, pread(file.fd, back, SEGS, 0));
+    CHECK_MEM(data, back, (size_t)n);
+    CHECK_EQ((uint64_t)n, b.read(b.user, 0, seg, SEGS));
+    vblk_file_close(&file);
+    remove(path);
 }
 
 // After a failed fdatasync the kernel may say OK to the next, though the data
@@ -1054,11 +1169,13 @@ static int64_t read_nothing(void *user, uint64_t offset, const vblk_seg *seg,
 }
 
 void b_limiter_offers_what_its_backend_has(void) {
+    const vblk_limits large = {0, 0, 1, UINT64_C(1) << 63};
+    const vblk_limits none = {0, 0, 0, 0};
     vblk_limiter l;
     vblk_backend inner = {read_nothing, NULL, NULL, NULL, true, NULL};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
-             (uint64_t)vblk_limiter_init(&l, inner, 1, UINT64_C(1) << 63));
-    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, inner, 0, 0));
+             (uint64_t)vblk_limiter_init(&l, inner, &large));
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, inner, &none));
     vblk_backend b = vblk_limiter_backend(&l);
     CHECK(b.read && !b.write && !b.flush && !b.size && b.read_only);
     vblk_limiter_end(&l);

@@ -174,6 +174,9 @@
     X(b2_b5_file, GUEST)                                                       \
     X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
+    X(x2_a_file_that_became_shorter, GUEST)                                    \
+    X(b2_a_file_by_its_descriptor, GUEST)                                      \
+    X(b2_more_segments_than_a_call_takes, ONCE)                                \
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
     X(x6_v17_a_lost_status_is_no_success, GUEST)                               \
     X(b4_an_id_of_20_bytes_and_no_more, GUEST)                                 \
@@ -215,6 +218,10 @@
     X(t_switching_on_fails_at_a_stall, GUEST)                                  \
     X(t_a_long_saturated_run_through_the_device, GUEST)                        \
     X(t8_blocking_limiter, GUEST)                                              \
+    X(t8_more_than_the_burst_waits_its_time, GUEST)                            \
+    X(t8_a_backend_that_moves_little, GUEST)                                   \
+    X(t8_large_and_small_requests_take_turns, GUEST)                           \
+    X(t8_operations, GUEST)                                                    \
     X(t8_no_rate_passes_everything, GUEST)                                     \
     X(t8_rate_and_burst_of_a_limiter, GUEST)                                   \
     X(t8_real_time, GUEST)                                                     \

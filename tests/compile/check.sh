@@ -42,6 +42,14 @@ for cc in gcc clang; do
     try "$cc, two units" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         $here/unit_a.c $here/unit_b.c -o "$B/compile" -lpthread
     try "$cc, two units run" "$B/compile"
+    for system in "" -D__APPLE__ -U__linux__; do
+        try "$cc, POSIX files $system" $cc -std=c99 -D_POSIX_C_SOURCE=200809L \
+            $warn $system -I. $here/files.c -o "$B/compile" -lpthread
+        try "$cc, POSIX files $system run" "$B/compile" "$B/compile.img"
+    done
+    try "$cc, files" $cc -std=c99 $warn -I. $here/files.c -o "$B/compile" \
+        -lpthread
+    try "$cc, files run" "$B/compile" "$B/compile.img"
     try "$cc, another memcpy" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         -DVBLK_MEMCPY=other_copy -DVBLK_MEMSET=other_fill \
         -c $here/memcpy.c -o "$B/compile.o"
@@ -60,6 +68,6 @@ done
 sed -n '/^```c$/,/^```$/p' README.md | sed '/^```/d' >"$B/readme.c"
 try "README compiles" ${CC:-cc} -std=c99 $warn -I. "$B/readme.c" -o "$B/readme"
 try "README runs" "$B/readme"
-rm -f "$B"/compile "$B"/compile.o "$B"/compile.log "$B"/unit_b.cc
+rm -f "$B"/compile "$B"/compile.o "$B"/compile.img "$B"/compile.log "$B"/unit_b.cc
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
