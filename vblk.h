@@ -451,18 +451,19 @@ extern "C" {
       "worth of it; neither may be 2^63 or more")                              \
     X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
     X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
-    X(ERR_WORKER, -14, "an eventfd, timerfd or epoll descriptor cannot be "    \
-      "had; errno says why")                                                   \
+    X(ERR_WORKER, -14, "an eventfd, timerfd, epoll descriptor or lock cannot " \
+      "be had; errno says why")                                                \
     X(ERR_CPUS, -15, "cpus names a processor below 0 or above what cpu_set_t " \
       "holds")                                                                 \
     X(ERR_BUSY, -16, "the worker did not come to rest within stop_ms: its "    \
-      "backend is slow or stuck; nothing changed")
+      "backend is slow or stuck; nothing changed")                             \
+    X(ERR_STOP_MS, -17, "stop_ms is more than INT_MAX milliseconds")
 
 typedef enum vblk_error {
 #define VBLK_X(name, value, text) VBLK_##name = (value),
     VBLK_ERRORS(VBLK_X)
 #undef VBLK_X
-    VBLK_ERROR_LAST = -16
+    VBLK_ERROR_LAST = -17
 } vblk_error;
 
 // Code, then a sentence. The comment names the two numbers, a and b.
@@ -803,7 +804,7 @@ typedef struct vblk_dev {
     vblk_bucket  ops, bytes;
     unsigned     turn;  // 1 + the queue that stalled first; 0: none did
     // Atomics: set by any thread.
-    uint32_t     yield; // a drain ends after the request it is at
+    uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
     uint32_t     status;
     uint32_t     interrupt; // InterruptStatus, and VBLK__LINE
     vblk_queue   queue[VBLK_MAX_QUEUES];
@@ -1098,17 +1099,21 @@ extern "C" {
 
 // ---- Worker (Linux) --------------------------------------------------------
 
+typedef enum vblk_level {
+    VBLK_LEVEL_ERROR,   // the host is to act: its disk, its memory, a thread
+    VBLK_LEVEL_WARNING, // the driver did what it may not
+    VBLK_LEVEL_NOTE
+} vblk_level;
+
 typedef struct vblk_worker_options {
-    unsigned   stop_ms;   // bound on stop, reset, pause; default 1000
-    const int *cpus;      // processors the thread may run on; copied
-    unsigned   cpu_count; // default 0: any
-    int        parked_fd; // an eventfd to signal whenever a pause has taken
-                          // effect; shared with other workers; 0: none
+    unsigned stop_ms; // bound on stop, reset, pause; default 1000, at most
+                      // INT_MAX
     // One line of text without a newline, for a log. NULL: stderr, at most
     // some lines a second. Any thread.
-    void (*log)(void *user, const char *line);
-    // A thread that was left behind has ended: the backend and guest memory
-    // are out of its hands. That thread; may be NULL.
+    void (*log)(void *user, vblk_level level, const char *line);
+    // A thread that was left behind has ended: all it used is out of its
+    // hands, and the device can be reset, from inside this call too. That
+    // thread; may be NULL.
     void (*released)(void *user);
     void *user; // first argument of both
 } vblk_worker_options;
@@ -1118,21 +1123,25 @@ typedef struct vblk_worker {
     vblk_dev dev;     // for queries: vblk_mmio_read(), vblk_counters(), ...
     int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
     int      kick_fd; // eventfd that starts a drain; good as a KVM ioeventfd
+    int      number;  // "vblk3" is the thread's name and begins its log lines
     // Private from here.
     vblk_options        o;
     vblk_worker_options wo;
-    int                 number; // in log lines
     int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
-    unsigned char       cpu_set[128]; // a cpu_set_t
     pthread_mutex_t     registers;    // one register call at a time
     struct vblk__thread *thread;      // under `registers`; NULL: not started
     struct vblk__thread *left_behind; // the same
-    uint32_t            left;         // atomic: there is one
+    unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
     // Under `parking`. `parked` is also read without.
     pthread_mutex_t     parking;
     pthread_cond_t      changed;
     bool                pause, hold; // the host asks, the library asks
-    bool                parked_told; // parked_fd was signalled for this pause
+    bool                orphaned;    // the one left behind disposes of all
+    bool                placed;      // the thread runs on `cpu_set`
+    unsigned char       cpu_set[128];
+    int                 parked_fd;   // to signal, or -1
+    bool                parked_told; // it was, for this pause
+    uint32_t            left;        // atomic: one that was left behind lives
     uint32_t            parked;      // atomic; true also while not started
     // Under `logging`.
     pthread_mutex_t     logging;
@@ -1145,26 +1154,36 @@ typedef struct vblk_worker {
 // reset. Without o->event, events go to the log. o->interrupt, if set, is
 // called beside irq_fd. It, o->event and the log are called by the thread and
 // by those that make register calls, several at once; hold no lock that they
-// take around vblk_worker_ calls. `wo` may be NULL.
-// VBLK_OK or a code.
+// take around vblk_worker_ calls. The thread blocks all signals but those of a
+// fault of its own (SIGBUS, SIGSEGV and the like), and runs on the processors
+// that the caller of this runs on. `wo` may be NULL. VBLK_OK or a code.
 VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
                              const vblk_worker_options *wo);
 
-// Stop the thread and free all. False: the backend did not return within
-// stop_ms, and the thread was left behind. It will touch no ring, no guest
-// memory of its own accord, no interrupt; it frees what is its own when the
-// backend returns. Until then, until released() is called, what the callbacks
-// and their `user` need must stay, the backend above all, and guest memory
-// that its system call may still move data to.
+// Stop the thread and free all. False: the thread is stuck, in the backend or
+// on a page of guest memory that does not come, and was left behind after
+// stop_ms. It will touch no ring, no guest memory of its own accord, no
+// interrupt, and frees all when it comes back. Until then, until released() is
+// called, `w`, what the callbacks and their `user` need, the backend above all,
+// and guest memory must stay; without released(), for good.
 VBLKDEF bool vblk_worker_end(vblk_worker *w);
+
+// The processors that the thread may run on, from now on: `count` numbers, or
+// none for those of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. That the
+// kernel will not have it is logged. Any thread.
+VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
+                                 unsigned count);
+
+// An eventfd to signal whenever a pause has taken effect, which workers may
+// share; -1: none. Any thread.
+VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0
 // (and, in the standard profile, QueueReady while live) waits up to stop_ms for
-// the thread, and other register calls for those. If the backend does not
-// return by then, the thread is left behind and Status reads
-// DEVICE_NEEDS_RESET until it has ended; the next reset then brings the device
-// back. Any thread.
+// the thread, and other register calls for those. If it is stuck for longer,
+// it is left behind and Status reads DEVICE_NEEDS_RESET until it has ended; the
+// next reset then brings the device back. Any thread.
 VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                     unsigned bytes, uint64_t value);
 
@@ -1179,10 +1198,13 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w);
 // `ms`. True: it rests, or is not started; all its writes are visible, it
 // reads and writes nothing until vblk_worker_resume(). False: it will rest
 // when its backend returns, or one that was left behind has not ended;
-// vblk_worker_paused() tells. No kick is lost.
-// Pausing twice is pausing. Any thread.
+// vblk_worker_paused() tells. No kick is lost. Pausing twice is pausing, and a
+// pause outlasts a reset: the thread of the next driver rests from its start.
+// Any thread.
 VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
-VBLKDEF void vblk_worker_resume(vblk_worker *w);
+
+// True if it was paused. Any thread.
+VBLKDEF bool vblk_worker_resume(vblk_worker *w);
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
 
 // vblk_set_memory() and vblk_set_limits() with the thread at rest. VBLK_OK,
@@ -1357,6 +1379,14 @@ static inline bool vblk__fetch16(vblk_dev *dev, const uint8_t *ptr,
     return ok;
 }
 
+// What a drain is asked for: to end after the request it is at; or, coming
+// back from where it was stuck, to write nothing more to the guest.
+enum { VBLK__YIELD = 1, VBLK__HALT };
+
+static inline bool vblk__halted(const vblk_dev *dev) {
+    return VBLK__LOAD(&dev->yield) == VBLK__HALT;
+}
+
 // Ring words. `ptr` is the start of the area or NULL, `gpa` its address. An
 // index is loaded with acquire: what it covers is read after it. It is stored
 // with release: what it covers is visible before it.
@@ -1378,6 +1408,9 @@ static inline bool vblk__load16(vblk_dev *dev, const uint8_t *ptr,
 static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
                                  uint64_t at, uint16_t value) {
     uint16_t le = vblk__le16(value);
+    if (vblk__halted(dev)) {
+        return true;
+    }
     if (ptr) {
         VBLK__RELEASE(ptr + at, le);
         return true;
@@ -2205,7 +2238,7 @@ static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
 
 // A request of an earlier session, or of a queue that broke.
 static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
-    return dev->queue[r->queue].epoch != r->epoch;
+    return dev->queue[r->queue].epoch != r->epoch || vblk__halted(dev);
 }
 
 // Guest memory refuses the data at byte `at`, which it had agreed to (X5).
@@ -2258,7 +2291,11 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[VBLK_SECTOR] = {0};
     while (at < r->bytes) {
-        vblk_seg s = vblk__piece(r, at, r->bytes - at);
+        uint64_t most = 1u << 20; // then look whether to go on
+        vblk_seg s = vblk__piece(r, at, most);
+        if (vblk__halted(dev)) {
+            return false;
+        }
         if (s.ptr) {
             VBLK_MEMSET(s.ptr, 0, s.n);
         } else {
@@ -2387,6 +2424,9 @@ static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
 static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                          uint8_t status, uint32_t written) {
     bool told = true;
+    if (vblk__halted(dev)) {
+        return false;
+    }
     if (r->status_ptr) {
         *r->status_ptr = status;
     } else {
@@ -3868,6 +3908,7 @@ VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
 header in this unit, or compile with -D_GNU_SOURCE"
 #endif
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -3881,6 +3922,10 @@ header in this unit, or compile with -D_GNU_SOURCE"
 // ---- Worker: policy ---------------------------------------------------------
 
 #define VBLK__MAX_WAIT VBLK__SECOND // the timer is set to no more
+
+// Outside a callback the thread is busy for microseconds, or, without a
+// processor to run on, for some milliseconds.
+#define VBLK__AT_WORK_MS 100
 
 // Tokens of the descriptors in the epoll set.
 enum { VBLK__STOP, VBLK__KICK, VBLK__TIMER, VBLK__PAUSE, VBLK__TOKENS };
@@ -3918,25 +3963,24 @@ static vblk__plan vblk__plan_after(vblk_outcome out, bool again_already) {
 // ---- Worker: the thread's own -----------------------------------------------
 
 // Where the thread is. AWAY: in a callback of the host, which may take
-// forever; only from there can it be left behind.
+// forever; WORKING may take as long, on a page of guest memory.
 //
 //     thread      WORKING <-> AWAY, WORKING -> ENDED
-//     the rest    AWAY -> LEFT when the bound is over, LEFT -> ORPHAN when
-//                 the worker struct goes away
-//     thread      LEFT -> GONE: the worker frees this; ORPHAN: the thread does
-enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__ORPHAN,
-       VBLK__GONE };
+//     the rest    AWAY, WORKING -> LEFT when the bound is over
+//     thread      LEFT -> GONE, under `parking`: whoever finds it so frees
+//                 this; or the thread itself, if `orphaned` was set before
+enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__GONE };
 
 struct vblk__thread {
-    uint32_t     state; // atomic
-    uint32_t     stop;  // atomic: leave at the next opportunity
+    uint32_t     state;   // atomic
+    uint32_t     stop;    // atomic: leave at the next opportunity
     uint32_t     logging; // atomic: away in the log
+    bool         stuck;   // left while WORKING: the device is in its hands
+    bool         inside;  // the thread's own: it is in a callback
     pthread_t    id;
-    vblk_worker *w;     // not to be used when AWAY, as LEFT may follow
+    vblk_worker *w;
     vblk_backend inner;
     jmp_buf      leave;
-    void (*released)(void *user);
-    void *user;
 };
 
 // The thread that is running, NULL in all others.
@@ -3948,15 +3992,18 @@ static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
-// Around every callback of the host that the thread makes. Coming back, the
-// thread leaves by a jump if it was left behind, when the core's frames and
-// the device may be gone, or if it is to stop: what it was at is thrown away
-// by the reset that follows.
+// Around every callback of the host that the thread makes. The thread leaves
+// by a jump if it was left behind, when the device is not its own any more, or
+// if it is to stop: what it was at is thrown away by the reset that follows.
 static void vblk__away(struct vblk__thread *t) {
-    vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
+    if (!vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)) {
+        longjmp(t->leave, 1);
+    }
+    t->inside = true;
 }
 
 static void vblk__back(struct vblk__thread *t) {
+    t->inside = false;
     if (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
         __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
         longjmp(t->leave, 1);
@@ -3964,14 +4011,15 @@ static void vblk__back(struct vblk__thread *t) {
 }
 
 // For callbacks that other threads make too, and the thread of another device
-// from inside its backend. What is called must be read from `w` before: once
-// the thread is away, `w` may go. NULL if this is not the thread of `w` at
-// work; else it is for vblk__return().
+// from inside its backend. NULL if this is not the thread of `w` at work; else
+// it is for vblk__return().
 static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
     struct vblk__thread *t = vblk__self;
-    return t && t->w == w && vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)
-               ? t
-               : NULL;
+    if (!t || t->w != w || t->inside) {
+        return NULL;
+    }
+    vblk__away(t);
+    return t;
 }
 
 static void vblk__return(struct vblk__thread *t) {
@@ -4023,9 +4071,10 @@ static bool vblk__may_print(vblk_worker *w, uint64_t *left_out) {
 }
 
 #if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
+__attribute__((format(printf, 3, 4)))
 #endif
-static void vblk__log(vblk_worker *w, const char *format, ...) {
+static void vblk__log(vblk_worker *w, vblk_level level, const char *format,
+                      ...) {
     char line[320];
     uint64_t left_out = 0;
     va_list args;
@@ -4037,14 +4086,12 @@ static void vblk__log(vblk_worker *w, const char *format, ...) {
         return;
     }
     // No lock is held from here on: a log may block like any callback.
-    void (*log)(void *, const char *) = w->wo.log;
-    void *user = w->wo.user;
     struct vblk__thread *t = vblk__leave_for(w);
     if (t) {
         __atomic_store_n(&t->logging, 1, __ATOMIC_RELEASE);
     }
-    if (log) {
-        log(user, line);
+    if (w->wo.log) {
+        w->wo.log(w->wo.user, level, line);
     } else if (left_out) {
         fprintf(stderr, "(%llu lines left out)\n%s\n",
                 (unsigned long long)left_out, line);
@@ -4057,19 +4104,33 @@ static void vblk__log(vblk_worker *w, const char *format, ...) {
     vblk__return(t);
 }
 
+static vblk_level vblk__level(vblk_event_code code) {
+    switch ((int)code) {
+    case VBLK_EV_CAPACITY_ZERO:
+    case VBLK_EV_READ_FAILED:
+    case VBLK_EV_WRITE_FAILED:
+    case VBLK_EV_WRITE_STUCK:
+    case VBLK_EV_FLUSH_FAILED:   return VBLK_LEVEL_ERROR;
+    case VBLK_EV_CAPACITY_LARGE:
+    case VBLK_EV_HOST_RESET:
+    case VBLK_EV_NO_MEMORY:      return VBLK_LEVEL_NOTE;
+    default:                     return VBLK_LEVEL_WARNING;
+    }
+}
+
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
-    void (*event)(void *, const vblk_event *) = w->o.event;
-    void *mine = w->o.user;
-    if (event) {
+    if (w->o.event) {
         struct vblk__thread *t = vblk__leave_for(w);
-        event(mine, e);
+        w->o.event(w->o.user, e);
         vblk__return(t);
     } else if (e->queue == VBLK_NO_QUEUE) {
-        vblk__log(w, "%s [%#llx, %#llx]", vblk_event_text(e->code),
-                  (unsigned long long)e->a, (unsigned long long)e->b);
+        vblk__log(w, vblk__level(e->code), "%s [%#llx, %#llx]",
+                  vblk_event_text(e->code), (unsigned long long)e->a,
+                  (unsigned long long)e->b);
     } else {
-        vblk__log(w, "queue %d, head %u: %s [%#llx, %#llx]", e->queue,
+        vblk__log(w, vblk__level(e->code),
+                  "queue %d, head %u: %s [%#llx, %#llx]", e->queue,
                   (unsigned)e->head, vblk_event_text(e->code),
                   (unsigned long long)e->a, (unsigned long long)e->b);
     }
@@ -4092,16 +4153,14 @@ static bool vblk__drain_fd(int fd) {
 
 static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__leave_for(w);
     if (fire) {
         vblk__signal(w->irq_fd);
     }
-    void (*interrupt)(void *, int, bool) = w->o.interrupt;
-    void *mine = w->o.user;
-    if (interrupt) {
-        struct vblk__thread *t = vblk__leave_for(w);
-        interrupt(mine, queue, fire);
-        vblk__return(t);
+    if (w->o.interrupt) {
+        w->o.interrupt(w->o.user, queue, fire);
     }
+    vblk__return(t);
 }
 
 static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
@@ -4122,8 +4181,8 @@ static void vblk__now_parked(vblk_worker *w) {
     __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
     if (w->pause && !w->parked_told && vblk_worker_paused(w)) {
         w->parked_told = true;
-        if (w->wo.parked_fd) {
-            vblk__signal(w->wo.parked_fd);
+        if (w->parked_fd >= 0) {
+            vblk__signal(w->parked_fd);
         }
     }
     pthread_cond_broadcast(&w->changed);
@@ -4137,6 +4196,7 @@ static void vblk__at_rest(vblk_worker *w) {
 
 // Rest as long as the host or the library asks for it.
 static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
+    cpu_set_t set;
     pthread_mutex_lock(&w->parking);
     while ((w->pause || w->hold) &&
            !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
@@ -4147,7 +4207,14 @@ static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
         __atomic_store_n(&w->parked, 0, __ATOMIC_RELEASE);
         VBLK__STORE(&w->dev.yield, 0);
     }
+    bool move = !w->placed;
+    w->placed = true;
+    memcpy(&set, w->cpu_set, sizeof set);
     pthread_mutex_unlock(&w->parking);
+    if (move && sched_setaffinity(0, sizeof set, &set)) {
+        vblk__log(w, VBLK_LEVEL_WARNING, "cannot run on the given cpus (errno "
+                  "%d); going on where the kernel likes", errno);
+    }
 }
 
 // Wait for events and tell which came. False: epoll or a descriptor is broken.
@@ -4165,11 +4232,12 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
     for (int i = 0; i < n; i++) {
         int token = vblk__meaning(events[i].data.u64);
         if (events[i].events & ~(uint32_t)EPOLLIN) {
-            vblk__log(w, "descriptor %d: events %#x", token,
+            vblk__log(w, VBLK_LEVEL_ERROR, "descriptor %d: events %#x", token,
                       (unsigned)events[i].events);
         }
         if (token == VBLK__TOKENS) {
-            vblk__log(w, "an event of no descriptor of ours is skipped");
+            vblk__log(w, VBLK_LEVEL_ERROR,
+                      "an event of no descriptor of ours is skipped");
             continue;
         }
         came[token] = true;
@@ -4188,8 +4256,8 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     for (;;) {
         vblk__rest(w, t);
         if (!vblk__wait(w, again, came)) {
-            vblk__log(w, "waiting for events failed (errno %d): the device "
-                         "needs a reset", errno);
+            vblk__log(w, VBLK_LEVEL_ERROR, "waiting for events failed (errno "
+                      "%d): the device needs a reset", errno);
             vblk_needs_reset(&w->dev);
             return;
         }
@@ -4213,41 +4281,69 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
         again = plan.again;
         stalled = plan.timer_ns > 0;
         if (stalled && !vblk__set_timer(w, plan.timer_ns)) {
-            vblk__log(w, "the timer cannot be set (errno %d): the device "
-                         "needs a reset", errno);
+            vblk__log(w, VBLK_LEVEL_ERROR, "the timer cannot be set (errno "
+                      "%d): the device needs a reset", errno);
             vblk_needs_reset(&w->dev);
             return;
         }
     }
 }
 
+static void vblk__dispose(vblk_worker *w) {
+    const int fds[] = {w->epoll_fd, w->stop_fd, w->timer_fd, w->pause_fd,
+                       w->done_fd,  w->irq_fd,  w->kick_fd};
+    for (unsigned i = 0; i < w->dev.o.queues; i++) {
+        vblk__end_stall(&w->dev, &w->dev.queue[i], 0); // T5
+    }
+    for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
+        if (fds[i] >= 0) {
+            close(fds[i]);
+        }
+    }
+    pthread_cond_destroy(&w->changed);
+    pthread_mutex_destroy(&w->registers);
+    pthread_mutex_destroy(&w->parking);
+    pthread_mutex_destroy(&w->logging);
+}
+
+// Back, after it was left behind: first the state that released() speaks of.
+static void vblk__come_back(struct vblk__thread *t) {
+    vblk_worker *w = t->w;
+    void (*released)(void *) = w->wo.released;
+    void *user = w->wo.user;
+    pthread_mutex_lock(&w->parking);
+    bool orphaned = w->orphaned;
+    __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
+    __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
+    if (!orphaned) {
+        vblk__now_parked(w);
+    }
+    pthread_mutex_unlock(&w->parking);
+    if (orphaned) {
+        vblk__dispose(w);
+        free(t);
+    }
+    if (released) {
+        released(user);
+    }
+}
+
 static void *vblk__thread_main(void *arg) {
     struct vblk__thread *t = (struct vblk__thread *)arg;
+    vblk_worker *w = t->w;
     char name[16];
     vblk__self = t;
     if (setjmp(t->leave) == 0) {
-        cpu_set_t set;
-        memcpy(&set, t->w->cpu_set, sizeof set);
-        snprintf(name, sizeof name, "vblk%d", t->w->number);
+        snprintf(name, sizeof name, "vblk%d", w->number);
         prctl(PR_SET_NAME, name);
-        if (t->w->wo.cpu_count && sched_setaffinity(0, sizeof set, &set)) {
-            vblk__log(t->w, "cannot run on the given cpus (errno %d); going "
-                            "on where the kernel likes", errno);
-        }
-        vblk__serve_until_stopped(t->w, t);
+        vblk__serve_until_stopped(w, t);
     }
     vblk__self = NULL;
     if (vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)) {
-        vblk_worker *w = t->w;
         vblk__at_rest(w);
         vblk__signal(w->done_fd); // the stopper joins, then frees t
-        return NULL;
-    }
-    if (t->released) {
-        t->released(t->user);
-    }
-    if (!vblk__move_state(t, VBLK__LEFT, VBLK__GONE)) {
-        free(t); // ORPHAN
+    } else {
+        vblk__come_back(t);
     }
     return NULL;
 }
@@ -4262,6 +4358,21 @@ static uint64_t vblk__deadline(unsigned ms, struct timespec *at) {
     return ns;
 }
 
+// A thread with the signals of its own faults alone: a handler for the rest
+// belongs to others, and the caller's mask is an accident.
+static int vblk__create(struct vblk__thread *t) {
+    static const int own[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};
+    sigset_t others, before;
+    sigfillset(&others);
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) {
+        sigdelset(&others, own[i]);
+    }
+    pthread_sigmask(SIG_SETMASK, &others, &before);
+    int err = pthread_create(&t->id, NULL, vblk__thread_main, t);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return err;
+}
+
 static void vblk__start(vblk_worker *w) {
     struct vblk__thread *t =
         (struct vblk__thread *)calloc(1, sizeof *t);
@@ -4269,22 +4380,21 @@ static void vblk__start(vblk_worker *w) {
     if (t) {
         t->w = w;
         t->inner = w->o.backend;
-        t->released = w->wo.released;
-        t->user = w->wo.user;
         w->dev.o.backend.user = t;
         vblk__drain_fd(w->stop_fd);
         vblk__drain_fd(w->done_fd);
         pthread_mutex_lock(&w->parking);
+        w->placed = false;
         // A pause that was asked for before holds from the first moment on.
         __atomic_store_n(&w->parked, w->pause, __ATOMIC_RELEASE);
         pthread_mutex_unlock(&w->parking);
-        err = pthread_create(&t->id, NULL, vblk__thread_main, t);
+        err = vblk__create(t);
     }
     if (err) {
         free(t);
         vblk__at_rest(w);
-        vblk__log(w, "the thread cannot be started (error %d): the device "
-                     "needs a reset", err);
+        vblk__log(w, VBLK_LEVEL_ERROR, "the thread cannot be started (error "
+                  "%d): the device needs a reset", err);
         vblk_needs_reset(&w->dev);
         return;
     }
@@ -4306,56 +4416,86 @@ static bool vblk__ends_within(vblk_worker *w, unsigned ms) {
     }
 }
 
-// Stop and join the thread. False: it was left behind, in a callback of the
-// host that did not return within the bound.
-static bool vblk__stop(vblk_worker *w) {
+// The bound is over. True: the thread is left behind, in a callback of the host
+// or, as it does not come out of the device's own code either, within that.
+static bool vblk__leave_behind(vblk_worker *w, struct vblk__thread *t) {
+    for (unsigned ms = 0; ms < VBLK__AT_WORK_MS; ms++) {
+        if (vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
+            return true;
+        }
+        if (vblk__ends_within(w, 1)) {
+            return false;
+        }
+    }
+    t->stuck = vblk__move_state(t, VBLK__WORKING, VBLK__LEFT);
+    return t->stuck || vblk__move_state(t, VBLK__AWAY, VBLK__LEFT);
+}
+
+// Stop and join the thread, or leave it behind.
+static void vblk__stop(vblk_worker *w) {
     struct vblk__thread *t = w->thread;
     if (!t) {
-        return true;
+        return;
     }
     w->thread = NULL;
     pthread_mutex_lock(&w->parking);
     __atomic_store_n(&t->stop, 1, __ATOMIC_RELEASE);
-    VBLK__STORE(&w->dev.yield, 1);
+    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
     vblk__signal(w->stop_fd);
-    bool ended = vblk__ends_within(w, w->wo.stop_ms);
-    // Between two callbacks the thread is busy for microseconds only.
-    while (!ended && !vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
-        ended = vblk__ends_within(w, 1);
+    vblk__signal(w->pause_fd); // wakes it too
+    if (vblk__ends_within(w, w->wo.stop_ms) || !vblk__leave_behind(w, t)) {
+        vblk__at_rest(w);
+        pthread_join(t->id, NULL);
+        free(t);
+        return;
     }
     // A log that the thread is stuck in would stop this one too.
     bool log = !__atomic_load_n(&t->logging, __ATOMIC_ACQUIRE);
-    __atomic_store_n(&w->left, !ended, __ATOMIC_RELEASE);
-    vblk__at_rest(w);
-    if (ended) {
-        pthread_join(t->id, NULL);
-        free(t);
-        return true;
-    }
-    pthread_detach(t->id);
+    pthread_mutex_lock(&w->parking);
+    VBLK__STORE(&w->dev.yield, VBLK__HALT);
+    // It may be back already.
+    bool gone = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE;
+    __atomic_store_n(&w->left, !gone, __ATOMIC_RELEASE);
+    vblk__now_parked(w);
+    pthread_mutex_unlock(&w->parking);
     w->left_behind = t;
     if (log) {
-        vblk__log(w, "the backend did not return within %u ms: its thread is "
-                     "left behind, the device needs a reset once it has ended",
-                  w->wo.stop_ms);
+        vblk__log(w, VBLK_LEVEL_ERROR, "the %s within %u ms: the thread is "
+                  "left behind, the device needs a reset once it has ended",
+                  t->stuck ? "device got no page of guest memory"
+                           : "backend did not return", w->wo.stop_ms);
     }
-    return false;
+}
+
+// Free what a thread that was left behind has left, if it is back. Of it,
+// released() alone is yet to return, which may be the caller.
+static bool vblk__collect(vblk_worker *w, bool wait) {
+    struct vblk__thread *t = w->left_behind;
+    if (t && __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
+        if (wait && !pthread_equal(t->id, pthread_self())) {
+            pthread_join(t->id, NULL);
+        } else {
+            pthread_detach(t->id);
+        }
+        free(t);
+        w->left_behind = NULL;
+    }
+    return !w->left_behind;
 }
 
 // With `registers` held.
 static bool vblk__worker_reset(vblk_worker *w) {
-    struct vblk__thread *old = w->left_behind;
-    if (old &&
-        __atomic_load_n(&old->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
-        free(old);
-        w->left_behind = NULL;
-        __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
-        vblk__at_rest(w);
-    }
     vblk__stop(w);
-    vblk__reset(&w->dev, w->left_behind ? VBLK_STATUS_NEEDS_RESET : 0);
+    if (vblk__collect(w, false)) {
+        vblk__reset(&w->dev, 0);
+    } else if (!w->left_behind->stuck) {
+        vblk__reset(&w->dev, VBLK_STATUS_NEEDS_RESET);
+    } else { // the queues are in its hands
+        VBLK__STORE(&w->dev.status, VBLK_STATUS_NEEDS_RESET);
+        vblk_interrupt_ack(&w->dev, ~0u);
+    }
     vblk__drain_fd(w->irq_fd);
     vblk__drain_fd(w->kick_fd);
     vblk__drain_fd(w->pause_fd);
@@ -4372,7 +4512,7 @@ static bool vblk__hold_still(vblk_worker *w) {
     vblk__deadline(w->wo.stop_ms, &at);
     pthread_mutex_lock(&w->parking);
     w->hold = true;
-    VBLK__STORE(&w->dev.yield, 1);
+    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
     vblk__signal(w->pause_fd);
     while (!w->parked && pthread_cond_timedwait(&w->changed, &w->parking,
                                                 &at) != ETIMEDOUT) {
@@ -4404,7 +4544,7 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
             vblk__now_parked(w);
         }
     }
-    VBLK__STORE(&w->dev.yield, 1);
+    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
     vblk__signal(w->pause_fd);
     while (w->pause && !w->parked &&
            pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
@@ -4415,10 +4555,18 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
     return parked;
 }
 
-VBLKDEF void vblk_worker_resume(vblk_worker *w) {
+VBLKDEF bool vblk_worker_resume(vblk_worker *w) {
     pthread_mutex_lock(&w->parking);
+    bool was = w->pause;
     w->pause = false;
     pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+    return was;
+}
+
+VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd) {
+    pthread_mutex_lock(&w->parking);
+    w->parked_fd = fd;
     pthread_mutex_unlock(&w->parking);
 }
 
@@ -4445,8 +4593,9 @@ static void vblk__worker_store(vblk_worker *w, uint64_t offset,
         return;
     }
     if (ready && !vblk__hold_still(w)) {
-        vblk__log(w, "the backend did not return within %u ms: a queue could "
-                     "not be started or stopped", w->wo.stop_ms);
+        vblk__log(w, VBLK_LEVEL_ERROR, "the backend did not return within %u "
+                  "ms: a queue could not be started or stopped",
+                  w->wo.stop_ms);
         vblk_needs_reset(&w->dev);
         return;
     }
@@ -4506,29 +4655,48 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {
     return err;
 }
 
-static int vblk__set_cpus(vblk_worker *w) {
+VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
+                                 unsigned count) {
     cpu_set_t set;
     CPU_ZERO(&set);
-    for (unsigned i = 0; i < w->wo.cpu_count; i++) {
-        if (w->wo.cpus[i] < 0 || w->wo.cpus[i] >= CPU_SETSIZE) {
+    for (unsigned i = 0; i < count; i++) {
+        if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) {
             return VBLK_ERR_CPUS;
         }
-        CPU_SET((unsigned)w->wo.cpus[i], &set);
+        CPU_SET((unsigned)cpus[i], &set);
     }
-    VBLK_ASSERT(sizeof set <= sizeof w->cpu_set);
-    memcpy(w->cpu_set, &set, sizeof set);
-    w->wo.cpus = NULL; // copied
+    pthread_mutex_lock(&w->parking);
+    memcpy(w->cpu_set, count ? (void *)&set : (void *)w->any_cpu, sizeof set);
+    w->placed = false;
+    vblk__signal(w->pause_fd); // the thread moves itself
+    pthread_mutex_unlock(&w->parking);
     return VBLK_OK;
 }
 
-static void vblk__close_all(vblk_worker *w) {
-    const int fds[] = {w->epoll_fd, w->stop_fd,  w->timer_fd, w->pause_fd,
-                       w->done_fd,  w->irq_fd, w->kick_fd};
-    for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
-        if (fds[i] >= 0) {
-            close(fds[i]);
-        }
+static int vblk__make_condition(pthread_cond_t *c) {
+    pthread_condattr_t attr;
+    int err = pthread_condattr_init(&attr);
+    if (!err) {
+        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+        err = pthread_cond_init(c, &attr);
+        pthread_condattr_destroy(&attr);
     }
+    return err;
+}
+
+static int vblk__make_locks(vblk_worker *w) {
+    pthread_mutex_t *lock[] = {&w->registers, &w->parking, &w->logging};
+    unsigned made = 0;
+    int err = 0;
+    while (!err && made < 3) {
+        err = pthread_mutex_init(lock[made], NULL);
+        made += !err;
+    }
+    err = err ? err : vblk__make_condition(&w->changed);
+    while (err && made > 0) {
+        pthread_mutex_destroy(lock[--made]);
+    }
+    return err;
 }
 
 static bool vblk__open_all(vblk_worker *w) {
@@ -4567,33 +4735,36 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
         w->wo = *wo;
     }
     w->wo.stop_ms = w->wo.stop_ms ? w->wo.stop_ms : 1000;
+    if (w->wo.stop_ms > INT_MAX) {
+        return VBLK_ERR_STOP_MS;
+    }
     w->parked = 1;
+    w->parked_fd = -1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
     mine.event = vblk__worker_event;
     mine.interrupt = vblk__worker_interrupt;
     mine.user = w;
-    int err = vblk__set_cpus(w);
+    cpu_set_t any;
+    CPU_ZERO(&any);
+    VBLK_ASSERT(sizeof any <= sizeof w->any_cpu);
+    sched_getaffinity(0, sizeof any, &any);
+    memcpy(w->any_cpu, &any, sizeof any);
+    memcpy(w->cpu_set, &any, sizeof any);
+    int err = vblk__make_locks(w);
     if (err) {
-        return err;
+        errno = err;
+        return VBLK_ERR_WORKER;
     }
     if (!vblk__open_all(w)) {
         int saved = errno;
-        vblk__close_all(w);
+        vblk__dispose(w);
         errno = saved;
         return VBLK_ERR_WORKER;
     }
-    pthread_condattr_t attr;
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&w->changed, &attr);
-    pthread_condattr_destroy(&attr);
-    pthread_mutex_init(&w->registers, NULL);
-    pthread_mutex_init(&w->parking, NULL);
-    pthread_mutex_init(&w->logging, NULL);
     err = vblk_init(&w->dev, &mine);
     if (err) {
-        vblk_worker_end(w);
+        vblk__dispose(w);
         return err;
     }
     vblk_backend *b = &w->dev.o.backend;
@@ -4606,19 +4777,20 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
 
 VBLKDEF bool vblk_worker_end(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
-    bool ended = vblk__stop(w);
-    struct vblk__thread *old = w->left_behind;
-    if (old && !vblk__move_state(old, VBLK__LEFT, VBLK__ORPHAN)) {
-        free(old); // GONE meanwhile
-        old = NULL;
-    }
+    vblk__stop(w);
     pthread_mutex_unlock(&w->registers);
-    vblk__close_all(w);
-    pthread_cond_destroy(&w->changed);
-    pthread_mutex_destroy(&w->registers);
-    pthread_mutex_destroy(&w->parking);
-    pthread_mutex_destroy(&w->logging);
-    return ended && !old;
+    pthread_mutex_lock(&w->parking);
+    bool left = __atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
+    if (left) {
+        w->orphaned = true;
+        pthread_detach(w->left_behind->id);
+    }
+    pthread_mutex_unlock(&w->parking);
+    if (!left) {
+        vblk__collect(w, true);
+        vblk__dispose(w);
+    }
+    return !left;
 }
 
 #endif // VBLK_IMPLEMENTATION_THREADED

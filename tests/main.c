@@ -30,6 +30,8 @@ static int  returned(void); // for calls that leave errno alone
 #define nanosleep(...) (fails("nanosleep") ? -1 : nanosleep(__VA_ARGS__))
 #define pthread_create(...)                                                    \
     (fails("pthread_create") ? returned() : pthread_create(__VA_ARGS__))
+#define pthread_cond_init(...)                                                 \
+    (fails("pthread_cond_init") ? returned() : pthread_cond_init(__VA_ARGS__))
 #define pthread_mutex_init(...)                                                \
     (fails("pthread_mutex_init") ? returned() : pthread_mutex_init(__VA_ARGS__))
 

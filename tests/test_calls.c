@@ -105,17 +105,16 @@ static int staying_flush(void *user) {
     return 0;
 }
 
-static void staying_log(void *user, const char *line) {
-    (void)user;
-    (void)line;
+static void staying_log(void *user, vblk_level level, const char *line) {
+    (void)user, (void)level, (void)line;
     stay();
 }
 
 static uint32_t lines;
 static char     last_line[400]; // to be read when its writer rests
 
-static void count_line(void *user, const char *line) {
-    (void)user;
+static void count_line(void *user, vblk_level level, const char *line) {
+    (void)user, (void)level;
     snprintf(last_line, sizeof last_line, "%s", line);
     __atomic_fetch_add(&lines, 1, __ATOMIC_RELEASE);
 }
@@ -489,10 +488,9 @@ void w6_two_processors(void) {
         return; // there are no two to be had
     }
     worker_options();
-    wo.cpus = cpus;
-    wo.cpu_count = 2;
     o.backend.read = notes_its_thread;
     make_worker();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 2));
     put_one(VBLK_T_IN, 1, true);
     EVENTUALLY(used_is(1));
     CHECK_EQ(2, cpus_seen);

@@ -2,8 +2,12 @@
 #include "guest.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -75,9 +79,12 @@ static unsigned logged;
 static char     last_line[320];
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void on_log(void *user, const char *line) {
+static vblk_level last_level;
+
+static void on_log(void *user, vblk_level level, const char *line) {
     (void)user;
     pthread_mutex_lock(&log_lock);
+    last_level = level;
     __atomic_fetch_add(&logged, 1, __ATOMIC_RELEASE);
     strncpy(last_line, line, sizeof last_line - 1);
     pthread_mutex_unlock(&log_lock);
@@ -180,11 +187,15 @@ static void add(unsigned slot) {
     __atomic_store_n(word(AVAIL + 2), le16(avail_made), __ATOMIC_RELEASE);
 }
 
-static void up(void) {
-    make_worker();
+static void up_made(void) {
     bind_driver(VBLK_F_EVENT_IDX);
     avail_made = 0;
     go();
+}
+
+static void up(void) {
+    make_worker();
+    up_made();
 }
 
 static void read_one(void) {
@@ -257,9 +268,9 @@ void w2_the_thread_has_a_name_and_a_place(void) {
     const int cpus[] = {0};
     worker_options();
     o.backend.read = who_am_i;
-    wo.cpus = cpus;
-    wo.cpu_count = 1;
-    up();
+    make_worker();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 1));
+    up_made();
     read_one();
     CHECK(!pthread_equal(served_by, pthread_self()));
     char want[32];
@@ -274,16 +285,16 @@ void w6_placement_that_fails_is_logged(void) {
     const int cpus[] = {1023};
     const int bad[] = {-1};
     worker_options();
-    wo.cpus = cpus;
-    wo.cpu_count = 1;
-    up();
+    make_worker();
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
+             (uint64_t)vblk_worker_set_cpus(&w, bad, 1));
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 1));
+    up_made();
     read_one();
     CHECK(logged >= 1);
     CHECK(strstr(last_line, "cpus") != NULL);
+    CHECK_EQ(VBLK_LEVEL_WARNING, last_level);
     finish();
-    wo.cpus = bad;
-    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
-             (uint64_t)vblk_worker_init(&w, &o, &wo));
 }
 
 void w_options_are_checked_and_nothing_leaks(void) {
@@ -608,12 +619,14 @@ void w5_pause_in_every_state(void) {
 
 void w5_the_parked_eventfd(void) {
     uint64_t count;
+    int parked_fd = eventfd(0, EFD_NONBLOCK);
     worker_options();
-    wo.parked_fd = eventfd(0, EFD_NONBLOCK);
     make_worker();
+    vblk_worker_set_parked_fd(&w, parked_fd);
     vblk_worker_pause(&w, 0); // not started: at once
-    CHECK_EQ(8, read(wo.parked_fd, &count, 8));
-    vblk_worker_resume(&w);
+    CHECK_EQ(8, read(parked_fd, &count, 8));
+    CHECK(vblk_worker_resume(&w));
+    CHECK(!vblk_worker_resume(&w)); // there was no pause
     bind_driver(VBLK_F_EVENT_IDX);
     avail_made = 0;
     go();
@@ -627,12 +640,15 @@ void w5_the_parked_eventfd(void) {
     }
     CHECK_EQ(2000, cycles);
     uint64_t told = 0;
-    while (read(wo.parked_fd, &count, 8) == 8) {
+    while (read(parked_fd, &count, 8) == 8) {
         told += count;
     }
     CHECK_EQ(2000, told);
+    vblk_worker_set_parked_fd(&w, -1);
+    CHECK(vblk_worker_pause(&w, 10000));
+    CHECK(read(parked_fd, &count, 8) < 0);
     finish();
-    close(wo.parked_fd);
+    close(parked_fd);
 }
 
 // After "paused" the host may read rings and memory with plain loads: the
@@ -756,17 +772,19 @@ void w7_w8_reset_of_a_stuck_worker(void) {
 void w7_end_of_a_stuck_worker(void) {
     up_stuck();
     uint64_t start = clock_ns();
+    const int fds[] = {w.irq_fd, w.kick_fd, w.stop_fd, w.pause_fd, w.done_fd};
     CHECK(!vblk_worker_end(&w));
     CHECK(clock_ns() - start < 5 * SECOND);
-    memset(&w, 0x77, sizeof w); // nothing of it may be used any more
+    CHECK(fcntl(fds[0], F_GETFD) >= 0); // for the thread it is there
     memset(ram, 0x5a, 0x3000);
     let_go();
     EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    for (size_t i = 0; i < COUNT(fds); i++) { // which has freed all
+        CHECK(fcntl(fds[i], F_GETFD) < 0);
+    }
+    memset(&w, 0x77, sizeof w); // nothing of it may be used any more
     for (size_t i = 0; i < 0x3000; i++) {
         CHECK_EQ(0x5a, ram[i]);
-    }
-    for (size_t i = 0; i < sizeof w; i++) {
-        CHECK_EQ(0x77, ((uint8_t *)&w)[i]);
     }
     close_pipes();
 }
@@ -814,6 +832,290 @@ void w7_pause_of_a_stuck_worker(void) {
     EVENTUALLY(used_idx() == 3);
     finish();
     close_pipes();
+}
+
+// W8: with the thread back, whatever needs rest works again, before a reset.
+void w8_rest_after_a_thread_came_back(void) {
+    uint64_t count = 0;
+    int parked_fd = eventfd(0, EFD_NONBLOCK);
+    vblk_limits none = {0, 0, 0, 0};
+    up_stuck();
+    vblk_worker_set_parked_fd(&w, parked_fd);
+    store(VBLK_REG_STATUS, 0);
+    CHECK(!vblk_worker_pause(&w, 1));
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+             (uint64_t)vblk_worker_set_limits(&w, &none));
+    CHECK(read(parked_fd, &count, 8) < 0);
+    let_go();
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    CHECK_EQ(8, read(parked_fd, &count, 8));
+    CHECK_EQ(1, count);
+    CHECK(vblk_worker_paused(&w));
+    CHECK(vblk_worker_pause(&w, 0));
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &none));
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_memory(&w, o.memory));
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    CHECK(vblk_worker_resume(&w));
+    CHECK(vblk_worker_reset(&w));
+    again_from_reset();
+    finish();
+    close(parked_fd);
+    close_pipes();
+}
+
+static void reset_inside(void *user) {
+    CHECK(vblk_worker_reset(&w));
+    on_released(user);
+}
+
+// W8: released() speaks of what is so already.
+void w8_a_reset_inside_released(void) {
+    for (int ended = 0; ended < 2; ended++) {
+        up_stuck();
+        w.wo.released = reset_inside;
+        store(VBLK_REG_STATUS, 0);
+        let_go();
+        EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+        CHECK_EQ(0, load(VBLK_REG_STATUS));
+        if (!ended) {
+            again_from_reset();
+        }
+        finish();
+        close_pipes();
+    }
+}
+
+// W7: the thread is in no callback: a page of guest memory does not come. The
+// accessor stands for it, as the kernel would.
+static uint32_t  pages_stop, page_asked; // atomic
+static bool      page_is_written;
+static vblk_memory pages;
+
+static void wait_for_page(void) {
+    if (__atomic_load_n(&pages_stop, __ATOMIC_ACQUIRE)) {
+        __atomic_store_n(&page_asked, 1, __ATOMIC_RELEASE);
+        while (__atomic_load_n(&pages_stop, __ATOMIC_ACQUIRE)) {
+            sched_yield();
+        }
+    }
+}
+
+static int page_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    if (dst && !page_is_written && gpa == HEADER + 32) {
+        wait_for_page();
+    }
+    return pages.read(user, gpa, dst, n);
+}
+
+static int page_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
+    if (src && page_is_written && gpa == DATA + 512) {
+        wait_for_page();
+        return 0; // the store that had begun; what follows it counts
+    }
+    return pages.write(user, gpa, src, n);
+}
+
+static int64_t nothing_there(void *user, uint64_t offset, const vblk_seg *seg,
+                             unsigned segs) {
+    (void)user, (void)offset, (void)seg, (void)segs;
+    return 0;
+}
+
+static void up_without_a_page(bool padded) {
+    worker_options();
+    o.capacity = sizeof disk / 512;
+    o.backend.read = padded ? nothing_there : o.backend.read;
+    pages = o.memory;
+    o.memory.read = page_read;
+    o.memory.write = page_write;
+    o.memory.map = NULL;
+    wo.stop_ms = 20;
+    wo.released = on_released;
+    released = page_asked = 0;
+    up();
+    read_one();
+    __atomic_store_n(&pages_stop, 1, __ATOMIC_RELEASE);
+    chain(1, VBLK_T_IN, 0);
+    put_le32(DESC + 48 + 16 + 8, 4096);
+    chain(2, VBLK_T_IN, 0);
+    add(1);
+    add(2);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(__atomic_load_n(&page_asked, __ATOMIC_ACQUIRE));
+}
+
+void w7_a_page_that_does_not_come(void) {
+    for (int kind = 0; kind < 8; kind++) {
+        page_is_written = kind & 1;
+        up_without_a_page(kind & 4);
+        uint64_t start = clock_ns();
+        if (!(kind & 2)) {
+            CHECK(!vblk_worker_reset(&w));
+            CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+            CHECK(strstr(last_line, "left behind") != NULL);
+            CHECK(!vblk_worker_reset(&w));
+            CHECK_EQ(VBLK_LEVEL_ERROR, last_level);
+        } else {
+            CHECK(!vblk_worker_end(&w));
+        }
+        CHECK(clock_ns() - start < 5 * SECOND);
+        memset(ram, 0x5a, sizeof ram); // the guest's again
+        __atomic_store_n(&pages_stop, 0, __ATOMIC_RELEASE);
+        EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+        for (size_t i = 0; i < sizeof ram; i++) {
+            if (ram[i] != 0x5a) {
+                CHECK_EQ(0x5a, ram[i]);
+                break;
+            }
+        }
+        if (!(kind & 2)) {
+            CHECK(vblk_worker_reset(&w));
+            CHECK_EQ(0, load(VBLK_REG_STATUS));
+            CHECK_EQ(0, load(VBLK_REG_QUEUE_READY));
+            again_from_reset();
+            finish();
+        }
+    }
+}
+
+// W7: nor does a descriptor that is dead keep the reset waiting.
+void w7_a_dead_stop_descriptor(void) {
+    worker_options();
+    wo.stop_ms = 20;
+    up();
+    read_one();
+    int dead = dup(w.stop_fd), null = open("/dev/null", O_RDWR);
+    epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.stop_fd, NULL);
+    dup2(null, w.stop_fd);
+    CHECK(vblk_worker_reset(&w));
+    again_from_reset();
+    finish();
+    close(dead);
+    close(null);
+}
+
+// T5: what is gone waits for nothing.
+void t5_the_gauge_falls_at_the_end(void) {
+    worker_options();
+    o.limits.iops = 1;
+    up();
+    for (unsigned i = 0; i < 3; i++) {
+        chain(i, VBLK_T_IN, i);
+        add(i);
+    }
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    finish();
+    CHECK_EQ(0, vblk_counters(&w.dev).currently_throttled);
+}
+
+// LIB: a vCPU's mask and place are its own.
+static sigset_t thread_mask;
+static int      thread_cpus;
+
+static int64_t look_around(void *user, uint64_t offset, const vblk_seg *seg,
+                           unsigned segs) {
+    cpu_set_t set;
+    (void)user, (void)offset, (void)segs;
+    pthread_sigmask(SIG_BLOCK, NULL, &thread_mask);
+    sched_getaffinity(0, sizeof set, &set);
+    thread_cpus = CPU_COUNT(&set);
+    return (int64_t)seg[0].n;
+}
+
+static void *bind_as_vcpu(void *arg) {
+    cpu_set_t one;
+    (void)arg;
+    CPU_ZERO(&one);
+    CPU_SET((unsigned)sched_getcpu(), &one);
+    CHECK_EQ(0, pthread_setaffinity_np(pthread_self(), sizeof one, &one));
+    up_made();
+    return NULL;
+}
+
+void w_signals_and_place_are_not_the_vcpus(void) {
+    static const int own[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP};
+    pthread_t vcpu;
+    cpu_set_t mine;
+    sched_getaffinity(0, sizeof mine, &mine);
+    worker_options();
+    o.backend.read = look_around;
+    make_worker();
+    CHECK_EQ(0, pthread_create(&vcpu, NULL, bind_as_vcpu, NULL));
+    pthread_join(vcpu, NULL);
+    read_one();
+    CHECK_EQ(CPU_COUNT(&mine), thread_cpus);
+    for (int sig = 1; sig < 32; sig++) {
+        bool fault = false;
+        for (size_t i = 0; i < COUNT(own); i++) {
+            fault |= sig == own[i];
+        }
+        if (sig != SIGKILL && sig != SIGSTOP) {
+            ROW_BEGIN();
+            CHECK_EQ(!fault, sigismember(&thread_mask, sig));
+            ROW("signal %d", sig);
+        }
+    }
+    sigset_t caller;
+    pthread_sigmask(SIG_BLOCK, NULL, &caller);
+    CHECK(!sigismember(&caller, SIGUSR1)); // its own is as it was
+    const int first = CPU_ISSET(0, &mine) ? 0 : sched_getcpu();
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, &first, 1));
+    EVENTUALLY((read_one(), thread_cpus == 1)); // while it runs
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, NULL, 0));
+    EVENTUALLY((read_one(), thread_cpus == CPU_COUNT(&mine)));
+    finish();
+}
+
+void w_options_and_locks_that_cannot_be(void) {
+    worker_options();
+    wo.stop_ms = (unsigned)INT_MAX + 1;
+    CHECK_EQ((uint64_t)VBLK_ERR_STOP_MS,
+             (uint64_t)vblk_worker_init(&w, &o, &wo));
+    wo.stop_ms = INT_MAX;
+    for (unsigned i = 0; i < 3; i++) {
+        test_calls_fail("pthread_mutex_init", EAGAIN, i, 1);
+        errno = 0;
+        CHECK_EQ((uint64_t)VBLK_ERR_WORKER,
+                 (uint64_t)vblk_worker_init(&w, &o, &wo));
+        CHECK_EQ(EAGAIN, errno);
+    }
+    test_calls_fail("pthread_cond_init", ENOMEM, 0, 1);
+    CHECK_EQ((uint64_t)VBLK_ERR_WORKER,
+             (uint64_t)vblk_worker_init(&w, &o, &wo));
+    CHECK_EQ(ENOMEM, errno);
+    up();
+    read_one();
+    finish();
+}
+
+static unsigned shares_of(vblk_limiter *l) {
+    pthread_mutex_lock(&l->mutex);
+    unsigned shares = l->rests;
+    pthread_mutex_unlock(&l->mutex);
+    return shares;
+}
+
+// T8, W7: the thread stops between two shares of a limited backend.
+void t8_w7_a_reset_while_a_limiter_sleeps(void) {
+    static const vblk_limits slow = {0, 0, 10240, 0};
+    vblk_limiter l;
+    worker_options();
+    CHECK_EQ(VBLK_OK, vblk_limiter_init(&l, o.backend, &slow));
+    o.backend = vblk_limiter_backend(&l);
+    up();
+    uint64_t start = clock_ns();
+    chain(0, VBLK_T_IN, 0);
+    ram[DESC + 16 + 8] = 0; // 64 KiB: six seconds' worth
+    ram[DESC + 16 + 10] = 1;
+    add(0);
+    store(VBLK_REG_QUEUE_NOTIFY, 0);
+    EVENTUALLY(shares_of(&l) > 1);
+    CHECK(vblk_worker_reset(&w));
+    CHECK(clock_ns() - start < 3 * SECOND);
+    CHECK_EQ(0, load(VBLK_REG_STATUS));
+    finish();
+    vblk_limiter_end(&l);
 }
 
 // LIB-09: the interrupt function wants a lock that the vCPU holds while it

@@ -16,8 +16,8 @@ static unsigned            said, flushed, evented;
 static char                told[8192]; // all lines
 static pthread_mutex_t     lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void on_log(void *user, const char *line) {
-    (void)user;
+static void on_log(void *user, vblk_level level, const char *line) {
+    (void)user, (void)level;
     pthread_mutex_lock(&lock);
     strncat(told, line, sizeof told - strlen(told) - 1);
     __atomic_fetch_add(&said, 1, __ATOMIC_RELEASE);
@@ -94,20 +94,20 @@ void w_registers_of_other_widths(void) {
     CHECK_EQ(4, evented);
     CHECK_EQ(0xf, load(VBLK_REG_STATUS));
     CHECK_EQ(1, load(VBLK_REG_QUEUE_READY));
-    CHECK(vblk_worker_end(&w));
     int cpu = CPU_SETSIZE;
-    wo.cpus = &cpu;
-    wo.cpu_count = 1;
-    CHECK_EQ((uint64_t)VBLK_ERR_CPUS, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
+             (uint64_t)vblk_worker_set_cpus(&w, &cpu, 1));
+    CHECK(vblk_worker_end(&w));
 }
 
 void w_pause_before_the_start_signals_once(void) {
     uint64_t n = 0;
+    int parked_fd = eventfd(0, EFD_NONBLOCK);
     worker_options();
-    wo.parked_fd = eventfd(0, EFD_NONBLOCK);
     make_worker();
+    vblk_worker_set_parked_fd(&w, parked_fd);
     CHECK(vblk_worker_pause(&w, 1000));
-    CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+    CHECK_EQ(8, read(parked_fd, &n, sizeof n));
     CHECK_EQ(1, n);
     bind_driver();
     put_flush(1);
@@ -116,10 +116,10 @@ void w_pause_before_the_start_signals_once(void) {
     EVENTUALLY(used_is(1));
     // Asked for while the thread runs, and told when it ends first.
     CHECK(vblk_worker_pause(&w, 1000));
-    CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+    CHECK_EQ(8, read(parked_fd, &n, sizeof n));
     CHECK(vblk_worker_end(&w));
-    CHECK(read(wo.parked_fd, &n, sizeof n) < 0); // and not told twice
-    close(wo.parked_fd);
+    CHECK(read(parked_fd, &n, sizeof n) < 0); // and not told twice
+    close(parked_fd);
 }
 
 // Descriptors are made all or none, and none is left open.
@@ -298,8 +298,9 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
         o.backend.flush = slow_flush;
         wo.released = on_released;
         wo.stop_ms = 20;
-        wo.parked_fd = with_fd ? eventfd(0, EFD_NONBLOCK) : 0;
+        int parked_fd = with_fd ? eventfd(0, EFD_NONBLOCK) : -1;
         make_worker();
+        vblk_worker_set_parked_fd(&w, parked_fd);
         bind_driver();
         put_flush(1);
         EVENTUALLY(__atomic_load_n(&inside, __ATOMIC_ACQUIRE));
@@ -311,18 +312,18 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
                  (uint64_t)vblk_worker_set_memory(&w, o.memory));
         CHECK(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
         if (with_fd) {
-            CHECK(read(wo.parked_fd, &n, sizeof n) < 0);
+            CHECK(read(parked_fd, &n, sizeof n) < 0);
         }
         __atomic_store_n(&hold, 0, __ATOMIC_RELEASE);
         EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
         EVENTUALLY(vblk_worker_reset(&w));
         CHECK(vblk_worker_paused(&w));
         if (with_fd) {
-            CHECK_EQ(8, read(wo.parked_fd, &n, sizeof n));
+            CHECK_EQ(8, read(parked_fd, &n, sizeof n));
         }
         CHECK(vblk_worker_end(&w));
         if (with_fd) {
-            close(wo.parked_fd);
+            close(parked_fd);
         }
     }
 }

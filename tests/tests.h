@@ -288,6 +288,14 @@
     X(w7_end_of_a_stuck_worker, ONCE)                                          \
     X(w7_end_after_a_reset_left_one_behind, ONCE)                              \
     X(w7_pause_of_a_stuck_worker, ONCE)                                        \
+    X(w8_rest_after_a_thread_came_back, ONCE)                                  \
+    X(w8_a_reset_inside_released, ONCE)                                        \
+    X(w7_a_page_that_does_not_come, ONCE)                                      \
+    X(w7_a_dead_stop_descriptor, ONCE)                                         \
+    X(t5_the_gauge_falls_at_the_end, ONCE)                                     \
+    X(w_signals_and_place_are_not_the_vcpus, ONCE)                             \
+    X(w_options_and_locks_that_cannot_be, ONCE)                                \
+    X(t8_w7_a_reset_while_a_limiter_sleeps, ONCE)                              \
     X(w7_an_interrupt_that_waits_for_the_caller, ONCE)                         \
     X(w7_reset_of_a_slow_worker, ONCE)                                         \
     X(p8_queue_ready_with_a_worker, ONCE)                                      \
