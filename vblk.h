@@ -157,8 +157,8 @@
 
         registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
                     vblk_set_status, vblk_queue_start, vblk_queue_stop
-        draining    vblk_next, vblk_complete, vblk_publish, vblk_drain,
-                    vblk_get, vblk_put, vblk_set_limits
+        draining    vblk_next, vblk_execute, vblk_complete, vblk_publish,
+                    vblk_drain, vblk_get, vblk_put, vblk_set_limits
         any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
                     vblk_needs_reset, and all other queries
 
@@ -912,6 +912,11 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
 // queue; not for VBLK_ALL_QUEUES. Thread: the queue's drainer.
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req);
+
+// Do `req` with the backend, here and now, and complete it: for a host that
+// looks around between two requests, where vblk_drain() would not. Thread: the
+// queue's drainer.
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
 
 // `req` has ended with `status`, VBLK_S_OK or VBLK_S_IOERR. `bytes` is what
 // an IN got from the backing; the rest is filled with zeroes. False if the
@@ -2390,9 +2395,8 @@ static vblk__progress vblk__transfer(vblk_dev *dev, const vblk_request *r) {
     return vblk__move(dev, r->type, r->offset, seg, r->segs, r->bytes);
 }
 
-// Do `r` with the backend, here and now. A backend's failure is told with the
-// sector that it came to.
-static void vblk__execute(vblk_dev *dev, const vblk_request *r) {
+// A backend's failure is told with the sector that it came to.
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
     static const vblk__progress none = {0, 0};
     const vblk_backend *b = &dev->o.backend;
     vblk__progress done = r->type == VBLK_T_FLUSH ? none
@@ -2752,7 +2756,7 @@ static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
         uint32_t budget = q->size;
         while ((out = vblk__pull(dev, q, &req, now_ns, &budget)).state ==
                VBLK_REQUEST) {
-            vblk__execute(dev, &req);
+            vblk_execute(dev, &req);
         }
         out = vblk__settle(dev, q, out);
     }

@@ -5,8 +5,15 @@
 //     ./vblk-serve --socket disk.sock --image disk.img
 //     qemu-system-x86_64 ... -m 1G -machine q35,memory-backend=m
 //         -object memory-backend-memfd,id=m,size=1G,share=on
-//         -chardev socket,id=c,path=disk.sock
-//         -device vhost-user-blk-pci,chardev=c
+//         -chardev socket,id=c,path=disk.sock,reconnect=1
+//         -device vhost-user-blk-pci,chardev=c,num-queues=1
+//
+// With reconnect=1 the guest waits for a daemon that was restarted, and loses
+// nothing. disable-legacy=on makes it a device of VIRTIO 1 alone. On a machine
+// without PCI (virt, microvm) the disk is on virtio-mmio:
+//
+//         -global virtio-mmio.force-legacy=false
+//         -device vhost-user-blk,chardev=c,num-queues=1
 //
 // The front end sends descriptors of the guest's memory and the places of its
 // rings over the socket. After that only event descriptors and the rings are
@@ -14,8 +21,10 @@
 // time; the next one waits.
 //
 // A front end is trusted no more than a guest. A message that makes no sense
-// ends its connection, with a line that says why. The profile is the standard
-// one, because the guest may be firmware.
+// ends its connection, with a line that says why. Nothing that either of them
+// does holds the daemon for long: between two requests it looks at the socket,
+// the signals and the clock. The profile is the standard one, because the guest
+// may be firmware.
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -35,6 +44,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
@@ -139,7 +149,7 @@ typedef struct ring {
     uint64_t  desc, avail, used; // in the address space of the front end
     int       kick, call, err;
     uint16_t *avail_idx; // the guest's, or NULL
-    uint16_t  seen;      // its value before the last drain
+    uint16_t  seen;      // its value before it was served last
     uint64_t  wake_ns;   // when a stalled ring may go on, else 0
 } ring;
 
@@ -164,6 +174,7 @@ static mapping    map[MAX_REGIONS];
 static vblk_ram   ram = {region, 0};
 static ring       rings[VBLK_MAX_QUEUES];
 static uint32_t   pending; // rings to look at, a bit for each
+static uint64_t   work_ends_ns, work_bytes; // of this turn, see over()
 
 // The connection, and the message that is arriving on it.
 static int      connection = -1, backend_req = -1;
@@ -171,12 +182,16 @@ static uint64_t protocol; // features accepted
 static header   head;
 static payload  body;
 static size_t   have; // bytes of both
+static uint64_t message_ns; // when the rest of it must be there; 0: none
+static bool     blocks;     // the front end made a call of ours block
 static int      fds[MAX_REGIONS];
 static unsigned nfds;
 static unsigned events;
 
-static int  epoll_fd, listen_fd, signal_fd, timer_fd;
-static bool stopping;
+static int         epoll_fd, listen_fd, signal_fd, timer_fd;
+static struct stat our_socket;  // in the file system
+static uint64_t    accept_ns;   // when to try again; 0: no need
+static bool        stopping;
 
 // Where to go on when guest memory turns out to be gone.
 static sigjmp_buf            escape;
@@ -210,21 +225,30 @@ static bool watch(int fd, uint32_t what, uint32_t tag) {
     return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &e) == 0;
 }
 
+// To close a socket may wait for its peer.
+static void close_foreign(int fd) {
+    const struct linger none = {0, 0};
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
+    close(fd);
+}
+
 // The front end has the same descriptor open: closing ours would leave it in
 // the epoll set.
 static void let_go(int *fd) {
     if (*fd >= 0) {
         epoll_ctl(epoll_fd, EPOLL_CTL_DEL, *fd, NULL);
-        close(*fd);
+        close_foreign(*fd);
         *fd = -1;
     }
 }
 
 // A descriptor that is full has been signalled; one without a reader is gone.
+// The front end may have made it block meanwhile: then the watchdog's signal
+// comes in between.
 static void signal_guest(int fd) {
     const uint64_t one = 1;
-    if (fd >= 0 && write(fd, &one, sizeof one) < 0) {
-        return;
+    if (fd >= 0 && !blocks && write(fd, &one, sizeof one) < 0) {
+        blocks = errno == EINTR;
     }
 }
 
@@ -235,11 +259,30 @@ static void interrupt(void *user, int queue, bool fire) {
     }
 }
 
+// A number of an event as its text names it, "a = address"; nothing if it does
+// not.
+static const char *named(char *buffer, size_t n, const char *text,
+                         const char *name, uint64_t value) {
+    static const char *const in_hex[] = {"address", "type", "features",
+                                         "Status"};
+    const char *what = strstr(text, name);
+    bool        hex = false;
+    for (size_t i = 0; what && i < sizeof in_hex / sizeof in_hex[0]; i++) {
+        hex |= !strncmp(what + strlen(name), in_hex[i], strlen(in_hex[i]));
+    }
+    snprintf(buffer, n, !what ? "" : hex ? ", %s%#" PRIx64 : ", %s%" PRIu64,
+             name, value);
+    return buffer;
+}
+
 static void event(void *user, const vblk_event *e) {
+    const char *text = vblk_event_text(e->code);
+    char        a[40], b[40];
     (void)user;
     if (++events <= 20) {
-        say("ring %d: %s: %" PRIu64 ", %" PRIu64 "%s", e->queue,
-            vblk_event_text(e->code), e->a, e->b,
+        say("ring %d, head %u%s%s: %s%s", e->queue, e->head,
+            named(a, sizeof a, text, "a = ", e->a),
+            named(b, sizeof b, text, "b = ", e->b), text,
             events == 20 ? "; no more until the next front end" : "");
     }
 }
@@ -250,6 +293,7 @@ static void event(void *user, const vblk_event *e) {
 static void forget_memory(void) {
     for (unsigned i = 0; i < ram.regions; i++) {
         munmap(map[i].base, map[i].bytes);
+        map[i].base = NULL;
     }
     ram.regions = 0;
     vblk_set_memory(&device, vblk_ram_memory(&ram));
@@ -294,6 +338,10 @@ static bool check_region(const mem_region *table, unsigned i,
             table[k].gpa <= r->gpa + (r->bytes - 1)) {
             return refuse("memory regions %u and %u overlap", k, i);
         }
+    }
+    if ((size_t)r->bytes != r->bytes || r->bytes > SIZE_MAX / 2) {
+        return refuse("memory region %u of %" PRIu64 " bytes is more than this "
+                      "program can address", i, r->bytes);
     }
     uint64_t end = r->offset + r->bytes;
     return !S_ISREG(st->st_mode) || end <= (uint64_t)st->st_size ||
@@ -348,10 +396,19 @@ static bool set_memory(void) {
     return true;
 }
 
-// The front end can shrink the file that is its guest's memory.
-static void on_sigbus(int number) {
-    if (may_escape) {
-        siglongjmp(escape, 1);
+// The front end can shrink the file that is its guest's memory. Anything else
+// is a fault of ours, and happens again with what the system does then; what
+// another process sends is none.
+static void on_sigbus(int number, siginfo_t *info, void *context) {
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    if (info->si_code <= 0) {
+        return;
+    }
+    for (unsigned i = 0; i < MAX_REGIONS && may_escape; i++) {
+        if (map[i].base && at - (uintptr_t)map[i].base < map[i].bytes) {
+            siglongjmp(escape, 1);
+        }
     }
     signal(number, SIG_DFL);
 }
@@ -389,6 +446,7 @@ static bool start_ring(ring *r) {
     find_avail_idx(r);
     r->running = true;
     pending |= 1u << index;
+    signal_guest(r->call); // for what was completed before a reconnect
     return true;
 }
 
@@ -404,6 +462,14 @@ static bool start_what_is_ready(void) {
         }
     }
     return true;
+}
+
+// Without a word to the guest, whose memory may be gone.
+static void drop_device(void) {
+    for (unsigned i = 0; i < option.queues; i++) {
+        rings[i].running = false;
+    }
+    vblk_set_status(&device, 0);
 }
 
 static void stop_device(void) {
@@ -442,6 +508,37 @@ static bool set_features(uint64_t features) {
            refuse("features %#" PRIx64, features);
 }
 
+// An eventfd or a pipe: whatever else might keep whoever writes to it, or
+// closes it, waiting.
+static bool is_event_fd(int fd) {
+    char        path[32], name[32];
+    struct stat st;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode)) {
+        return true;
+    }
+    ssize_t n = readlink(path, name, sizeof name - 1);
+    name[n > 0 ? n : 0] = 0;
+    return strcmp(name, "anon_inode:[eventfd]") == 0 ||
+           refuse("an event descriptor is an eventfd or a pipe; this is %s",
+                  n > 0 ? name : "neither");
+}
+
+// A write may not block. Of a pipe, this descriptor becomes one that the front
+// end has no hand on; an eventfd is shared, so that the watchdog has to help.
+static bool make_nonblocking(int fd) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int own = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+    if (own >= 0) {
+        dup3(own, fd, O_CLOEXEC);
+        close(own);
+        return true;
+    }
+    return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0 ||
+           refuse("event descriptor: %s", strerror(errno));
+}
+
 static bool set_ring_fd(ring *r, int *fd) {
     bool none = body.u64 & NO_FD;
     bool kick = fd == &r->kick;
@@ -454,9 +551,15 @@ static bool set_ring_fd(ring *r, int *fd) {
         return true;
     }
     *fd = fds[--nfds];
-    if (!kick) { // a full one must not stop us
-        return fcntl(*fd, F_SETFL, fcntl(*fd, F_GETFL) | O_NONBLOCK) == 0 ||
-               refuse("event descriptor: %s", strerror(errno));
+    if (!is_event_fd(*fd)) {
+        return false;
+    }
+    if (!kick) {
+        bool ok = make_nonblocking(*fd);
+        if (fd == &r->call && r->running) {
+            signal_guest(r->call); // for what was completed without one
+        }
+        return ok;
     }
     // Edge-triggered, every write wakes us and nothing needs to be read.
     return watch(*fd, EPOLLIN | EPOLLET, TAG_RING + (uint32_t)(r - rings)) ||
@@ -595,9 +698,10 @@ static bool act(bool *replied) {
 
 static void close_message(void) {
     while (nfds > 0) {
-        close(fds[--nfds]);
+        close_foreign(fds[--nfds]);
     }
     have = 0;
+    message_ns = 0;
 }
 
 static int least_payload(uint32_t request) {
@@ -639,7 +743,7 @@ static bool keep_fds(struct msghdr *m) {
             if (nfds < MAX_REGIONS) {
                 fds[nfds++] = fd;
             } else {
-                close(fd);
+                close_foreign(fd);
                 m->msg_flags |= MSG_CTRUNC;
             }
         }
@@ -647,6 +751,8 @@ static bool keep_fds(struct msghdr *m) {
     return !(m->msg_flags & MSG_CTRUNC) ||
            refuse("a message with more than %u descriptors", MAX_REGIONS);
 }
+
+#define MESSAGE_NS (5 * SECOND) // from its first byte to its last
 
 // What there is of a message: its header first, then the rest.
 static bool receive(void) {
@@ -670,6 +776,7 @@ static bool receive(void) {
         return have > 0 && refuse("it left within a message");
     }
     have += (size_t)n;
+    message_ns = message_ns ? message_ns : now_ns() + MESSAGE_NS;
     if (!keep_fds(&m)) {
         return false;
     }
@@ -687,25 +794,42 @@ static bool receive(void) {
 
 // ---- Connections -----------------------------------------------------------
 
+// A change needs no memory, so this cannot fail.
+static void listen_again(bool yes) {
+    struct epoll_event e = {.events = yes ? EPOLLIN : 0,
+                            .data.u32 = TAG_LISTEN};
+    epoll_ctl(epoll_fd, EPOLL_CTL_MOD, listen_fd, &e);
+}
+
 static void disconnect(void) {
-    stop_device();
-    clear_rings();
     forget_memory();
+    drop_device();
+    clear_rings();
     close_message();
     let_go(&backend_req);
     let_go(&connection);
     pending = 0;
     protocol = 0;
     events = 0;
-    watch(listen_fd, EPOLLIN, TAG_LISTEN);
+    blocks = false;
+    listen_again(true);
 }
 
+// Where descriptors or memory are short, the next one waits a second.
 static void connect_next(void) {
     connection = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC);
-    if (connection >= 0) {
-        epoll_ctl(epoll_fd, EPOLL_CTL_DEL, listen_fd, NULL);
-        watch(connection, EPOLLIN, TAG_CONNECTION);
+    if (connection >= 0 && watch(connection, EPOLLIN, TAG_CONNECTION)) {
+        listen_again(false);
+        return;
     }
+    if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) {
+        return;
+    }
+    say("a front end cannot be taken: %s; trying again every second",
+        strerror(errno));
+    let_go(&connection);
+    listen_again(false);
+    accept_ns = now_ns() + SECOND;
 }
 
 // A socket in the file system that nobody listens at.
@@ -726,26 +850,67 @@ static void listen_at(const char *path) {
     strcpy(a.sun_path, path);
     listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     int err = bind(listen_fd, (const void *)&a, sizeof a);
-    if (err && errno == EADDRINUSE && left_over(&a)) {
+    if (err && errno == EADDRINUSE) {
+        struct stat st;
+        if (lstat(path, &st) == 0 && !S_ISSOCK(st.st_mode)) {
+            die("--socket %s: there is something else than a socket", path);
+        }
+        if (!left_over(&a)) {
+            die("--socket %s: another process listens there", path);
+        }
         unlink(path);
         err = bind(listen_fd, (const void *)&a, sizeof a);
     }
-    if (err || listen(listen_fd, 8)) {
+    if (err || listen(listen_fd, 8) || lstat(path, &our_socket)) {
         die("--socket %s: %s", path, strerror(errno));
+    }
+}
+
+static void remove_socket(const char *path) {
+    struct stat st;
+    if (lstat(path, &st) == 0 && st.st_dev == our_socket.st_dev &&
+        st.st_ino == our_socket.st_ino) {
+        unlink(path);
     }
 }
 
 
 // ---- Work ------------------------------------------------------------------
 
+// A turn of work, after which we look at socket, signals and timer.
+#define WORK_NS    10000000u
+#define WORK_BYTES (64u << 20)
+
+static uint64_t coarse_ns(void) { // some milliseconds old, and cheap
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
+
+static bool over(uint64_t bytes) {
+    work_bytes += bytes;
+    return work_bytes > WORK_BYTES || coarse_ns() > work_ends_ns || blocks;
+}
+
 static void serve(ring *r, uint64_t now) {
+    int          index = (int)(r - rings);
+    vblk_request req;
+    vblk_outcome out;
     if (!r->running || r->broken) {
         return;
     }
     if (r->avail_idx) {
         r->seen = __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED);
     }
-    vblk_outcome out = vblk_drain(&device, (int)(r - rings), now);
+    while ((out = vblk_next(&device, index, now, &req)).state ==
+           VBLK_REQUEST) {
+        vblk_execute(&device, &req);
+        if (over(req.bytes)) {
+            vblk_publish(&device, index);
+            out.state = VBLK_MORE;
+            break;
+        }
+    }
     r->wake_ns = out.state == VBLK_STALLED ? now + out.wait_ns : 0;
     if (out.state == VBLK_MORE) {
         pending |= 1u << (r - rings);
@@ -757,15 +922,18 @@ static void serve(ring *r, uint64_t now) {
 }
 
 static void serve_pending(void) {
+    static unsigned first;
     bool     limited = option.limits.iops || option.limits.bps;
     uint64_t now = limited ? now_ns() : 0;
     uint32_t todo = pending;
-    pending = 0;
-    for (unsigned i = 0; i < option.queues; i++) {
-        if (todo & 1u << i) {
-            serve(&rings[i], now);
+    for (unsigned i = 0; i < option.queues && !over(0); i++) {
+        unsigned k = (first + i) % option.queues;
+        if (todo & 1u << k) {
+            pending &= ~(1u << k);
+            serve(&rings[k], now);
         }
     }
+    first++; // who came last comes first
 }
 
 // A guest that waits for every request is slowed down most by our falling
@@ -786,7 +954,9 @@ static bool new_work(void) {
 static void work(void) {
     static uint64_t idle_since;
     bool            look_on = now_ns() - idle_since < LOOK_ON_NS;
-    for (unsigned round = 0; pending && round < 64; round++) {
+    work_ends_ns = coarse_ns() + WORK_NS;
+    work_bytes = 0;
+    while (pending && !over(0)) {
         serve_pending();
         idle_since = now_ns();
         while (look_on && !new_work()) {
@@ -825,6 +995,15 @@ static void print_counters(void) {
 
 static void on_timer(void) {
     uint64_t now = now_ns();
+    if (message_ns && message_ns <= now) {
+        refuse("%zu bytes of a message, and no more for %d s", have,
+               (int)(MESSAGE_NS / SECOND));
+        disconnect();
+    }
+    if (accept_ns && accept_ns <= now) {
+        accept_ns = 0;
+        listen_again(connection < 0);
+    }
     for (unsigned i = 0; i < option.queues; i++) {
         if (rings[i].wake_ns && rings[i].wake_ns <= now) {
             pending |= 1u << i;
@@ -836,12 +1015,16 @@ static void on_timer(void) {
     }
 }
 
+static uint64_t sooner(uint64_t a, uint64_t b) { // 0: never
+    return a && (!b || a < b) ? a : b;
+}
+
 static void set_timer(void) {
     static uint64_t set_to;
     uint64_t next = option.stats ? tick_ns : 0;
+    next = sooner(sooner(next, message_ns), accept_ns);
     for (unsigned i = 0; i < option.queues; i++) {
-        uint64_t wake = rings[i].wake_ns;
-        next = wake && (!next || wake < next) ? wake : next;
+        next = sooner(next, rings[i].wake_ns);
     }
     if (next != set_to) {
         struct itimerspec t = {{0, 0}, {(time_t)(next / SECOND),
@@ -851,11 +1034,27 @@ static void set_timer(void) {
     }
 }
 
+// While there is something to do, a signal comes every second and interrupts
+// whatever the front end may have made to block.
+static void watch_ourselves(bool yes) {
+    static bool watching;
+    if (yes != watching) {
+        struct itimerval t = {{yes, 0}, {yes, 0}};
+        setitimer(ITIMER_REAL, &t, NULL);
+        watching = yes;
+    }
+}
+
+static void on_alarm(int number) {
+    (void)number;
+}
+
 static void turn(void) {
     struct epoll_event e[VBLK_MAX_QUEUES + TAG_RING];
     set_timer();
     int n = epoll_wait(epoll_fd, e, VBLK_MAX_QUEUES + TAG_RING,
                        pending ? 0 : -1);
+    watch_ourselves(n >= 0);
     may_escape = 1;
     for (int i = 0; i < n; i++) {
         switch (e[i].data.u32) {
@@ -872,6 +1071,10 @@ static void turn(void) {
     }
     work();
     may_escape = 0;
+    if (blocks) {
+        refuse("its event descriptor blocks whoever signals it");
+        disconnect();
+    }
 }
 
 static void run(void) {
@@ -967,8 +1170,14 @@ static void parse(int argc, char **argv) {
 static void open_image(void) {
     if (option.create) {
         int fd = open(option.image, O_RDWR | O_CREAT | O_EXCL, 0666);
-        if (fd < 0 || ftruncate(fd, (off_t)option.create)) {
+        if (fd < 0) {
             die("--create %s: %s", option.image, strerror(errno));
+        }
+        if (option.create > INT64_MAX ||
+            ftruncate(fd, (off_t)option.create)) {
+            unlink(option.image);
+            die("--create %s: %" PRIu64 " bytes are not to be had: %s",
+                option.image, option.create, strerror(errno));
         }
         close(fd);
     }
@@ -977,6 +1186,11 @@ static void open_image(void) {
         die("--image %s: %s%s", option.image, strerror(errno),
             option.read_only ? "" : may_read ? "; --read-only may do" :
             errno == ENOENT ? "; --create SIZE makes it" : "");
+    }
+    uint64_t bytes = vblk_file_backend(&file).size(&file);
+    if (bytes < VBLK_SECTOR) {
+        die("--image %s: %" PRIu64 " bytes are no disk; a sector has %u",
+            option.image, bytes, VBLK_SECTOR);
     }
     if (flock(file.fd, (option.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB)) {
         die("--image %s: in use by another process", option.image);
@@ -1005,7 +1219,18 @@ static void make_device(void) {
     }
 }
 
+// What is opened is none of the standard descriptors, or messages would go
+// there.
+static void fill_standard_descriptors(void) {
+    int fd;
+    do {
+        fd = open("/dev/null", O_RDWR);
+    } while (fd >= 0 && fd <= 2);
+    close(fd);
+}
+
 int main(int argc, char **argv) {
+    fill_standard_descriptors();
     parse(argc, argv);
     open_image();
     make_device();
@@ -1015,9 +1240,13 @@ int main(int argc, char **argv) {
     sigaddset(&ends, SIGINT);
     sigaddset(&ends, SIGTERM);
     sigprocmask(SIG_BLOCK, &ends, NULL);
-    struct sigaction bus = {.sa_handler = on_sigbus, .sa_flags = SA_NODEFER};
+    struct sigaction bus = {.sa_sigaction = on_sigbus,
+                            .sa_flags = SA_NODEFER | SA_SIGINFO};
+    struct sigaction alarm = {.sa_handler = on_alarm}; // interrupts
     sigaction(SIGBUS, &bus, NULL);
+    sigaction(SIGALRM, &alarm, NULL);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); // a write that fails says so
 
     listen_at(option.socket);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -1031,7 +1260,7 @@ int main(int argc, char **argv) {
     tick_ns = now_ns() + SECOND;
     run();
 
-    unlink(option.socket);
+    remove_socket(option.socket);
     if (connection >= 0) {
         disconnect();
     }
