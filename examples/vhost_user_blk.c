@@ -749,7 +749,8 @@ static bool keep_fds(struct msghdr *m) {
         }
     }
     return !(m->msg_flags & MSG_CTRUNC) ||
-           refuse("a message with more than %u descriptors", MAX_REGIONS);
+           refuse("a message with more descriptors than %u, or than the limit "
+                  "of open files allows", MAX_REGIONS);
 }
 
 #define MESSAGE_NS (5 * SECOND) // from its first byte to its last
@@ -1231,6 +1232,8 @@ static void fill_standard_descriptors(void) {
 
 int main(int argc, char **argv) {
     fill_standard_descriptors();
+    signal(SIGPIPE, SIG_IGN); // what fails says so
+    signal(SIGXFSZ, SIG_IGN);
     parse(argc, argv);
     open_image();
     make_device();
@@ -1245,8 +1248,6 @@ int main(int argc, char **argv) {
     struct sigaction alarm = {.sa_handler = on_alarm}; // interrupts
     sigaction(SIGBUS, &bus, NULL);
     sigaction(SIGALRM, &alarm, NULL);
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN); // a write that fails says so
 
     listen_at(option.socket);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);

@@ -1,15 +1,28 @@
 // front SOCKET abuse: one broken rule after the other.
 #include "front.h"
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define NO (REFUSED | CLOSED)
+
+// The daemon is a 32-bit program.
+#ifdef SMALL
+#define LARGE NO
+#else
+#define LARGE ACCEPTED
+#endif
 
 
 // ---- Wrong messages ---------------------------------------------------------
@@ -308,6 +321,144 @@ static unsigned call_is_full(void) {
     return answer;
 }
 
+static pid_t server;
+
+static unsigned wait_until_closed(int ms) {
+    for (int i = 0; i < ms && !hung_up(); i++) {
+        usleep(1000);
+    }
+    return hung_up() ? CLOSED : SILENT;
+}
+
+// The daemon made it not block; the front end has the same descriptor.
+static unsigned call_blocks(void) {
+    int      fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    unsigned answer = set_fd(SET_VRING_CALL, fd);
+    fcntl(fd, F_SETFL, 0);
+    eventfd_t had = 0;
+    answer = answer == ACCEPTED && eventfd_read(fd, &had) ? SILENT : answer;
+    eventfd_write(fd, UINT64_MAX - 1);
+    if (answer == ACCEPTED) {
+        lay_out(m.desc, 0, DATA, SECTOR, W);
+        ask(0, IN, 0);
+        offer(0);
+        publish();
+        answer = wait_until_closed(5000);
+    }
+    close(fd);
+    return answer;
+}
+
+// Whoever closes it last waits a minute for a peer that takes nothing.
+static unsigned call_lingers(void) {
+    const struct linger minute = {1, 60};
+    struct sockaddr_in  a = {.sin_family = AF_INET};
+    socklen_t           n = sizeof a;
+    static uint8_t      data[1 << 16];
+    int                 listener = socket(AF_INET, SOCK_STREAM, 0);
+    int                 fd = socket(AF_INET, SOCK_STREAM, 0);
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(listener, (const void *)&a, sizeof a) || listen(listener, 1) ||
+        getsockname(listener, (void *)&a, &n) ||
+        connect(fd, (const void *)&a, sizeof a)) {
+        return ACCEPTED;
+    }
+    while (send(fd, data, sizeof data, MSG_DONTWAIT) > 0) {
+    }
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &minute, sizeof minute);
+    const uint64_t index = 0;
+    header         h = {SET_VRING_CALL, VERSION, sizeof index};
+    bool           sent = send_message(&h, &index, &fd, 1);
+    close(fd);
+    unsigned answer = sent ? wait_until_closed(3000) : CLOSED;
+    close(listener);
+    return answer;
+}
+
+static bool is_called(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    eventfd_t     n;
+    return poll(&p, 1, 2000) > 0 && eventfd_read(fd, &n) == 0;
+}
+
+// What was completed before there was a descriptor is announced on it.
+static unsigned call_comes_late(void) {
+    ring_place p = usual_place();
+    int        late = m.call;
+    share_memory();
+    m.call = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (start_ring(&p) != ACCEPTED) {
+        return REFUSED;
+    }
+    const uint64_t none = 0x100; // take the other away
+    message(SET_VRING_CALL, &none, sizeof none, NULL, 0);
+    unsigned answer = good_read(0);
+    if (answer == DONE) {
+        answer = set_fd(SET_VRING_CALL, late);
+        answer = answer != ACCEPTED ? answer : is_called(late) ? DONE : SILENT;
+    }
+    close(late);
+    return answer;
+}
+
+// The front end comes again, with a request that was completed and not
+// announced: the guest sleeps for its interrupt.
+static unsigned call_after_a_reconnect(void) {
+    unsigned answer = good_read(0);
+    if (answer != DONE) {
+        return answer;
+    }
+    eventfd_t n;
+    while (eventfd_read(m.call, &n) == 0) {
+    }
+    close(m.socket);
+    if (!boot(false) || share_memory() != ACCEPTED) {
+        return CLOSED;
+    }
+    ring_place p = usual_place();
+    answer = start_ring_at(&p, m.avail_idx);
+    return answer != ACCEPTED ? answer : is_called(m.call) ? DONE : SILENT;
+}
+
+// 128 reads of 252 MiB each: a second or ten before all are done.
+static unsigned held_for_long(void) {
+    struct vring_desc *table = at(TABLE);
+    const unsigned     pieces = 126;
+    table[0] = describe(CONTROL(0), 16, NEXT, 1);
+    for (unsigned i = 1; i <= pieces; i++) {
+        table[i] = describe(DATA, 2 << 20, W | NEXT, i + 1);
+    }
+    table[pieces + 1] = describe(CONTROL(0) + STATUS, 1, W, 0);
+    m.desc[0] = describe(TABLE, 16 * (pieces + 2), INDIRECTLY, 0);
+    ask(0, IN, 0);
+    for (unsigned i = 0; i < m.size; i++) {
+        offer(0);
+    }
+    publish();
+    usleep(20000);
+    uint64_t start = now_ns();
+    set_pair(GET_VRING_BASE, 0, 0); // answered with a position
+    return now_ns() - start < 500000000u ? DONE : SILENT;
+}
+
+static unsigned half_a_message(void) {
+    send(m.socket, "\1\0\0", 3, MSG_NOSIGNAL);
+    return wait_until_closed(8000);
+}
+
+// Larger than what a 32-bit program can address.
+static unsigned region_of_5_gib(void) {
+    const uint64_t bytes = UINT64_C(5) << 30;
+    memory_table   t = {1, 0, {{HIGH, bytes, HIGH, 0}}};
+    int            fd = memfd_create("large", MFD_CLOEXEC);
+    if (ftruncate(fd, (off_t)bytes)) {
+        return NO;
+    }
+    unsigned answer = message(SET_MEM_TABLE, &t, sizeof t, &fd, 1);
+    close(fd);
+    return answer;
+}
+
 static unsigned memory_replaced(void) {
     const memory_table t = {1, 0, {{HIGH, m.high_bytes, (uintptr_t)m.memory,
                                     0}}};
@@ -321,20 +472,37 @@ static unsigned memory_truncated(void) {
         return answer;
     }
     eventfd_write(m.kick, 1);
-    for (int i = 0; i < 3000 && !hung_up(); i++) {
-        usleep(1000);
-    }
-    return hung_up() ? CLOSED : SILENT;
+    return wait_until_closed(3000);
 }
 
-static unsigned left_at_work(void) {
+static void put_to_work(void) {
     lay_out(m.desc, 0, DATA, 1 << 20, W);
     ask(0, IN, 0);
     for (unsigned i = 0; i < m.size; i++) {
         offer(0);
     }
     publish();
+}
+
+static unsigned left_at_work(void) {
+    put_to_work();
     return CLOSED;
+}
+
+// What was completed by then cannot be shown to the guest.
+static unsigned truncated_at_work(void) {
+    put_to_work();
+    while (!any_used()) {
+        usleep(10);
+    }
+    return ftruncate(m.memory_fd, 0) ? ACCEPTED : wait_until_closed(3000);
+}
+
+// A signal from elsewhere, and then a real one.
+static unsigned truncated_after_a_signal(void) {
+    kill(server, SIGBUS);
+    usleep(10000);
+    return memory_truncated();
 }
 
 static const struct {
@@ -360,6 +528,15 @@ static const struct {
     {"memory-replaced", 0, memory_replaced, NO | STOPPED},
     {"memory-truncated", 0, memory_truncated, CLOSED},
     {"left-at-work", 0, left_at_work, CLOSED},
+    {"memory-truncated-at-work", 0, truncated_at_work, CLOSED},
+    {"memory-truncated-after-a-signal", 0, truncated_after_a_signal, CLOSED},
+    {"call-blocks", 0, call_blocks, CLOSED},
+    {"call-lingers", 0, call_lingers, CLOSED},
+    {"call-comes-late", 1, call_comes_late, DONE},
+    {"call-after-a-reconnect", 0, call_after_a_reconnect, DONE},
+    {"held-for-long", 0, held_for_long, DONE},
+    {"half-a-message", 0, half_a_message, CLOSED},
+    {"region-of-5-GiB", 1, region_of_5_gib, LARGE},
 };
 
 
@@ -438,6 +615,7 @@ static int open_descriptors(pid_t pid) {
 }
 
 int run_abuse(pid_t pid) {
+    server = pid;
     int before = open_descriptors(pid), after = 0;
     judge("a-good-read", fresh_read(0), why);
     for (size_t k = 0; k < COUNT(message_cases); k++) {

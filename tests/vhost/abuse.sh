@@ -1,6 +1,7 @@
 #!/bin/sh
 # Broken messages, rings and requests against a sanitized vblk-serve, which
-# has to go on serving, and must not touch its image.
+# has to go on serving, and must not touch its image; the same against one of
+# 32 bits; then what its command line and its surroundings may do to it.
 #
 #     SANITIZE  flags of the daemon; empty: none
 test=abuse-vhost
@@ -9,7 +10,9 @@ SANITIZE=${SANITIZE--fsanitize=address,undefined -fno-sanitize-recover=all}
 
 # shellcheck disable=SC2086
 build_both $SANITIZE
+serve=$tmp/vblk-serve
 head -c 4194304 /dev/urandom >"$shm/image"
+truncate -s 256M "$shm/image"
 before=$(sha256sum <"$shm/image")
 
 check() { # name, what is wrong, if anything
@@ -20,28 +23,143 @@ check() { # name, what is wrong, if anything
     fi >>"$tmp/results"
 }
 
-if start "$shm/s" "$tmp/vblk-serve" --socket "$shm/s" --image "$shm/image"
-then
-    timeout 120 "$tmp/front" "$shm/s" abuse --ref "$shm/image" \
-        --pid "$daemon" >"$tmp/results" 2>"$tmp/front.log"
+differs() { # seen, expected; says what was seen, if it is something else
+    [ "$1" = "$2" ] || echo "saw '$1', expected '$2'"
+}
+
+unchanged() {
+    [ "$(sha256sum <"$shm/image")" = "$before" ] || echo "the image changed"
+}
+
+
+# ---- Front ends that lie ----------------------------------------------------
+
+lie_to() { # what, program, front
+    start "$shm/s" "$2" --socket "$shm/s" --image "$shm/image" || {
+        check "$1-starts" "$(tail -n 1 "$shm/s.log")"
+        return
+    }
+    timeout 240 "$3" "$shm/s" abuse --ref "$shm/image" \
+        --pid "$daemon" >"$tmp/lies" 2>"$tmp/front.log"
     status=$?
-    [ $status -le 1 ] || check the-front-end-ends \
+    cat "$tmp/lies" >>"$tmp/results"
+    [ $status -le 1 ] || check "$1-front-end-ends" \
         "status $status, $(tail -n 1 "$tmp/front.log")"
     end "$daemon"
-    status=$?
-    check the-daemon-ends-well "$([ $status = 0 ] || echo "status $status")"
-    check no-sanitizer-speaks "$(grep -m 1 -e Sanitizer -e 'runtime error' \
-        "$shm/s.log")"
-    check the-image-is-untouched \
-        "$([ "$(sha256sum <"$shm/image")" = "$before" ] || echo changed)"
+    check "$1-ends-well" "$(differs $? 0)"
+    check "$1-no-sanitizer-speaks" "$(grep -m 1 -e Sanitizer \
+        -e 'runtime error' "$shm/s.log")"
+    check "$1-image-is-untouched" "$(unchanged)"
+    cp "$shm/s.log" "$tmp/$1.log"
+}
+
+lie_to daemon "$serve" "$tmp/front"
+
+i686=i686-linux-gnu-gcc
+echo 'int main(void) { return 0; }' >"$tmp/probe.c"
+if $i686 -static "$tmp/probe.c" -o "$tmp/probe" 2>/dev/null &&
+    "$tmp/probe" 2>/dev/null; then
+    build "$tmp/front-small" -DSMALL "$here/front.c" "$here/abuse.c"
+    CC=$i686 build "$tmp/small" -static "$here/../../examples/vhost_user_blk.c"
+    lie_to daemon-of-32-bits "$tmp/small" "$tmp/front-small"
 else
-    check the-daemon-starts "$(tail -n 1 "$shm/s.log")"
+    echo "SKIP: abuse of 32 bits needs a compiler and a processor for them" \
+        "(apt install gcc-i686-linux-gnu libc6-dev-i386-cross)"
 fi
+
+
+# ---- The command line -------------------------------------------------------
+
+under_limit() { # of the shell, then the command; in a subshell
+    # shellcheck disable=SC2086
+    ulimit $1 && shift && exec "$@"
+}
+
+refused() { # name, what it says, options...
+    name=$1
+    words=$2
+    shift 2
+    (under_limit "-f 1024" timeout 10 "$serve" "$@") >"$tmp/refused.log" 2>&1
+    check "$name" "$(differs $? 1)"
+    check "$name-says-so" "$(grep -q -e "$words" "$tmp/refused.log" ||
+        tail -n 1 "$tmp/refused.log")"
+}
+
+refused socket-is-the-image 'something else than a socket' \
+    --socket "$shm/image" --image "$shm/image"
+check socket-is-the-image-still-there "$(unchanged)"
+refused image-is-a-directory directory --socket "$shm/x" --image "$shm" \
+    --read-only
+refused image-is-dev-null 'Block device required' --socket "$shm/x" \
+    --image /dev/null
+: >"$shm/empty"
+refused image-is-empty 'no disk' --socket "$shm/x" --image "$shm/empty"
+refused create-too-large 'not to be had' --socket "$shm/x" \
+    --image "$shm/new" --create 1G
+check create-leaves-nothing "$([ ! -e "$shm/new" ] || echo "a file")"
+
+start "$shm/t" "$serve" --socket "$shm/t" --image "$shm/image" ||
+    check second-starts "$(tail -n 1 "$shm/t.log")"
+cp "$shm/image" "$shm/other"
+refused socket-is-taken 'another process listens' --socket "$shm/t" \
+    --image "$shm/other"
+rm "$shm/t"
+echo mine >"$shm/t"
+end "$daemon"
+check socket-that-is-not-ours-stays "$(differs "$(cat "$shm/t")" mine)"
+
+
+# ---- Surroundings -----------------------------------------------------------
+
+# Messages of a daemon without standard descriptors would go into the image.
+cat >"$tmp/closed" <<'CLOSED'
+exec 0<&- 1>&- 2>&-
+exec "$@"
+CLOSED
+start "$shm/u" sh "$tmp/closed" "$serve" --socket "$shm/u" \
+    --image "$shm/image" --stats || check closed-descriptors-start "no socket"
+echo nonsense | timeout 5 "$tmp/front" "$shm/u" abuse --ref "$shm/image" \
+    --pid "$daemon" >"$tmp/closed.log" 2>&1
+end "$daemon"
+check closed-descriptors "$(unchanged)"
+
+# A front end that writes is told of an error; the signal kills nobody.
+under_limit "-f 1024" "$serve" --socket "$shm/v" --image "$shm/other" \
+    >"$shm/v.log" 2>&1 &
+daemon=$!
+running="$running $daemon"
+for try in $(seq 100); do [ -S "$shm/v" ] && break || sleep 0.05; done
+"$tmp/front" "$shm/v" load --rw randwrite --secs 0.2 --ref "$shm/other" \
+    --pid "$daemon" >"$tmp/limit.log" 2>&1
+check file-size-limit-is-an-error "$(grep -q 'status 1' "$tmp/limit.log" ||
+    tail -n 1 "$tmp/limit.log")"
+end "$daemon"
+check file-size-limit-kills-nobody "$(differs $? 0)"
+
+# Without a descriptor for the next front end it waits, and does not spin.
+under_limit "-n 8" "$serve" --socket "$shm/w" --image "$shm/other" \
+    >"$shm/w.log" 2>&1 &
+daemon=$!
+running="$running $daemon"
+for try in $(seq 100); do [ -S "$shm/w" ] && break || sleep 0.05; done
+"$tmp/front" "$shm/w" load --secs 0.1 --ref "$shm/other" --pid "$daemon" \
+    >/dev/null 2>&1 &
+front=$!
+running="$running $front"
+sleep 1.5
+ticks=$(cut -d ' ' -f 14,15 "/proc/$daemon/stat" | tr ' ' + )
+check no-descriptors-no-spinning \
+    "$([ $((ticks)) -lt 30 ] || echo "$ticks ticks of processor time")"
+check no-descriptors-says-so "$(grep -q 'trying again' "$shm/w.log" ||
+    tail -n 1 "$shm/w.log")"
+end "$front" >/dev/null 2>&1
+end "$daemon"
+check no-descriptors-ends-well "$(differs $? 0)"
 
 cat "$tmp/results"
 failed=$(grep -c '^FAIL' "$tmp/results")
 if [ "$failed" -gt 0 ]; then
-    tail -n 40 "$shm/s.log" >&2
+    tail -n 40 "$tmp"/daemon*.log "$shm"/[tuvw].log >&2
 fi
 echo "$(grep -c '^ok' "$tmp/results") passed, $failed failed"
 [ "$failed" = 0 ]

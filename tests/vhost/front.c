@@ -162,8 +162,8 @@ void power_off(void) {
 
 // ---- Messages ---------------------------------------------------------------
 
-static bool send_message(const header *h, const void *payload, const int *fds,
-                         unsigned nfds) {
+bool send_message(const header *h, const void *payload, const int *fds,
+                  unsigned nfds) {
     union {
         struct cmsghdr align;
         char           bytes[CMSG_SPACE(64 * sizeof(int))];
@@ -281,9 +281,13 @@ static bool negotiate(void) {
 }
 
 unsigned start_ring(const ring_place *place) {
+    return start_ring_at(place, 0);
+}
+
+unsigned start_ring_at(const ring_place *place, uint16_t position) {
     unsigned answer = set_pair(SET_VRING_NUM, 0, m.size);
     if (answer == ACCEPTED) {
-        answer = set_pair(SET_VRING_BASE, 0, 0);
+        answer = set_pair(SET_VRING_BASE, 0, position);
     }
     if (answer == ACCEPTED) {
         answer = message(SET_VRING_ADDR, place, sizeof *place, NULL, 0);

@@ -33,7 +33,8 @@
 enum {
     GET_FEATURES = 1, SET_FEATURES = 2, SET_OWNER = 3, SET_MEM_TABLE = 5,
     SET_VRING_NUM = 8, SET_VRING_ADDR = 9, SET_VRING_BASE = 10,
-    SET_VRING_KICK = 12, SET_VRING_CALL = 13, SET_VRING_ERR = 14,
+    GET_VRING_BASE = 11, SET_VRING_KICK = 12, SET_VRING_CALL = 13,
+    SET_VRING_ERR = 14,
     GET_PROTOCOL_FEATURES = 15, SET_PROTOCOL_FEATURES = 16,
     SET_VRING_ENABLE = 18, GET_CONFIG = 24, SET_CONFIG = 25
 };
@@ -111,13 +112,17 @@ void  power_on(uint64_t high_bytes, uint16_t size);
 void  power_off(void);
 void *at(uint64_t gpa);
 
-// The first five return an answer.
+bool send_message(const header *h, const void *payload, const int *fds,
+                  unsigned nfds);
+
+// The first six return an answer.
 unsigned   message(uint32_t request, const void *payload, size_t bytes,
                    const int *fds, unsigned nfds);
 unsigned   set_pair(uint32_t request, uint32_t index, uint32_t num);
 unsigned   set_fd(uint32_t request, int fd);
 unsigned   share_memory(void);
 unsigned   start_ring(const ring_place *place);
+unsigned   start_ring_at(const ring_place *place, uint16_t position);
 ring_place usual_place(void);
 bool       hung_up(void);
 
