@@ -18,7 +18,8 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
-all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/vblk-serve
+all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/emulator \
+     $(B)/vblk-serve
 
 test: $(B)/vblk_test           ## build and run every test, and the compile matrix
 	$(B)/vblk_test
@@ -32,6 +33,9 @@ throttle: $(B)/throttle        ## a limited disk in real time
 
 threaded: $(B)/threaded        ## a worker thread, a file, three seconds of reads
 	$(B)/threaded
+
+emulator: $(B)/emulator        ## an emulator's loop: no threads, a level line, a limit
+	$(B)/emulator
 
 asan: $(B)/vblk_asan           ## the tests under address and UB sanitizers
 	$(B)/vblk_asan
@@ -133,6 +137,10 @@ $(B)/threaded: examples/threaded.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/threaded.c $(LIBS)
 
+$(B)/emulator: examples/emulator.c vblk.h
+	@mkdir -p $(B)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -o $@ examples/emulator.c
+
 $(B)/vblk-serve: examples/vhost_user_blk.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/vhost_user_blk.c $(LIBS)
@@ -149,5 +157,5 @@ clean:
 	rm -rf $(B)
 
 .PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
-        throttle threaded asan tsan soak model bench bench-vhost abuse interop interop-uboot \
+        throttle threaded emulator asan tsan soak model bench bench-vhost abuse interop interop-uboot \
         interop-uml interop-qemu interop-powerloss size lint help clean

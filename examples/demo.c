@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { SECTORS = 8192, QUEUE = 8 };
 
@@ -207,6 +208,9 @@ int main(void) {
     o.event = event;
     err = err ? err : vblk_init(&dev, &o);
     if (err) {
+        if (err == VBLK_ERR_FILE) {
+            perror(path);
+        }
         fprintf(stderr, "demo: %s\n", vblk_strerror(err));
         return 1;
     }

@@ -11,8 +11,11 @@
 #include "../vblk.h"
 
 #include <inttypes.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 enum { IOPS = 2000, BPS = 8000000, SECONDS = 8, QUEUE = 128, DISK = 1 << 20 };
 
@@ -27,6 +30,14 @@ static uint16_t made; // available, in all
 #define USED   0x2000u
 #define HEADER 0x3000u
 #define DATA   0x10000u
+
+#define SECOND UINT64_C(1000000000) // nanoseconds
+
+static uint64_t clock_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
 
 static uint16_t *word(uint32_t gpa) {
     return (uint16_t *)(void *)(ram + gpa);
@@ -93,6 +104,7 @@ int main(void) {
     o.limits.bps = BPS;
     int err = vblk_worker_init(&w, &o, &wo);
     if (err) {
+        perror("throttle");
         fprintf(stderr, "throttle: %s\n", vblk_strerror(err));
         return 1;
     }
@@ -103,12 +115,12 @@ int main(void) {
     printf("limit: %d operations/s, %d bytes/s; the first second's worth is "
            "saved up\n%4s %6s %8s %10s %9s\n", IOPS, BPS, "s", "asked",
            "passed", "bytes", "waited ms");
-    uint64_t start = vblk__clock();
+    uint64_t start = clock_ns();
     vblk_counts last = vblk_counters(&w.dev), settled = last;
     for (int s = 0; s < SECONDS; s++) {
         unsigned asked = 0;
-        uint64_t count, end = start + (uint64_t)(s + 1) * VBLK__SECOND, now;
-        while ((now = vblk__clock()) < end) {
+        uint64_t count, end = start + (uint64_t)(s + 1) * SECOND, now;
+        while ((now = clock_ns()) < end) {
             struct pollfd p = {w.irq_fd, POLLIN, 0};
             asked += ask(s < SECONDS / 2 ? 0 : 3);
             poll(&p, 1, (int)((end - now) / 1000000));
