@@ -6,8 +6,8 @@ test=uml
 packages="user-mode-linux busybox-static e2fsprogs"
 . "$(dirname "$0")/../vhost/common.sh"
 
-need_tools linux.uml busybox mkfs.ext4 e2fsck debugfs setsid
-make_uml_root
+need_tools busybox mkfs.ext4 e2fsck debugfs
+need_uml
 build "$tmp/serve"
 [ -z "$SANITIZE" ] || build "$tmp/serve-sanitized" $SANITIZE
 

@@ -32,10 +32,14 @@ clean_up() {
     rm -rf "$tmp"
 }
 
-missing() {
-    echo "SKIP: interop-$test needs $1 (apt install $packages)"
+skip() { # why
+    echo "SKIP: interop-$test$1"
     [ "${INTEROP_REQUIRED:-0}" = 1 ] && exit 1
     exit 0
+}
+
+missing() {
+    skip " needs $1 (apt install $packages)"
 }
 
 need_tools() {
@@ -163,6 +167,29 @@ say done
 poweroff -f
 INIT
     chmod +x "$tmp/root/init"
+}
+
+# Nothing, if it starts a process and ends, or else its last words. It does
+# not where the host's processor has more registers than it makes room for.
+uml_trouble() {
+    setsid linux.uml mem=96M rootfstype=hostfs rootflags="$tmp/root" \
+        root=/dev/root init=/bin/poweroff con=null con0=null,fd:1 quiet \
+        uml_dir="$tmp/" -- -f </dev/null >"$tmp/probe" 2>&1 &
+    guest=$!
+    wait_uml 20 || echo "not done in 20 seconds" >>"$tmp/probe"
+    tr -d '\r' <"$tmp/probe" | awk '
+        /^reboot: System halted/ { last = ""; exit }
+        /^Kernel panic/          { exit }
+        NF                       { last = $0 }
+        END                      { print last }'
+}
+
+need_uml() {
+    need_tools linux.uml setsid
+    make_uml_root
+    trouble=$(uml_trouble)
+    [ -z "$trouble" ] ||
+        skip ": User-Mode Linux cannot run here ($trouble)"
 }
 
 # What the guest is to do is on standard input.

@@ -16,8 +16,8 @@ packages="user-mode-linux busybox-static e2fsprogs"
 ROUNDS=${ROUNDS:-2}
 SEED=${SEED:-$(date +%s)}
 
-need_tools linux.uml busybox mkfs.ext4 e2fsck debugfs setsid
-make_uml_root
+need_tools busybox mkfs.ext4 e2fsck debugfs
+need_uml
 build "$tmp/serve"
 here=$(cd "$(dirname "$0")" && pwd)
 build "$tmp/serve-volatile" "-DVBLK_SERVE_BACKEND=\"$here/volatile.h\""
