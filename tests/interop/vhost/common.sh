@@ -19,6 +19,7 @@ WARN="-std=c99 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 mkdir -p "${BUILD:-/tmp}" || exit 1
 tmp=$(mktemp -d "${BUILD:-/tmp}/$test.XXXXXX") || exit 1
 tmp=$(cd "$tmp" && pwd) || exit 1
+mkfifo "$tmp/input" || exit 1
 running=
 trap 'clean_up' EXIT
 trap 'exit 1' HUP INT TERM
@@ -200,10 +201,15 @@ job() {
 # Not in a pipeline, where what it remembers would be lost.
 start_uml() { # console, socket
     setsid linux.uml mem=96M rootfstype=hostfs rootflags="$tmp/root" rw \
-        root=/dev/root init=/init con=null con0=null,fd:1 quiet \
+        root=/dev/root init=/init con=null con0=fd:0,fd:1 quiet \
         uml_dir="$tmp/" \
-        virtio_uml.device="$2:2" </dev/null >"$1" 2>&1 &
+        virtio_uml.device="$2:2" <>"$tmp/input" >"$1" 2>&1 &
     guest=$!
+}
+
+# For a job that reads. Opened for reading too, it does not wait for a reader.
+tell_guest() { # line
+    echo "$1" 1<>"$tmp/input"
 }
 
 wait_uml() { # seconds; false if they were not enough
