@@ -7,6 +7,7 @@
 //     -DFUZZ_REPLAY                  main() that runs the files it is given
 //     -DFUZZ_REPLAY -DFUZZ_SEEDS     main() that writes seeds to a directory
 //     -DFUZZ_IN_TESTS                the test fuzz_corpus_replays
+#define _FILE_OFFSET_BITS 64
 #ifdef FUZZ_IN_TESTS
 #include "test.h"
 #include "tests.h"
