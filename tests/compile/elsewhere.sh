@@ -8,30 +8,36 @@ flags="-std=c99 -D_GNU_SOURCE -DFUZZ_IN_TESTS -Wall -Wextra -Wpedantic -Wshadow 
     -Wstrict-prototypes -Werror"
 mkdir -p "$B"
 
-builds() {
+skip() { # why, packages
+    echo "SKIP: test-$what $1 (apt install $2)"
+    exit 0
+}
+
+# Machines that do not run such programs emulate them.
+cross() { # compiler, emulator, packages of the compiler, sources...
+    compiler=$1 emulator=$2 packages=$3
+    shift 3
     printf '#include <errno.h>\n#include <pthread.h>\nint main(void) {}\n' \
         >"$B/probe.c"
-    "$@" "$B/probe.c" -o "$B/probe" -lpthread 2>/dev/null
+    "$compiler" -static "$B/probe.c" -o "$B/probe" -lpthread 2>/dev/null ||
+        skip "needs $compiler and its libc" "$packages"
+    if ("$B/probe") 2>/dev/null; then
+        emulator=
+    elif ! "$emulator" "$B/probe" 2>/dev/null; then
+        skip "needs $emulator on this machine" qemu-user
+    fi
+    "$compiler" $flags -O2 -static -o "$B/vblk_test$what" "$@" -lpthread &&
+        timeout 900 $emulator "$B/vblk_test$what" $FILTER
 }
 
 case $what in
 32)
-    # The headers of the 64-bit libc serve where gcc-multilib is not whole.
-    cc="gcc -m32 -idirafter /usr/include/x86_64-linux-gnu"
-    builds $cc || {
-        echo "SKIP: test-32 needs a 32-bit libc (apt install gcc-multilib)"
-        exit 0
-    }
-    $cc $flags -O2 -o "$B/vblk_test32" "$@" -lpthread && "$B/vblk_test32"
+    cross i686-linux-gnu-gcc qemu-i386 \
+        "gcc-i686-linux-gnu libc6-dev-i386-cross" "$@"
     ;;
 be)
-    builds s390x-linux-gnu-gcc -static && command -v qemu-s390x >/dev/null || {
-        echo "SKIP: test-be needs an s390x compiler and qemu-user" \
-            "(apt install gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user)"
-        exit 0
-    }
-    s390x-linux-gnu-gcc $flags -O2 -static -o "$B/vblk_testbe" "$@" \
-        -lpthread && timeout 900 qemu-s390x "$B/vblk_testbe" $FILTER
+    cross s390x-linux-gnu-gcc qemu-s390x \
+        "gcc-s390x-linux-gnu libc6-dev-s390x-cross" "$@"
     ;;
 *)
     for level in -O0 -O2 -O3 -Os; do
