@@ -3,7 +3,7 @@
 # One line per check; the status is 0 if all are ok, or if something is not
 # installed and INTEROP_REQUIRED is not 1. vhost/common.sh has the variables.
 test=uml
-packages="user-mode-linux busybox-static e2fsprogs"
+packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/../vhost/common.sh"
 
 need_tools busybox mkfs.ext4 e2fsck debugfs
@@ -83,7 +83,7 @@ use() { # prefix, program
     cp "$tmp/made.img" "$tmp/disk.img"
     start "$1" "$2" --image "$tmp/disk.img" --id "disk of tests"
     job_use | job
-    run_uml "$1" "$1"
+    run_guest "$1" "$1"
     end TERM
     check "$1-daemon-ends" "status $status" "status 0"
 
@@ -138,7 +138,7 @@ mount -t ext4 -o ro /dev/vda /mnt
 say file $(sha256sum </mnt/file)
 umount /mnt
 JOB
-run_uml read-only read-only
+run_guest read-only read-only
 end TERM
 check read-only-in-guest "$(says read-only ro)" 1
 check read-only-write-fails "$(says read-only write)" 1
@@ -157,7 +157,7 @@ say cache $(cat /sys/block/vda/queue/write_cache)
 dd if=/shared/piece of=/dev/vda bs=64k seek=576 conv=fsync 2>/dev/null
 say write $?
 JOB
-run_uml unsafe unsafe
+run_guest unsafe unsafe
 end TERM
 check unsafe-cache "$(says unsafe cache)" "write through"
 check unsafe-write "$(says unsafe write)" 0
@@ -181,7 +181,7 @@ JOB
 limited() { # name, options of the daemon, block size, count
     start "$1" "$tmp/serve" --image "$tmp/disk.img" $2
     timed_reads "$3" "$4" | job
-    run_uml "$1" "$1"
+    run_guest "$1" "$1"
     end TERM
     check "$1-read" "$(says "$1" read)" 0
     check "$1-takes-2-seconds" \

@@ -128,30 +128,55 @@ counter() { # name of the daemon, name of the counter
 }
 
 
-# ---- User-Mode Linux --------------------------------------------------------
+# ---- The guest --------------------------------------------------------------
 
+# Linux as a process of the host (GUEST=uml), or under QEMU without hardware
+# virtualization (GUEST=qemu). The latter is slower, and runs everywhere.
+GUEST=${GUEST:-}
+LIMIT=60 # seconds for what takes less than ten
 guest=
 
-# It does not end on SIGTERM, and its processes are traced, so a session of
-# its own is killed as a whole.
-kill_guest() {
-    if [ -n "$guest" ]; then
-        kill -KILL "-$guest" 2>/dev/null
-        wait "$guest" 2>/dev/null
-        guest=
-    fi
+need_guest() {
+    case $GUEST in
+    uml) need_uml ;;
+    qemu) need_qemu ;;
+    *) if [ -z "$(need_uml)" ]; then GUEST=uml; else need_qemu; fi ;;
+    esac
 }
 
-# Its root directory: this script's host sees what the guest leaves there.
-make_uml_root() {
-    modules=$(find /usr/lib/uml -name virtio_blk.ko 2>/dev/null | head -n 1)
-    [ -n "$modules" ] || missing "virtio_blk.ko for User-Mode Linux"
+need_uml() {
+    GUEST=uml
+    packages="$packages user-mode-linux"
+    need_tools linux.uml setsid
+    module=$(find /usr/lib/uml -name virtio_blk.ko 2>/dev/null | head -n 1)
+    [ -n "$module" ] || missing "virtio_blk.ko for User-Mode Linux"
+    make_root "$module"
+    trouble=$(uml_trouble)
+    [ -z "$trouble" ] ||
+        skip ": User-Mode Linux cannot run here ($trouble)"
+}
+
+need_qemu() {
+    GUEST=qemu
+    LIMIT=150
+    packages="$packages qemu-system-x86 linux-image-cloud-amd64 cpio"
+    need_tools qemu-system-x86_64 cpio setsid
+    kernel=$(ls /boot/vmlinuz-*-cloud-amd64 2>/dev/null | tail -n 1)
+    [ -r "$kernel" ] || missing "a kernel"
+    drivers=/usr/lib/modules/${kernel#/boot/vmlinuz-}/kernel/drivers
+    [ -f "$drivers/block/virtio_blk.ko" ] || missing virtio_blk.ko
+    make_root "$drivers"/virtio/*.ko "$drivers/block/virtio_blk.ko"
+}
+
+# Its root directory. A host of User-Mode Linux sees what the guest leaves
+# there; QEMU is given a copy at each start.
+make_root() { # modules...
     mkdir -p "$tmp/root/bin" "$tmp/root/proc" "$tmp/root/sys" \
         "$tmp/root/dev" "$tmp/root/mnt" "$tmp/root/shared" || exit 1
+    cp "$@" "$tmp/root/" || exit 1
     cp /bin/busybox "$tmp/root/bin/" || exit 1
-    cp "$modules" "$tmp/root/" || exit 1
     for name in $(/bin/busybox --list); do
-        [ "$name" = busybox ] || ln -s busybox "$tmp/root/bin/$name"
+        [ "$name" = busybox ] || ln -sf busybox "$tmp/root/bin/$name"
     done
     cat >"$tmp/root/init" <<'INIT'
 #!/bin/busybox sh
@@ -160,37 +185,18 @@ say() { echo "guest $*"; }
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 [ -c /dev/null ] || mount -t devtmpfs dev /dev
-insmod /virtio_blk.ko
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev \
+    virtio_pci virtio_mmio virtio_blk; do
+    [ ! -e /$module.ko ] || insmod /$module.ko
+done
 i=0
 while [ ! -b /dev/vda ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i + 1)); done
 . /job
 say done
 poweroff -f
+reboot -f
 INIT
     chmod +x "$tmp/root/init"
-}
-
-# Nothing, if it starts a process and ends, or else its last words. It does
-# not where the host's processor has more registers than it makes room for.
-uml_trouble() {
-    setsid linux.uml mem=96M rootfstype=hostfs rootflags="$tmp/root" \
-        root=/dev/root init=/bin/poweroff con=null con0=null,fd:1 quiet \
-        uml_dir="$tmp/" -- -f </dev/null >"$tmp/probe" 2>&1 &
-    guest=$!
-    wait_uml 20 || echo "not done in 20 seconds" >>"$tmp/probe"
-    tr -d '\r' <"$tmp/probe" | awk '
-        /^reboot: System halted/ { last = ""; exit }
-        /^Kernel panic/          { exit }
-        NF                       { last = $0 }
-        END                      { print last }'
-}
-
-need_uml() {
-    need_tools linux.uml setsid
-    make_uml_root
-    trouble=$(uml_trouble)
-    [ -z "$trouble" ] ||
-        skip ": User-Mode Linux cannot run here ($trouble)"
 }
 
 # What the guest is to do is on standard input.
@@ -199,12 +205,53 @@ job() {
 }
 
 # Not in a pipeline, where what it remembers would be lost.
-start_uml() { # console, socket
-    setsid linux.uml mem=96M rootfstype=hostfs rootflags="$tmp/root" rw \
-        root=/dev/root init=/init con=null con0=fd:0,fd:1 quiet \
-        uml_dir="$tmp/" \
-        virtio_uml.device="$2:2" <>"$tmp/input" >"$1" 2>&1 &
+start_guest() { # console, socket
+    if [ "$GUEST" = uml ]; then
+        start_uml "$1" rw init=/init virtio_uml.device="$2:2"
+    else
+        start_qemu "$1" -M q35,accel=tcg,memory-backend=m \
+            -chardev "socket,id=disk,path=$2" \
+            -device vhost-user-blk-pci,chardev=disk,num-queues=1
+    fi
+}
+
+# In a session of its own, as its processes are.
+start_uml() { # console, arguments...
+    output=$1
+    shift
+    setsid linux.uml mem=96M rootfstype=hostfs rootflags="$tmp/root" \
+        root=/dev/root con=null con0=fd:0,fd:1 quiet uml_dir="$tmp/" \
+        "$@" <>"$tmp/input" >"$output" 2>&1 &
     guest=$!
+}
+
+kernel_options=
+
+start_qemu() { # console, options...
+    output=$1
+    shift
+    (cd "$tmp/root" && find . | cpio -o -H newc --quiet) \
+        >"$tmp/initrd.cpio" || exit 1
+    setsid qemu-system-x86_64 -cpu max -m 256 -nodefaults -no-user-config \
+        -display none -serial stdio \
+        -object memory-backend-memfd,id=m,size=256M,share=on \
+        -kernel "$kernel" -initrd "$tmp/initrd.cpio" \
+        -append "console=ttyS0 quiet panic=-1 reboot=t $kernel_options" \
+        "$@" <>"$tmp/input" >"$output" 2>&1 &
+    guest=$!
+}
+
+# Nothing, if it starts a process and ends, or else its last words. It does
+# not where the host's processor has more registers than it makes room for.
+uml_trouble() {
+    LIMIT=20
+    start_uml "$tmp/probe" init=/bin/poweroff -- -f
+    wait_guest || echo "not done in $LIMIT seconds" >>"$tmp/probe"
+    tr -d '\r' <"$tmp/probe" | awk '
+        /^reboot: System halted/ { last = ""; exit }
+        /^Kernel panic/          { exit }
+        NF                       { last = $0 }
+        END                      { print last }'
 }
 
 # For a job that reads. Opened for reading too, it does not wait for a reader.
@@ -212,21 +259,35 @@ tell_guest() { # line
     echo "$1" 1<>"$tmp/input"
 }
 
-wait_uml() { # seconds; false if they were not enough
-    for try in $(seq $(($1 * 10))); do
-        kill -0 "$guest" 2>/dev/null || break
+guest_runs() {
+    kill -0 "$guest" 2>/dev/null
+}
+
+# User-Mode Linux does not end on SIGTERM, and its processes are traced, so the
+# session is killed as a whole.
+kill_guest() {
+    if [ -n "$guest" ]; then
+        kill -KILL "-$guest" 2>/dev/null
+        wait "$guest" 2>/dev/null
+        guest=
+    fi
+}
+
+wait_guest() { # false if LIMIT was not enough
+    for try in $(seq $((LIMIT * 10))); do
+        guest_runs || break
         sleep 0.1
     done
-    ! kill -0 "$guest" 2>/dev/null
+    ! guest_runs
     ended=$?
     kill_guest
     return $ended
 }
 
-run_uml() { # name of the test, name of the daemon
+run_guest() { # name of the test, name of the daemon
     console=$tmp/$1.console
-    start_uml "$console" "$tmp/$2.sock"
-    wait_uml 60
+    start_guest "$console" "$tmp/$2.sock"
+    wait_guest
     check "$1-finished" "$(grep -c "^guest done" "$console")" 1
 }
 

@@ -1,23 +1,24 @@
 #!/bin/sh
 # Nothing that a guest was told is on the disk may be missing from it, whatever
-# happens to the daemon or the disk. Linux as a process of the host writes
-# numbered records and reports each one that is durable; then the power goes, or
-# the daemon, or the disk. One line per check; the status is 0 if all are ok, or
-# if something is not installed and INTEROP_REQUIRED is not 1.
+# happens to the daemon or the disk. Linux writes numbered records and reports
+# each one that is durable; then the power goes, or the daemon, or the disk. One
+# line per check; the status is 0 if all are ok, or if something is not installed
+# and INTEROP_REQUIRED is not 1.
 #
 #     ROUNDS    power failures of each kind; default 2
 #     SEED      of the random numbers; default from the clock
+#     GUEST     uml or qemu; default uml, where it runs
 #
 # The other variables are in common.sh.
 test=powerloss
-packages="user-mode-linux busybox-static e2fsprogs"
+packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/common.sh"
 
 ROUNDS=${ROUNDS:-2}
 SEED=${SEED:-$(date +%s)}
 
 need_tools busybox mkfs.ext4 e2fsck debugfs
-need_uml
+need_guest
 build "$tmp/serve"
 here=$(cd "$(dirname "$0")" && pwd)
 build "$tmp/serve-volatile" "-DVBLK_SERVE_BACKEND=\"$here/volatile.h\""
@@ -27,7 +28,7 @@ build "$tmp/serve-volatile" "-DVBLK_SERVE_BACKEND=\"$here/volatile.h\""
 # size of the file says so, and e2fsck complains if the power goes in between.
 truncate -s 48M "$tmp/made.img"
 mkfs.ext4 -q -F -b 4096 "$tmp/made.img" 32m || exit 1
-echo "seed $SEED"
+echo "seed $SEED guest $GUEST"
 
 
 # ---- The records ------------------------------------------------------------
@@ -86,12 +87,14 @@ damage() { # image
         -e 'FILE SYSTEM WAS MODIFIED' -e ' files (.* blocks$' | head -n 5
 }
 
-wait_for() { # console, text, how often, seconds
-    for try in $(seq $(($4 * 10))); do
+wait_for() { # console, text, how often
+    for try in $(seq $((LIMIT * 10))); do
         [ "$(cat "$1" 2>/dev/null | grep -c "$2")" -ge "$3" ] && return
+        guest_runs || break
         sleep 0.1
     done
-    echo "no '$2' in $4 seconds" >&2
+    echo "no '$2' from the guest" >&2
+    return 1
 }
 
 random=$SEED
@@ -114,11 +117,14 @@ lose_power() { # name, then the environment of the daemon
     start "$name" env "$@" VOLATILE_SEED=$random_value "$tmp/serve-volatile" \
         --image "$tmp/disk.img"
     job_write | job
-    start_uml "$tmp/$name.console" "$tmp/$name.sock"
-    wait_for "$tmp/$name.console" "^guest raw" 3 20
-    next_random 30
-    sleep $((random_value / 10)).$((random_value % 10))
-    end USR1
+    start_guest "$tmp/$name.console" "$tmp/$name.sock"
+    if wait_for "$tmp/$name.console" "^guest raw" 3; then
+        next_random 30
+        sleep $((random_value / 10)).$((random_value % 10))
+        end USR1
+    else
+        end KILL # without requests it would go on
+    fi
     check "$name-power-lost" "status $status" "status 3"
     sleep 0.2
     kill_guest
@@ -156,8 +162,8 @@ check liar-is-found-out "$([ -n "$missing$damage" ] && echo yes)" yes
 cp "$tmp/made.img" "$tmp/disk.img"
 start killed "$tmp/serve" --image "$tmp/disk.img"
 job_write | job
-start_uml "$tmp/killed.console" "$tmp/killed.sock"
-wait_for "$tmp/killed.console" "^guest raw" 20 20
+start_guest "$tmp/killed.console" "$tmp/killed.sock"
+wait_for "$tmp/killed.console" "^guest raw" 20
 end KILL
 kill_guest
 check killed "status $status" "status 137"
@@ -168,7 +174,7 @@ say mount $?
 say lines $(wc -l </mnt/lines)
 umount /mnt
 JOB
-run_uml recovered killed
+run_guest recovered killed
 end TERM
 check recovered-mount "$(says recovered mount)" 0
 check recovered-missing \
@@ -189,14 +195,12 @@ yes after | dd of=/dev/vda bs=4k count=1 iflag=fullblock seek=9216 \
 say write $?
 dd if=/dev/vda of=/dev/null bs=4k count=1 skip=9216 iflag=direct 2>/dev/null
 say read $?
-say done
-poweroff -f
 JOB
-start_uml "$tmp/eio.console" "$tmp/eio.sock"
-wait_for "$tmp/eio.console" "^guest before" 1 20
+start_guest "$tmp/eio.console" "$tmp/eio.sock"
+wait_for "$tmp/eio.console" "^guest before" 1
 kill -USR2 $daemon
 tell_guest go
-wait_uml 20
+wait_guest
 check eio-before "$(says eio before)" 0
 check eio-write-fails "$(says eio write)" 1
 check eio-read-fails "$(says eio read)" 1
@@ -207,7 +211,7 @@ check eio-flushed-data "$(dd if="$tmp/disk.img" bs=4k skip=9216 count=1 \
 job <<'JOB'
 say size $(cat /sys/block/vda/size)
 JOB
-run_uml eio-next eio
+run_guest eio-next eio
 check eio-daemon-serves-on "$(says eio-next size)" 98304
 end TERM
 check eio-daemon-ends "status $status" "status 0"
@@ -226,14 +230,12 @@ say front $(dd if=/dev/vda bs=64k count=160 iflag=direct 2>/dev/null |
     sha256sum)
 say behind $(dd if=/dev/vda bs=64k skip=160 count=64 iflag=direct 2>/dev/null |
     tr -d '\0' | wc -c)
-say done
-poweroff -f
 JOB
-start_uml "$tmp/cut.console" "$tmp/cut.sock"
-wait_for "$tmp/cut.console" "^guest ready" 1 20
+start_guest "$tmp/cut.console" "$tmp/cut.sock"
+wait_for "$tmp/cut.console" "^guest ready" 1
 truncate -s 10M "$tmp/cut.img"
 tell_guest go
-wait_uml 20
+wait_guest
 end TERM
 check cut-front "$(says cut front | cut -d ' ' -f 1)" "$front"
 check cut-behind-is-zero "$(says cut behind)" 0
@@ -260,7 +262,7 @@ yes "block 3" | head -c 262144 >/block
 dd if=/dev/vda bs=256k skip=3 count=1 iflag=direct 2>/dev/null | cmp - /block
 say read $?
 JOB
-    run_uml full full
+    run_guest full full
     end TERM
     check full-written "$(between "$(says full written)" 16 32)" yes
     check full-read "$(says full read)" 0
