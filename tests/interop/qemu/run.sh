@@ -5,47 +5,22 @@
 # something is not installed and INTEROP_REQUIRED is not 1. vhost/common.sh has
 # the variables.
 test=qemu
-packages="qemu-system-x86 linux-image-cloud-amd64 busybox-static cpio e2fsprogs"
+packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/../vhost/common.sh"
 
-LIMIT=150 # seconds for what takes less than thirty
-
-need_tools qemu-system-x86_64 busybox cpio mkfs.ext4 e2fsck debugfs timeout
-kernel=$(ls /boot/vmlinuz-*-cloud-amd64 2>/dev/null | tail -n 1)
-[ -r "$kernel" ] || missing "a kernel"
-drivers=/usr/lib/modules/${kernel#/boot/vmlinuz-}/kernel/drivers
-[ -f "$drivers/block/virtio_blk.ko" ] || missing virtio_blk.ko
+need_tools busybox mkfs.ext4 e2fsck debugfs
+need_qemu
 build "$tmp/serve"
 [ -z "$SANITIZE" ] || build "$tmp/serve-sanitized" $SANITIZE
 
 
 # ---- The guest --------------------------------------------------------------
 
-mkdir -p "$tmp/initrd/bin" "$tmp/initrd/proc" "$tmp/initrd/sys" \
-    "$tmp/initrd/dev" "$tmp/initrd/mnt" || exit 1
-cp /bin/busybox "$tmp/initrd/bin/" || exit 1
-for module in virtio/virtio_ring virtio/virtio virtio/virtio_pci_legacy_dev \
-    virtio/virtio_pci_modern_dev virtio/virtio_pci virtio/virtio_mmio \
-    block/virtio_blk; do
-    cp "$drivers/$module.ko" "$tmp/initrd/" || exit 1
-done
-head -c 1048576 /dev/urandom >"$tmp/initrd/piece"
-head -c 512 /dev/urandom >"$tmp/initrd/sector"
+head -c 1048576 /dev/urandom >"$tmp/root/piece"
+head -c 512 /dev/urandom >"$tmp/root/sector"
 
 # What it does depends on the first word of the last sector of vda.
-cat >"$tmp/initrd/init" <<'INIT'
-#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev \
-    virtio_pci virtio_mmio virtio_blk; do
-    insmod /$module.ko
-done
-i=0
-while [ ! -b /dev/vda ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i + 1)); done
+job <<'JOB'
 stage=$(dd if=/dev/vda bs=512 skip=81920 count=1 iflag=direct 2>/dev/null |
     tr -d '\0')
 say() { echo "guest ${stage:-first} $*"; }
@@ -123,32 +98,16 @@ case $stage in
     ;;
 second)
     verify_all /dev/vda
-    say done
     dd if=/sector of=/dev/vda bs=512 seek=81920 oflag=direct 2>/dev/null
-    poweroff -f
-    reboot -f
     ;;
 esac
-INIT
-chmod +x "$tmp/initrd/init"
-(cd "$tmp/initrd" && find . | cpio -o -H newc --quiet) >"$tmp/initrd.cpio" ||
-    exit 1
-
-kernel_options=
+JOB
 
 run_qemu() { # name, options of QEMU...
-    console=$tmp/$1.console
+    name=$1
     shift
-    timeout -k 5 $LIMIT qemu-system-x86_64 -cpu max -m 256 -nodefaults \
-        -no-user-config -display none -serial stdio \
-        -object memory-backend-memfd,id=m,size=256M,share=on \
-        -kernel "$kernel" -initrd "$tmp/initrd.cpio" \
-        -append "console=ttyS0 quiet panic=-1 reboot=t $kernel_options" "$@" \
-        </dev/null >"$console" 2>&1 &
-    guest_pid=$!
-    running="$running $guest_pid"
-    wait $guest_pid
-    forget $guest_pid
+    start_qemu "$tmp/$name.console" "$@"
+    wait_guest
 }
 
 says_at() { # name, stage, key
@@ -178,9 +137,9 @@ check_writes() { # name
     check "$1-files-after-reboot" "$(says_at "$1" second files)" 21
 
     check "$1-host-sees-raw-write" "$(dd if="$tmp/disk.img" bs=64k skip=576 \
-        count=16 status=none | sha256sum)" "$(sha256sum <"$tmp/initrd/piece")"
+        count=16 status=none | sha256sum)" "$(sha256sum <"$tmp/root/piece")"
     check "$1-host-sees-last-sector" "$(tail -c 512 "$tmp/disk.img" |
-        sha256sum)" "$(sha256sum <"$tmp/initrd/sector")"
+        sha256sum)" "$(sha256sum <"$tmp/root/sector")"
     check "$1-image-bytes" "$(wc -c <"$tmp/disk.img")" $((SECTORS * 512))
     check "$1-e2fsck" "$(status_of e2fsck -fn "$tmp/disk.img")" 0
     mkdir -p "$tmp/dump"
@@ -243,7 +202,7 @@ check pci-limit-takes-2-seconds \
 check pci-unsafe-cache "$(says_at pci first vdd-cache)" "write through"
 check pci-unsafe-write "$(says_at pci first unsafe-write)" 0
 check pci-unsafe-data "$(head -c 1048576 "$tmp/raw.img" | sha256sum)" \
-    "$(sha256sum <"$tmp/initrd/piece")"
+    "$(sha256sum <"$tmp/root/piece")"
 check_daemon a $a
 check_daemon b $b
 check_daemon c $c
