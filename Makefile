@@ -65,7 +65,7 @@ cov:                           ## lines and branches reached (clang, llvm)
 mutants:                       ## weaken the header, see what the tests miss; hours
 	@B=$(B) sh tests/mutants.sh
 
-test-32:                       ## the tests as a 32-bit program (gcc-multilib)
+test-32:                       ## the tests as a 32-bit program (an i686 compiler)
 	@B=$(B) sh tests/compile/elsewhere.sh 32 $(TESTS)
 
 test-be:                       ## the tests on big-endian s390x (qemu-user, a compiler)
@@ -98,7 +98,7 @@ interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-l
 interop-qemu:                  ## Linux under QEMU, on vblk-serve
 	@sh tests/interop/qemu/run.sh
 
-interop-powerloss:             ## nothing flushed is lost (ROUNDS=20 for a soak)
+interop-powerloss:             ## nothing flushed is lost (ROUNDS=20, GUEST=uml|qemu)
 	@sh tests/interop/vhost/powerloss.sh
 
 size: $(B)                     ## bytes of code of the core at -Os
