@@ -133,7 +133,8 @@ lose_power() { # name, then the environment of the daemon
     check "$name-power-lost" "status $status" "status 3"
     sleep 0.2
     kill_guest
-    total_unflushed=$((total_unflushed + $(counter "$name" unflushed)))
+    unflushed=$(counter "$name" unflushed)
+    total_unflushed=$((total_unflushed + ${unflushed:-0}))
     damage=$(damage "$tmp/disk.img")
     missing=$(missing_records "$tmp/$name.console" "$tmp/disk.img")
     reported=$(kinds_reported)
