@@ -1,9 +1,9 @@
 #!/bin/sh
 # Nothing that a guest was told is on the disk may be missing from it, whatever
 # happens to the daemon or the disk. Linux writes numbered records and reports
-# each one that is durable; then the power goes, or the daemon, or the disk. One
-# line per check; the status is 0 if all are ok, or if something is not installed
-# and INTEROP_REQUIRED is not 1.
+# each one that is durable; then the power goes, or the daemon, or the disk.
+# One line per check; the status is 0 if all are ok, or if something is not
+# installed and INTEROP_REQUIRED is not 1.
 #
 #     ROUNDS    power failures of each kind; default 2
 #     SEED      of the random numbers; default from the clock
