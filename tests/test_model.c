@@ -3,7 +3,7 @@
 //
 //     VBLK_SOAK=1000 vblk_test model_
 //
-// runs a thousand times as long. A mismatch prints the seed (-s SEED repeats
+// runs a thousand times as long, 0.1 a tenth. A mismatch prints the seed (-s SEED repeats
 // it), the session and step it happened in, and what the step was.
 #include "model.h"
 
@@ -1189,7 +1189,8 @@ static void step(void) {
 static void agree(vblk_profile profile, bool throttled) {
     const char *times = getenv("VBLK_SOAK");
     uint64_t    sessions = throttled ? SESSIONS / 2 : SESSIONS;
-    sessions *= times ? strtoull(times, NULL, 0) : 1;
+    sessions = (uint64_t)((double)sessions * (times ? strtod(times, NULL) : 1));
+    sessions += sessions == 0;
     memset(&d, 0, sizeof d);
     d.throttled = throttled;
     for (uint64_t i = 0; i < sessions && !d.differs; i++) {

@@ -214,10 +214,12 @@ UNWATCHED void race_on_one_word(void) {
         r.data = alloc(1024, 1);
         r.head = send(0, &r);
         uint64_t at_length = g.queue[0].desc + 16 * (r.head + 1u) + 8;
-        flipped = (volatile uint32_t *)(void *)at(kind ? at_length
-                                                       : r.header + 8);
-        flips[0] = kind ? 512 : 0;
-        flips[1] = kind ? 1024 : SECTORS;
+        uint64_t gpa = kind ? at_length : r.header + 8;
+        flipped = (volatile uint32_t *)(void *)at(gpa);
+        put32(gpa, kind ? 1024 : SECTORS); // little-endian, as all is
+        flips[1] = *flipped;
+        put32(gpa, kind ? 512 : 0);
+        flips[0] = *flipped;
         pthread_t thread = start(flip);
         unsigned good = 0;
         for (unsigned i = 0;

@@ -226,7 +226,8 @@ check eio-daemon-ends "status $status" "status 0"
 
 # ---- The image is cut under way ---------------------------------------------
 
-# What is behind the end of the file reads as zeroes; what is before it stays.
+# What was behind the end of the file is lost: an error, for a flush too, and no
+# zeroes. What is before it stays.
 head -c 48M /dev/urandom >"$tmp/cut.img"
 front=$(head -c 10M "$tmp/cut.img" | sha256sum | cut -d ' ' -f 1)
 start cut "$tmp/serve" --image "$tmp/cut.img"
@@ -235,8 +236,10 @@ say ready
 read go
 say front $(dd if=/dev/vda bs=64k count=160 iflag=direct 2>/dev/null |
     sha256sum)
-say behind $(dd if=/dev/vda bs=64k skip=160 count=64 iflag=direct 2>/dev/null |
-    tr -d '\0' | wc -c)
+dd if=/dev/vda bs=64k skip=160 count=1 iflag=direct >/dev/null 2>&1
+say behind $?
+dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct conv=fsync 2>/dev/null
+say flush $?
 JOB
 start_guest "$tmp/cut.console" "$tmp/cut.sock"
 wait_for "$tmp/cut.console" "^guest ready" 1
@@ -245,7 +248,10 @@ tell_guest go
 wait_guest
 end TERM
 check cut-front "$(says cut front | cut -d ' ' -f 1)" "$front"
-check cut-behind-is-zero "$(says cut behind)" 0
+check cut-behind-is-lost "$(says cut behind)" 1
+check cut-flush-fails "$(says cut flush)" 1
+check cut-told "$(between "$(grep -c "the backend failed to read" \
+    "$tmp/cut.err")" 1 30)" yes
 check cut-daemon-ends "status $status" "status 0"
 rm -f "$tmp/cut.img"
 
