@@ -90,9 +90,12 @@
     three from a table of regions.
 
     A backend is a vblk_backend: read, write, flush and size over scattered
-    memory. vblk_memdisk_backend() is one over an array; the Linux part has
+    memory. vblk_memdisk_backend() is one over an array; the POSIX part has
     files. What the guest is offered follows from it: without write the disk
-    is read-only, without flush there is no FLUSH.
+    is read-only, without flush there is no FLUSH. Functions may be replaced:
+    a memory disk that is a shared mapping gets a flush of yours that calls
+    msync(). A slot without a disk needs no device: let MagicValue read
+    0x74726976, Version 2 and all else 0, and DeviceID 0 tells the driver.
 
     The interrupt function is called with true to fire. An edge (an irqfd, a
     message) needs no more. For a level line, ignore the arguments and, under
@@ -125,9 +128,12 @@
     With a limit, VBLK_STALLED and wait_ns say when to call again: at that
     moment the request at the head passes, a nanosecond earlier it does not.
     Until then it is in the ring, unseen by the guest, and nothing passes it.
-    The guest will not notify again for it, so the call is yours to make. With
-    several queues, the one that stalled first goes first: when the time has
-    come, drain VBLK_ALL_QUEUES.
+    The guest will not notify again for it, so the call is yours to make. An
+    early call is harmless: it says VBLK_STALLED again, with what is left.
+
+    With several queues, the one that stalled first goes first: when the time
+    has come, drain VBLK_ALL_QUEUES. That another queue is VBLK_EMPTY says
+    nothing of the one that waits: keep its time. examples/emulator.c does.
 
 
     OTHER HOSTS
@@ -149,6 +155,11 @@
     beyond anybody's reach; therefore Status shows DEVICE_NEEDS_RESET until it
     has ended, and released() says when backend and memory may go. Callbacks
     other than the backend, the interrupt and the event hook must not block.
+
+    A worker serves an interpreter too, if the guest's fences are fences of
+    the host and its stores to the rings are single accesses. irq_fd need not
+    be read: poll vblk_interrupt_line() between two instructions, and to wake
+    a loop that sleeps until something happens, wait for irq_fd in it.
 
 
     THREADS
@@ -174,8 +185,11 @@
     For those, the draining threads must be outside.
     Distinct devices share nothing.
 
-    Callbacks run inside the call that caused them and must not call back
-    into the same device, vblk_interrupt_line() and vblk_counters() excepted.
+    Callbacks run inside the call that caused them, on its thread: those of a
+    register call on the thread that made it, the rest on a drainer's. They
+    must not call back into the same device, vblk_interrupt_line() and
+    vblk_counters() excepted. A worker's thread blocks all signals but those
+    of its own faults.
 
 
     ERRORS
@@ -266,6 +280,9 @@
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
     VBLK_MAX_QUEUES queues. IN, OUT, FLUSH, GET_ID. Not done: packed rings,
     DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
+
+    A drain takes 8 KB of stack beside what your functions take; with
+    VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 2 KB.
 
 
     COMPILE-TIME OPTIONS

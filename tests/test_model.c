@@ -3,8 +3,9 @@
 //
 //     VBLK_SOAK=1000 vblk_test model_
 //
-// runs a thousand times as long, 0.1 a tenth. A mismatch prints the seed (-s SEED repeats
-// it), the session and step it happened in, and what the step was.
+// runs a thousand times as long, 0.1 a tenth. A mismatch prints the seed
+// (-s SEED repeats it), the session and step it happened in, and what the step
+// was.
 #include "model.h"
 
 #include <stdarg.h>
