@@ -233,5 +233,59 @@ check mmio-cache "$(says_at mmio first vda-cache)" "write back"
 check_writes mmio
 check_daemon m "$daemon"
 
+
+# ---- The daemon is killed and comes back ------------------------------------
+
+# Four writers, each of which reads back what it wrote, until they are told to
+# stop: each waits for the daemon, and none sees an error.
+kernel_options=
+truncate -s 64M "$tmp/raw.img"
+job <<'JOB'
+writer() { # number
+    i=0
+    while [ ! -e /stop ]; do
+        at=$(($1 * 256 + i % 256))
+        yes "writer $1 block $i" | head -c 65536 >/out.$1
+        dd if=/out.$1 of=/dev/vda bs=64k seek=$at oflag=direct 2>/dev/null ||
+            say error write $1 $i
+        dd if=/dev/vda bs=64k skip=$at count=1 iflag=direct 2>/dev/null |
+            cmp - /out.$1 || say error read $1 $i
+        i=$((i + 1))
+    done
+    echo $i >/rounds.$1
+}
+for number in 0 1 2 3; do writer $number & done
+say ready
+read go
+touch /stop
+wait
+say rounds $(cat /rounds.*)
+JOB
+start killed "$tmp/serve" --image "$tmp/raw.img"
+start_qemu "$tmp/killed.console" -M q35,accel=tcg,memory-backend=m \
+    -chardev "socket,id=c,path=$tmp/killed.sock,reconnect=1" \
+    -device vhost-user-blk-pci,chardev=c,num-queues=1
+for try in $(seq $((LIMIT * 10))); do
+    grep -q "^guest ready" "$tmp/killed.console" && break
+    sleep 0.1
+done
+for round in 1 2 3 4 5; do
+    sleep 1.5
+    end KILL
+    check killed-$round "status $status" "status 137"
+    start killed "$tmp/serve" --image "$tmp/raw.img"
+done
+sleep 1.5
+tell_guest go
+wait_guest
+check killed-finished "$(grep -c "^guest done" "$tmp/killed.console")" 1
+check killed-no-errors "$(grep -c "^guest error" "$tmp/killed.console")" 0
+check killed-writers "$(says killed rounds | wc -w)" 4
+end TERM
+check killed-last-daemon-served "$(between "$(counter killed writes)" \
+    1 100000000)" yes
+check killed-errors \
+    "$(counter killed io_errors) $(counter killed broken_rings)" "0 0"
+
 explain
 [ $failures -eq 0 ]
