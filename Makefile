@@ -87,7 +87,7 @@ bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
-interop: interop-uboot interop-uml interop-qemu interop-powerloss ## all below
+interop: interop-uboot interop-uml interop-qemu interop-firmware interop-powerloss ## all below
 
 interop-uboot:                 ## U-Boot under Unicorn
 	@sh tests/interop/uboot/run.sh
@@ -97,6 +97,9 @@ interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-l
 
 interop-qemu:                  ## Linux under QEMU, on vblk-serve
 	@sh tests/interop/qemu/run.sh
+
+interop-firmware:              ## SeaBIOS, GRUB, EDK2 and SLOF under QEMU, on vblk-serve
+	@sh tests/interop/firmware/run.sh
 
 interop-powerloss:             ## nothing flushed is lost (ROUNDS=20, GUEST=uml|qemu)
 	@sh tests/interop/vhost/powerloss.sh
@@ -158,4 +161,4 @@ clean:
 
 .PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
         throttle threaded emulator asan tsan soak model bench bench-vhost abuse interop interop-uboot \
-        interop-uml interop-qemu interop-powerloss size lint help clean
+        interop-uml interop-qemu interop-firmware interop-powerloss size lint help clean
