@@ -87,7 +87,7 @@ bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
-interop: interop-uboot interop-uml interop-qemu interop-firmware interop-powerloss ## all below
+interop: interop-uboot interop-uml interop-qemu interop-firmware interop-powerloss ## all below but xv6
 
 interop-uboot:                 ## U-Boot under Unicorn
 	@sh tests/interop/uboot/run.sh
@@ -100,6 +100,9 @@ interop-qemu:                  ## Linux under QEMU, on vblk-serve
 
 interop-firmware:              ## SeaBIOS, GRUB, EDK2 and SLOF under QEMU, on vblk-serve
 	@sh tests/interop/firmware/run.sh
+
+interop-xv6:                   ## xv6 under QEMU, on vblk-serve (XV6=its sources)
+	@sh tests/interop/xv6/run.sh
 
 interop-powerloss:             ## nothing flushed is lost (ROUNDS=20, GUEST=uml|qemu)
 	@sh tests/interop/vhost/powerloss.sh
@@ -161,4 +164,4 @@ clean:
 
 .PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
         throttle threaded emulator asan tsan soak model bench bench-vhost abuse interop interop-uboot \
-        interop-uml interop-qemu interop-firmware interop-powerloss size lint help clean
+        interop-uml interop-qemu interop-firmware interop-xv6 interop-powerloss size lint help clean
