@@ -2523,7 +2523,7 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                              vblk__chain *c) {
     c->descs = c->first = c->count = 0;
     c->out_bytes = c->in_bytes = 0;
-    c->mixed = false;
+    c->first_ok = c->last_ok = c->mixed = false;
     if (!vblk__walk(dev, q, r->head, c)) {
         vblk__drop(dev, q, r->head);
         return false;

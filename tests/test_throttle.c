@@ -834,8 +834,8 @@ void t8_large_and_small_requests_take_turns(void) {
             who = ready[i] < ready[who] ? i : who;
         }
         bool large = who == 4;
-        vblk_seg seg = {limited_data, large ? sizeof limited_data - at : 4096,
-                        0};
+        vblk_seg seg = {limited_data, 4096, 0};
+        seg.n = large ? sizeof limited_data - (size_t)at : seg.n;
         limiter_now = ready[who];
         own_sleep = 0;
         int64_t n = b.read(b.user, large ? at : 4096 * who, &seg, 1);
