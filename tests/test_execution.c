@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
 #include <pthread.h>
 #include <unistd.h>
 
@@ -769,6 +771,25 @@ static void make_file(char *path, off_t bytes) {
     int fd = mkstemp(path);
     CHECK(fd >= 0 && ftruncate(fd, bytes) == 0);
     close(fd);
+}
+
+// Only a 32-bit program can be given one: there it is a caller's mistake.
+void b_ram_larger_than_the_address_space(void) {
+    const vblk_region region = {0, UINT64_C(5) << 30, g.ram};
+    const vblk_ram ram = {&region, 1};
+    int status = 0;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        close(2); // the assertion speaks
+        _exit(vblk_ram_memory(&ram).map ? 3 : 4);
+    }
+    CHECK_EQ(child, waitpid(child, &status, 0));
+    if (SIZE_MAX < UINT64_MAX) {
+        CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+    } else {
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+    }
 }
 
 void b2_b5_file(void) {

@@ -171,6 +171,7 @@
     X(b1_without_write_the_disk_is_read_only, GUEST)                           \
     X(b4_capacity_is_rounded_down_to_sectors, GUEST)                           \
     X(b2_b5_memory_disk, GUEST)                                                \
+    X(b_ram_larger_than_the_address_space, GUEST)                              \
     X(b2_b5_file, GUEST)                                                       \
     X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \

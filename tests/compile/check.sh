@@ -50,6 +50,9 @@ for cc in gcc clang; do
     try "$cc, files" $cc -std=c99 $warn -I. $here/files.c -o "$B/compile" \
         -lpthread
     try "$cc, files run" "$B/compile" "$B/compile.img"
+    try "$cc, no assertions" $cc -std=c99 $warn -I. $here/ndebug.c \
+        -o "$B/compile"
+    try "$cc, no assertions run" "$B/compile"
     try "$cc, another memcpy" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         -DVBLK_MEMCPY=other_copy -DVBLK_MEMSET=other_fill \
         -c $here/memcpy.c -o "$B/compile.o"

@@ -1,0 +1,47 @@
+// Without assertions a caller's mistake is still no harm: a request that is
+// completed twice.
+#define NDEBUG
+#define VBLK_IMPLEMENTATION
+#include "vblk.h"
+
+static uint8_t ram[1 << 16], disk[1 << 16];
+static vblk_dev dev;
+
+static void put(unsigned at, uint32_t value) {
+    for (unsigned i = 0; i < 4; i++) {
+        ram[at + i] = (uint8_t)(value >> 8 * i);
+    }
+}
+
+int main(void) {
+    static const uint32_t steps[][2] = {
+        {0x70, 1},  {0x70, 3},      {0x24, 1},      {0x20, 1},
+        {0x70, 11}, {0x38, 16},     {0x90, 0x1000}, {0xa0, 0x2000},
+        {0x44, 1},  {0x70, 15}};
+    vblk_region region = {0, sizeof ram, ram};
+    vblk_ram guest = {&region, 1};
+    vblk_memdisk image = {disk, sizeof disk, false};
+    vblk_options o = {0};
+    vblk_request r;
+    o.memory = vblk_ram_memory(&guest);
+    o.backend = vblk_memdisk_backend(&image);
+    if (vblk_init(&dev, &o)) {
+        return 1;
+    }
+    for (unsigned i = 0; i < sizeof steps / sizeof steps[0]; i++) {
+        vblk_mmio_write(&dev, steps[i][0], 4, steps[i][1]);
+    }
+    put(0x0, 0x3000), put(0x8, 16), put(0xc, 0x10001);
+    put(0x10, 0x3010), put(0x18, 1), put(0x1c, 2);
+    put(0x3000, VBLK_T_FLUSH), put(0x1000, 1 << 16);
+    if (vblk_next(&dev, 0, 0, &r).state != VBLK_REQUEST ||
+        !vblk_complete(&dev, &r, VBLK_S_OK, 0) ||
+        vblk_complete(&dev, &r, VBLK_S_OK, 0)) {
+        return 2;
+    }
+    vblk_publish(&dev, 0);
+    return vblk_drain(&dev, 0, 0).state == VBLK_EMPTY && ram[0x2002] == 1 &&
+                   vblk_counters(&dev).flushes == 1
+               ? 0
+               : 3;
+}
