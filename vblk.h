@@ -797,6 +797,8 @@ typedef struct vblk_queue {
     uint16_t used_next;    // next entry to fill
     uint16_t used_shown;   // used.idx as last stored
     uint16_t used_decided; // used.idx at the last decision to interrupt
+    uint32_t undecided;    // completions since then; more than an index tells
+                           // apart are 65536
     uint64_t stalled_ns;   // when the request at the head began to wait
     uint64_t stalled_bytes; // what it costs
     bool     stalled;      // there is one
@@ -822,8 +824,7 @@ typedef struct vblk_dev {
     unsigned     turn;  // 1 + the queue that stalled first; 0: none did
     // Atomics: set by any thread.
     uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
-    uint32_t     status;
-    uint32_t     interrupt; // InterruptStatus, and VBLK__LINE
+    uint32_t     state; // Status, InterruptStatus and VBLK__LINE in one
     vblk_queue   queue[VBLK_MAX_QUEUES];
 } vblk_dev;
 
@@ -1513,9 +1514,17 @@ static int vblk__ram_write(void *user, uint64_t gpa, const void *src,
 
 // ---- Events, counters, interrupts -------------------------------------------
 
-// Bit of dev->interrupt beside those of InterruptStatus, so that both change
-// in one atomic step: the line is high.
-#define VBLK__LINE 0x80000000u
+// dev->state: Status, the bits of InterruptStatus and whether the line is high,
+// in one word, so that they change in one step and a reset leaves nothing of
+// what came before it.
+#define VBLK__STATUS       0xffu
+#define VBLK__INTERRUPT(b) ((uint32_t)(b) << 8)
+#define VBLK__INTERRUPTS   VBLK__INTERRUPT(0xff)
+#define VBLK__LINE         0x80000000u
+
+static inline bool vblk__has_status(const vblk_dev *dev, uint32_t bit) {
+    return (VBLK__LOAD(&dev->state) & bit) != 0;
+}
 
 static void vblk__say(const vblk_dev *dev, int queue, vblk_event_code code,
                       uint16_t head, uint64_t a, uint64_t b) {
@@ -1540,25 +1549,49 @@ static inline void vblk__count(uint64_t *counter, uint64_t n) {
     VBLK__STORE(counter, VBLK__LOAD(counter) + n);
 }
 
-// The bit and the line in one step, after what they announce (release), then
-// the interrupt. Bits that are set need not be set again: an acknowledgement
+// Used buffers: the bit and the line in one step, after what they announce
+// (release), then the interrupt. Bits that are set need not be set again: as
+// there is a full barrier between the used index and here, an acknowledgement
 // that clears them is yet to come, and the driver looks after it.
-static void vblk__raise(vblk_dev *dev, int queue, uint32_t bit, bool fire) {
-    bit |= fire ? VBLK__LINE : 0;
-    if ((VBLK__LOAD(&dev->interrupt) & bit) != bit) {
-        VBLK__OR(&dev->interrupt, bit);
+static void vblk__raise(vblk_dev *dev, int queue, bool fire) {
+    uint32_t set = VBLK__INTERRUPT(VBLK_INTERRUPT_USED);
+    set |= fire ? VBLK__LINE : 0;
+    if ((VBLK__LOAD(&dev->state) & set) != set) {
+        VBLK__OR(&dev->state, set);
     }
     if (fire && dev->o.interrupt) {
         dev->o.interrupt(dev->o.user, queue, true);
     }
 }
 
-// The guest may act on either the moment it sees it, so Status first.
+// Status and, on a live device, the configuration interrupt, in one step. A
+// DRIVER_OK that comes later is refused.
 static void vblk__ask_reset(vblk_dev *dev) {
-    VBLK__OR(&dev->status, VBLK_STATUS_NEEDS_RESET);
-    // A DRIVER_OK that comes later is refused.
-    if (VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK) {
-        vblk__raise(dev, VBLK_NO_QUEUE, VBLK_INTERRUPT_CONFIG, true);
+    uint32_t old = VBLK__LOAD(&dev->state), set;
+    do {
+        set = VBLK_STATUS_NEEDS_RESET;
+        if (old & VBLK_STATUS_DRIVER_OK) {
+            set |= VBLK__INTERRUPT(VBLK_INTERRUPT_CONFIG) | VBLK__LINE;
+        }
+    } while (!VBLK__CAS(&dev->state, old, old | set));
+    if (set & VBLK__LINE && dev->o.interrupt) {
+        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, true);
+    }
+}
+
+// All of the state but `keep` of it goes, and `set` comes.
+static void vblk__change_state(vblk_dev *dev, uint32_t keep, uint32_t set) {
+    uint32_t old = VBLK__LOAD(&dev->state), now;
+    do {
+        now = (old & keep) | set;
+        now &= now & VBLK__INTERRUPTS ? ~0u : ~VBLK__LINE;
+    } while (!VBLK__CAS(&dev->state, old, now));
+    // Either the drainer sees the bits cleared and sets them again, or the
+    // driver, which looks at the ring after this, sees what it completed.
+    VBLK__FENCE();
+    if (old & ~now & VBLK__INTERRUPTS && !(now & VBLK__INTERRUPTS) &&
+        dev->o.interrupt) {
+        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, false);
     }
 }
 
@@ -1856,6 +1889,7 @@ static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
         return false;
     }
     q->used_next++;
+    q->undecided += q->undecided <= UINT16_MAX;
     return true;
 }
 
@@ -1869,7 +1903,8 @@ static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
 static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
     uint16_t word;
     if (dev->event_idx) {
-        return !vblk__load16(dev, q->avail, q->avail_gpa,
+        return q->undecided > UINT16_MAX || // once round, past any event
+               !vblk__load16(dev, q->avail, q->avail_gpa,
                              vblk__avail_bytes(q) - 2, &word) ||
                vblk__crosses(word, q->used_shown, old);
     }
@@ -1885,13 +1920,14 @@ static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->used_shown == old) {
+    if (q->undecided == 0) {
         return;
     }
     q->used_decided = q->used_shown;
     bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
+    q->undecided = 0;
     if (fire || dev->o.profile == VBLK_STRICT) { // P7
-        vblk__raise(dev, vblk__index(dev, q), VBLK_INTERRUPT_USED, fire);
+        vblk__raise(dev, vblk__index(dev, q), fire);
     }
 }
 
@@ -2706,7 +2742,7 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 }
 
 static unsigned vblk__queue_count(const vblk_dev *dev) {
-    bool negotiated = VBLK__LOAD(&dev->status) & VBLK_STATUS_FEATURES_OK;
+    bool negotiated = vblk__has_status(dev, VBLK_STATUS_FEATURES_OK);
     return negotiated && !(vblk_accepted(dev) & VBLK_F_MQ) ? 1 : dev->o.queues;
 }
 
@@ -2714,7 +2750,7 @@ static unsigned vblk__queue_count(const vblk_dev *dev) {
 static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
     why->state = VBLK_EMPTY;
     why->wait_ns = 0;
-    if (!(VBLK__LOAD_ACQUIRE(&dev->status) & VBLK_STATUS_DRIVER_OK) ||
+    if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
         queue < 0 || (unsigned)queue >= vblk__queue_count(dev)) {
         return NULL;
     }
@@ -2822,18 +2858,7 @@ static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
 
 // The level line falls with InterruptStatus.
 VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
-    uint32_t old = VBLK__LOAD(&dev->interrupt);
-    uint32_t left;
-    do {
-        left = old & ~(bits & ~VBLK__LINE);
-        left = left == VBLK__LINE ? 0 : left;
-    } while (!VBLK__CAS(&dev->interrupt, old, left));
-    // Either the drainer sees the bits cleared and sets them again, or the
-    // driver, which looks at the ring after this, sees what it completed.
-    VBLK__FENCE();
-    if (old && !left && dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, false);
-    }
+    vblk__change_state(dev, ~VBLK__INTERRUPT(bits & 0xff), 0);
 }
 
 // Back to where the device was after power-on, but for `status`.
@@ -2848,8 +2873,7 @@ static void vblk__reset(vblk_dev *dev, uint32_t status) {
     VBLK__STORE(&dev->driver_features_sel, 0);
     VBLK__STORE(&dev->queue_sel, 0);
     VBLK__STORE(&dev->generation, dev->generation + 1);
-    VBLK__STORE(&dev->status, status);
-    vblk_interrupt_ack(dev, ~0u);
+    vblk__change_state(dev, 0, status);
 }
 
 VBLKDEF uint64_t vblk_features(const vblk_dev *dev) {
@@ -2871,7 +2895,7 @@ VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features) {
 }
 
 VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
-    return VBLK__LOAD_ACQUIRE(&dev->status);
+    return VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__STATUS;
 }
 
 // The bits of Status that a driver sets [2.1].
@@ -2950,13 +2974,14 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
 }
 
 VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
-    uint32_t old = VBLK__LOAD(&dev->status);
     if (written == 0) {
         vblk__reset(dev, 0);
         return VBLK_NO_QUEUE;
     }
-    // A drainer may add NEEDS_RESET meanwhile, once: then look again.
-    for (int tries = 0; tries < 4; tries++) {
+    // A drainer may add NEEDS_RESET or an interrupt meanwhile: look again.
+    uint32_t state = VBLK__LOAD(&dev->state);
+    for (int tries = 0; tries < 100; tries++) {
+        uint32_t old = state & VBLK__STATUS;
         uint32_t value = dev->o.profile == VBLK_STRICT
                              ? written
                              : old | (written & VBLK__DRIVERS_BITS); // P2
@@ -2979,7 +3004,7 @@ VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
             dev->write_through =
                 dev->offered & ~dev->accepted & VBLK_F_FLUSH; // X4
         }
-        if (VBLK__CAS(&dev->status, old, value)) {
+        if (VBLK__CAS(&dev->state, state, (state & ~VBLK__STATUS) | value)) {
             if (add & VBLK_STATUS_FAILED) {
                 vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_STATUS_FAILED, 0, old,
                           written);
@@ -3043,7 +3068,7 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->o.queue_size : 0;
     case VBLK_REG_QUEUE_READY:       return q ? VBLK__LOAD(&q->ready) : 0;
     case VBLK_REG_INTERRUPT_STATUS:
-        return VBLK__LOAD_ACQUIRE(&dev->interrupt) & ~VBLK__LINE;
+        return (VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__INTERRUPTS) >> 8;
     case VBLK_REG_STATUS:            return vblk_status(dev);
     case VBLK_REG_SHM_LEN_LOW:
     case VBLK_REG_SHM_LEN_HIGH:
@@ -3089,7 +3114,7 @@ static bool vblk__would_change(vblk_queue *q, uint64_t offset,
 static vblk_event_code vblk__check_window(const vblk_dev *dev,
                                           const vblk_queue *q,
                                           uint64_t offset, uint32_t value) {
-    uint32_t status = VBLK__LOAD(&dev->status);
+    uint32_t status = vblk_status(dev);
     if (!(status & VBLK_STATUS_FEATURES_OK)) {
         return VBLK_EV_REG_QUEUE_WINDOW;
     }
@@ -3131,7 +3156,7 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
         }
         break;
     case VBLK_REG_QUEUE_READY:
-        if (VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK) {
+        if (vblk__has_status(dev, VBLK_STATUS_DRIVER_OK)) {
             if (value == 1 && !q->ready) {
                 VBLK__STORE(&q->ready, true);
                 return vblk__index(dev, q);
@@ -3157,7 +3182,7 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
 }
 
 static int vblk__write_notify(vblk_dev *dev, uint32_t queue) {
-    bool live = VBLK__LOAD(&dev->status) & VBLK_STATUS_DRIVER_OK;
+    bool live = vblk__has_status(dev, VBLK_STATUS_DRIVER_OK);
     if (!live || queue >= vblk__queue_count(dev) ||
         !dev->queue[queue].ready) {
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0, queue, 0);
@@ -3235,7 +3260,7 @@ VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
 }
 
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
-    return (VBLK__LOAD_ACQUIRE(&dev->interrupt) & VBLK__LINE) != 0;
+    return (VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__LINE) != 0;
 }
 
 VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
@@ -4514,8 +4539,7 @@ static bool vblk__worker_reset(vblk_worker *w) {
     } else if (!w->left_behind->stuck) {
         vblk__reset(&w->dev, VBLK_STATUS_NEEDS_RESET);
     } else { // the queues are in its hands
-        VBLK__STORE(&w->dev.status, VBLK_STATUS_NEEDS_RESET);
-        vblk_interrupt_ack(&w->dev, ~0u);
+        vblk__change_state(&w->dev, 0, VBLK_STATUS_NEEDS_RESET);
     }
     vblk__drain_fd(w->irq_fd);
     vblk__drain_fd(w->kick_fd);

@@ -83,6 +83,35 @@ void race_of_interrupt_bits(void) {
     }
 }
 
+// MMIO-37, R1: nothing of a NEEDS_RESET that came before a reset, or beside it,
+// is in InterruptStatus or on the line afterwards.
+void race_of_needs_reset_and_a_reset(void) {
+    guest_init();
+    g.o.event = NULL;
+    g.o.interrupt = NULL;
+    guest_make();
+    pthread_t thread = start(raise_config);
+    unsigned live = 0;
+    for (unsigned i = 0; more(i, 300000); i++) {
+        wr(VBLK_REG_STATUS, 0);
+        wr(VBLK_REG_STATUS, 1);
+        wr(VBLK_REG_STATUS, 3);
+        wr(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+        wr(VBLK_REG_DRIVER_FEATURES, 1);
+        wr(VBLK_REG_STATUS, 0xb);
+        wr(VBLK_REG_STATUS, 0xf);
+        live += (rd(VBLK_REG_STATUS) & 4) != 0;
+        wr(VBLK_REG_STATUS, 0);
+        CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+        CHECK(!vblk_interrupt_line(&g.dev));
+        if (i % 16 == 0) {
+            sched_yield();
+        }
+    }
+    stop(thread);
+    CHECK(live > 0);
+}
+
 static void *need_reset_in_turn(void *arg) {
     (void)arg;
     for (uint32_t i = 1; !get(&over); i++) {

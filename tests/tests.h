@@ -53,6 +53,7 @@
     X(r3_bind_again_any_number_of_times, GUEST)                                \
     X(q1_a_poisoned_queue_is_left_alone, GUEST)                                \
     X(q2_what_arrives_during_a_drain_is_not_stranded, GUEST)                   \
+    X(q7_an_interrupt_after_once_round_the_indices, GUEST)                     \
     X(q2_the_switch_without_event_idx_is_no_notify, GUEST)                     \
     X(q2_no_notify_is_set_while_draining, GUEST)                               \
     X(q2_the_switch_with_event_idx_is_avail_event, GUEST)                      \
@@ -238,6 +239,7 @@
     X(race_on_guest_memory, GUEST)                                             \
     X(race_of_interrupt_bits, ONCE)                                            \
     X(race_of_needs_reset_and_status, ONCE)                                    \
+    X(race_of_needs_reset_and_a_reset, ONCE)                                   \
     X(race_of_a_polling_driver, ONCE)                                          \
     X(race_on_one_word, ONCE)                                                  \
     X(race_for_an_interrupt, ONCE)                                             \
