@@ -208,7 +208,7 @@
     RULES
 
     IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
-    returned (standard: returned with length 0). Each but V11 and Q4 counts
+    returned (standard: IOERR, or returned with length 0, P5). Each but V11 and Q4 counts
     one io_error; Q4 counts one invalid_avail_idx. Other letters in the text
     of an event name its group: M registers, F features and status, B
     backends, W the host; Q3 a queue's notifications.
@@ -249,7 +249,8 @@
         P3  size_max binds only a driver that accepted SIZE_MAX
         P4  an empty IN or OUT succeeds, FLUSH ignores data, GET_ID copies
             what fits
-        P5  what strict drops by V1 and V2 is returned with length 0
+        P5  what strict drops by V1 and V2 is IOERR where the chain has an
+            end and a writable byte, else it is returned with length 0
         P6  the used length never counts bytes that were not written:
             0 for a failed read
         P7  a completion whose interrupt the driver suppressed leaves
@@ -490,6 +491,8 @@ typedef enum vblk_error {
     X(CAPACITY_LARGE, "capacity is more than the backend has: beyond its end " \
       "reads give zeroes, and writes may extend it; a = backend's bytes, "     \
       "b = capacity in bytes (X2)")                                            \
+    X(CAPACITY_ROUNDED, "the backend's last a bytes are no whole sector and "  \
+      "not on the disk (B4)")                                                  \
     X(CAPACITY_ZERO, "the backend is smaller than one sector: the disk has "   \
       "no sectors (B4)")                                                       \
     /* registers: a = offset, or as the text says; b = value or width */       \
@@ -595,6 +598,8 @@ typedef enum vblk_error {
     X(ID_SHORT, "GET_ID with less than 20 bytes in its first buffer; the "     \
       "standard profile copies what fits; a = bytes (V16, P4)")                \
     /* backend */                                                              \
+    X(READ_SHORT, "a read got less than asked, and the backing does not end "  \
+      "there; a = sector, b = bytes missing (X2)")                             \
     X(READ_FAILED, "the backend failed to read; a = sector, b = its error "    \
       "number (X3)")                                                           \
     X(WRITE_FAILED, "the backend failed to write; a = sector, b = its error "  \
@@ -820,6 +825,7 @@ typedef struct vblk_dev {
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
     // All drainers.
+    uint64_t     backing VBLK__ATOMIC64; // atomic; bytes known to be there
     vblk_bucket  ops, bytes;
     unsigned     turn;  // 1 + the queue that stalled first; 0: none did
     // Atomics: set by any thread.
@@ -831,7 +837,8 @@ typedef struct vblk_dev {
 
 // ---- Set-up ----------------------------------------------------------------
 
-// Bring `dev` to the state a device has after power-on. `o` is copied; what
+// Bring `dev` to the state a device has after power-on, again if need be: a
+// request of before is stale then, as after a reset. `o` is copied; what
 // it points to must outlive `dev`. Returns VBLK_OK or the VBLK_ERR_ of the
 // first field at fault, in which case `dev` is untouched. There is nothing to
 // undo at the end: the device owns nothing.
@@ -839,8 +846,9 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o);
 
 // Give the device its guest memory, or another: all pointers from the old one
 // are forgotten, ring positions stay. No draining call and no request may be
-// under way. Drain all queues afterwards.
-VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory);
+// under way. Drain all queues afterwards. VBLK_OK, or VBLK_ERR_MEMORY, in which
+// case nothing changed.
+VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory);
 
 // A sentence for a VBLK_ERR_ code, and for an event's code.
 VBLKDEF const char *vblk_strerror(int err);
@@ -936,12 +944,14 @@ VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
 // queue's drainer.
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
 
-// `req` has ended with `status`, VBLK_S_OK or VBLK_S_IOERR. `bytes` is what
-// an IN got from the backing; the rest is filled with zeroes. False if the
-// request is of an earlier driver session: nothing was touched. The guest
-// sees the completion after vblk_publish(). Thread: the queue's drainer.
+// `req` has ended with `result`, as of read(2): the bytes that were moved, all
+// for a success, 0 for a FLUSH; or a negative error number, for the event. An
+// IN that is short is filled with zeroes if it came to where the backing ends,
+// as it was made or written; whatever else is short is an error. False if the
+// request is of an earlier driver session: nothing was touched. The guest sees
+// the completion after vblk_publish(). Thread: the queue's drainer.
 VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
-                           uint8_t status, uint64_t bytes);
+                           int64_t result);
 
 // Show completions of `queue` to the guest and interrupt it if it asked for
 // that [2.7.7.2, 2.7.8.2]. Thread: the queue's drainer.
@@ -1230,8 +1240,8 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
 VBLKDEF bool vblk_worker_resume(vblk_worker *w);
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
 
-// vblk_set_memory() and vblk_set_limits() with the thread at rest. VBLK_OK,
-// VBLK_ERR_LIMITS, or VBLK_ERR_BUSY. Any thread.
+// vblk_set_memory() and vblk_set_limits() with the thread at rest: their codes,
+// or VBLK_ERR_BUSY. Any thread.
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory);
 VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 
@@ -1626,6 +1636,7 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     }
     q->poisoned = true;
     q->epoch++;
+    q->under_way = 0;
     vblk__end_stall(dev, q, 0);
     vblk__count(&q->counts.invalid_avail_idx, 1);
     vblk__tell(dev, q, code, 0, a, b);
@@ -1935,6 +1946,7 @@ static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
 // ---- Chain: descriptors to a list -------------------------------------------
 
 #define VBLK__MAX_DESCS (VBLK_MAX_SEGS + 2)
+#define VBLK__MAX_WALK  32768u // entries of the largest queue
 
 typedef struct vblk__desc {
     uint64_t gpa;
@@ -1947,6 +1959,8 @@ typedef struct vblk__chain {
     unsigned descs;      // read so far, the empty ones too
     unsigned first;      // d[first] to d[count - 1] is what is left of it
     unsigned count;
+    vblk_event_code code; // it has an end, and is refused all the same (P5)
+    vblk__desc end;      // the last writable one
     bool     first_ok;   // the first descriptor holds a header
     bool     last_ok;    // the last descriptor holds a status byte
     bool     mixed;      // a readable one after a writable one
@@ -1974,15 +1988,17 @@ static void vblk__append(vblk__chain *c, uint64_t gpa, uint32_t n,
     if (n == 0) {
         return;
     }
+    vblk__desc d = {gpa, n};
     if (write) {
         c->in_bytes += n;
+        c->end = d;
     } else {
         c->mixed = c->mixed || c->in_bytes > 0;
         c->out_bytes += n;
     }
-    c->d[c->count].gpa = gpa;
-    c->d[c->count].n = n;
-    c->count++;
+    if (!c->code) {
+        c->d[c->count++] = d;
+    }
 }
 
 // Go from `t` to the indirect table at `gpa` [2.7.5.3].
@@ -2015,7 +2031,9 @@ static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
 }
 
 // Follow the chain from `head`: at most seg_max + 2 descriptors, and at most
-// as many of a table as it has, whatever the guest writes there meanwhile.
+// as many of a table as it has, whatever the guest writes there meanwhile. In
+// the standard profile the end of one that is too long is looked for, as far
+// as any queue could hold it, and not kept.
 static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
     vblk__table t = {q->desc, q->desc_gpa, q->size, 0, false};
@@ -2028,9 +2046,13 @@ static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
             vblk__tell(dev, q, VBLK_EV_CHAIN_NEXT, head, i, t.entries);
             return false;
         }
-        if (c->descs == limit || t.taken++ == t.entries) {
+        if (c->descs == limit) {
+            c->code = VBLK_EV_CHAIN_LONG;
+        }
+        if (t.taken++ == t.entries || c->descs == VBLK__MAX_WALK ||
+            (c->code && dev->o.profile == VBLK_STRICT)) {
             vblk__tell(dev, q, VBLK_EV_CHAIN_LONG, head,
-                       c->descs == limit ? limit : t.entries, 0);
+                       c->code ? limit : t.entries, 0);
             return false;
         }
         if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
@@ -2064,14 +2086,18 @@ static vblk_event_code vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
     if (strict && (!c->last_ok || c->descs == 1)) {
         return c->mixed ? VBLK_EV_CHAIN_ORDER : VBLK_EV_STATUS_FRAMING;
     }
-    if (!strict && c->mixed) {
-        return VBLK_EV_CHAIN_ORDER;
-    }
-    vblk__desc *last = &c->d[c->count - 1];
-    if (vblk__wraps(last->gpa, last->n)) {
+    if (vblk__wraps(c->end.gpa, c->end.n)) {
         return VBLK_EV_STATUS_WRAPS;
     }
-    c->status_gpa = last->gpa + (last->n - 1);
+    c->status_gpa = c->end.gpa + (c->end.n - 1);
+    if (!strict && c->mixed && !c->code) {
+        c->code = VBLK_EV_CHAIN_ORDER;
+    }
+    if (c->code) {
+        c->in_bytes--;
+        return VBLK_EV_NONE;
+    }
+    vblk__desc *last = &c->d[c->count - 1];
     uint32_t cut = strict ? last->n : 1; // V15
     c->in_bytes -= cut;
     last->n -= cut;
@@ -2368,27 +2394,32 @@ static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     return true;
 }
 
-// How far a transfer came, and why it ended there: 0, a backend's negative
-// error number, or VBLK__REFUSED where guest memory said so itself.
+// How far a request came, and why it ended there.
 typedef struct vblk__progress {
-    uint64_t bytes;
-    int64_t  error;
+    uint64_t        bytes;
+    vblk_event_code code;  // NONE, or what stands against a success
+    int64_t         error; // the backend's
 } vblk__progress;
 
-#define VBLK__REFUSED INT64_MIN
+// Guest memory refused, and the event is out.
+#define VBLK__TOLD VBLK_EV_COUNT
 
 // Call the backend until all is moved, nothing moves, or it fails.
 static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
                                  vblk_seg *seg, unsigned segs,
                                  uint64_t bytes) {
     const vblk_backend *b = &dev->o.backend;
-    vblk__progress done = {0, 0};
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
     while (done.bytes < bytes) {
         uint64_t at = offset + done.bytes;
         int64_t n = type == VBLK_T_IN ? b->read(b->user, at, seg, segs)
                                       : b->write(b->user, at, seg, segs);
-        if (n <= 0) {
+        if (n < 0) {
+            done.code = type == VBLK_T_IN ? VBLK_EV_READ_FAILED
+                                          : VBLK_EV_WRITE_FAILED;
             done.error = n;
+        }
+        if (n <= 0) {
             break;
         }
         VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
@@ -2410,25 +2441,26 @@ static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
 // The same without pointers, through a buffer.
 static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
-    vblk__progress done = {0, 0};
-    while (done.bytes < r->bytes && !done.error) {
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    while (done.bytes < r->bytes && !done.code) {
         uint64_t n = r->bytes - done.bytes;
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
         if (r->type == VBLK_T_OUT &&
             !vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
-            done.error = VBLK__REFUSED;
+            done.code = VBLK__TOLD;
             break;
         }
         vblk__progress got = vblk__move(dev, r->type, r->offset + done.bytes,
                                         &s, 1, n);
         if (r->type == VBLK_T_IN &&
             !vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
-            got.error = VBLK__REFUSED;
+            got.code = VBLK__TOLD;
         }
-        done.bytes += got.bytes;
-        done.error = got.error;
-        if (got.bytes < n) {
+        bool ends = got.bytes < n;
+        got.bytes += done.bytes;
+        done = got;
+        if (ends) {
             break;
         }
     }
@@ -2447,32 +2479,6 @@ static vblk__progress vblk__transfer(vblk_dev *dev, const vblk_request *r) {
     }
     return vblk__move(dev, r->type, r->offset, seg, r->segs, r->bytes);
 }
-
-// A backend's failure is told with the sector that it came to.
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
-    static const vblk__progress none = {0, 0};
-    const vblk_backend *b = &dev->o.backend;
-    vblk__progress done = r->type == VBLK_T_FLUSH ? none
-                                                  : vblk__transfer(dev, r);
-    uint64_t sector = (r->offset + done.bytes) / VBLK_SECTOR;
-    vblk_event_code code = r->type == VBLK_T_IN ? VBLK_EV_READ_FAILED
-                                                : VBLK_EV_WRITE_FAILED;
-    bool stuck = r->type == VBLK_T_OUT && done.bytes < r->bytes;
-    if (!done.error && stuck) {
-        vblk__say(dev, r->queue, VBLK_EV_WRITE_STUCK, r->head, sector,
-                  r->bytes - done.bytes);
-    } else if (!done.error && (r->type == VBLK_T_FLUSH || r->durable)) {
-        done.error = b->flush(b->user);
-        code = VBLK_EV_FLUSH_FAILED;
-    }
-    if (done.error && done.error != VBLK__REFUSED) {
-        vblk__say(dev, r->queue, code, r->head, sector,
-                  (uint64_t)-done.error);
-    }
-    bool ok = !done.error && !stuck;
-    vblk_complete(dev, r, ok ? VBLK_S_OK : VBLK_S_IOERR, done.bytes);
-}
-
 
 // ---- Pipeline: next, complete, publish, drain -------------------------------
 
@@ -2505,10 +2511,35 @@ static uint32_t vblk__only_status(const vblk_request *r) {
     return r->space ? 0 : 1;
 }
 
-VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
-                           uint8_t status, uint64_t bytes) {
-    vblk_queue *q = &dev->queue[req->queue];
-    if (vblk__stale(dev, req)) {
+// Bytes of the backing up to `end` are there.
+static void vblk__saw(vblk_dev *dev, uint64_t end) {
+    uint64_t seen = VBLK__LOAD(&dev->backing);
+    while (end > seen && !VBLK__CAS(&dev->backing, seen, end)) {
+    }
+}
+
+static void vblk__count_success(vblk_queue *q, const vblk_request *r,
+                                uint64_t bytes) {
+    vblk_counts *c = &q->counts;
+    switch (r->type) {
+    case VBLK_T_IN:
+        vblk__count(&c->reads, 1);
+        vblk__count(&c->bytes_read, bytes);
+        break;
+    case VBLK_T_OUT:
+        vblk__count(&c->writes, 1);
+        vblk__count(&c->bytes_written, bytes);
+        break;
+    default: vblk__count(&c->flushes, 1); break;
+    }
+}
+
+// `r` has come as far as `done`: the event of a failure, with the sector; then
+// padding, status, used element, counters.
+static bool vblk__end(vblk_dev *dev, const vblk_request *r,
+                      vblk__progress done) {
+    vblk_queue *q = &dev->queue[r->queue];
+    if (vblk__stale(dev, r)) {
         return false;
     }
     VBLK_ASSERT(q->under_way > 0); // else it was completed before
@@ -2516,25 +2547,65 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
         return false;
     }
     q->under_way--;
-    bool in = req->type == VBLK_T_IN;
-    bool ok = status == VBLK_S_OK && (!in || vblk__pad(dev, req, bytes));
-    uint32_t written = ok && in ? (uint32_t)req->bytes + 1
-                                : vblk__only_status(req);
-    ok = vblk__finish(dev, q, req, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
-         ok;
-    if (ok && in) {
-        vblk__count(&q->counts.reads, 1);
-        vblk__count(&q->counts.bytes_read, bytes);
-    } else if (ok && req->type == VBLK_T_OUT) {
-        vblk__count(&q->counts.writes, 1);
-        vblk__count(&q->counts.bytes_written, req->bytes);
-    } else if (ok) {
-        vblk__count(&q->counts.flushes, 1);
+    bool in = r->type == VBLK_T_IN;
+    if (r->type == VBLK_T_OUT && done.bytes < r->bytes && !done.code) {
+        done.code = VBLK_EV_WRITE_STUCK;
+    }
+    if (done.code && done.code != VBLK__TOLD) {
+        vblk__tell(dev, q, done.code, r->head,
+                   (r->offset + done.bytes) / VBLK_SECTOR,
+                   done.error ? 0 - (uint64_t)done.error
+                              : r->bytes - done.bytes);
+    }
+    bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
+    uint32_t written = ok && in ? (uint32_t)r->bytes + 1
+                                : vblk__only_status(r);
+    if (vblk__finish(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
+        ok) {
+        vblk__count_success(q, r, done.bytes);
+    }
+    if (ok && r->type == VBLK_T_OUT) {
+        vblk__saw(dev, r->offset + r->bytes);
     }
     return true;
 }
 
-// V1 and V2: there is no status byte to tell the driver by (P5).
+VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
+                           int64_t result) {
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
+    if (result < 0) {
+        done.error = result;
+        done.code = req->type == VBLK_T_IN    ? VBLK_EV_READ_FAILED
+                    : req->type == VBLK_T_OUT ? VBLK_EV_WRITE_FAILED
+                                              : VBLK_EV_FLUSH_FAILED;
+    } else {
+        done.bytes = (uint64_t)result < req->bytes ? (uint64_t)result
+                                                   : req->bytes;
+    }
+    if (!done.code && req->type == VBLK_T_IN && done.bytes < req->bytes &&
+        req->offset + done.bytes < VBLK__LOAD(&dev->backing)) {
+        done.code = VBLK_EV_READ_SHORT;
+    }
+    return vblk__end(dev, req, done);
+}
+
+// The backend knows itself where it ends.
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
+    const vblk_backend *b = &dev->o.backend;
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    if (r->type != VBLK_T_FLUSH) {
+        done = vblk__transfer(dev, r);
+    }
+    bool whole = !done.code && done.bytes == r->bytes;
+    if (r->type == VBLK_T_FLUSH || (r->durable && whole)) {
+        done.error = b->flush(b->user);
+        done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
+    }
+    vblk__end(dev, r, done);
+}
+
+// V1 and V2, and there is no status byte to tell the driver by (P5).
 static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
     vblk__count(&q->counts.io_errors, 1);
     if (dev->o.profile == VBLK_STANDARD) {
@@ -2560,6 +2631,7 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     c->descs = c->first = c->count = 0;
     c->out_bytes = c->in_bytes = 0;
     c->first_ok = c->last_ok = c->mixed = false;
+    c->code = VBLK_EV_NONE;
     if (!vblk__walk(dev, q, r->head, c)) {
         vblk__drop(dev, q, r->head);
         return false;
@@ -2567,8 +2639,7 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     vblk_event_code code = vblk__cut_status(dev, c);
     if (code) {
         vblk__tell(dev, q, code, r->head,
-                   code == VBLK_EV_STATUS_WRAPS ? c->d[c->count - 1].gpa : 0,
-                   0);
+                   code == VBLK_EV_STATUS_WRAPS ? c->end.gpa : 0, 0);
         vblk__drop(dev, q, r->head);
         return false;
     }
@@ -2598,6 +2669,11 @@ static void vblk__keep(vblk__chain *c, uint32_t bytes) {
 // Fill in `r` from its header and the rest of its chain, or say why not.
 static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     uint8_t header[VBLK__HEADER_BYTES];
+    if (c->code) {
+        return vblk__because(c->code, c->code == VBLK_EV_CHAIN_LONG
+                                          ? dev->o.seg_max + 2
+                                          : 0, 0);
+    }
     vblk_event_code code = vblk__cut_header(dev, c, header);
     if (code) {
         uint64_t a = code == VBLK_EV_HEADER_UNREADABLE ? c->d[c->first].gpa
@@ -2704,7 +2780,7 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     q->under_way++;
     if (idle) {
-        vblk_complete(dev, r, VBLK_S_OK, 0);
+        vblk_complete(dev, r, 0);
         return VBLK_MORE;
     }
     return VBLK_REQUEST;
@@ -2784,6 +2860,7 @@ static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req) {
     vblk_outcome out;
+    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
     vblk_queue *q = vblk__live(dev, queue, &out);
     if (q) {
         uint32_t budget = q->size;
@@ -2819,6 +2896,7 @@ static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
 VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
     static const uint8_t urgency[] = {0, 0, 2, 3, 1}; // by vblk_state
     vblk_outcome most = {VBLK_EMPTY, 0};
+    VBLK_ASSERT(queue >= VBLK_ALL_QUEUES && queue < (int)dev->o.queues);
     if (queue != VBLK_ALL_QUEUES) {
         return vblk__drain_one(dev, queue, now_ns);
     }
@@ -3283,6 +3361,10 @@ static int vblk__check_limits(const vblk_limits *l) {
                : VBLK_ERR_LIMITS;
 }
 
+static bool vblk__is_memory(const vblk_memory *m) {
+    return !m->read == !m->write && (m->read || !m->map);
+}
+
 static uint32_t vblk__queue_size(const vblk_options *o) {
     return o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
 }
@@ -3299,8 +3381,7 @@ static int vblk__check_options(const vblk_options *o) {
     const uint64_t may_be_off = VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX |
                                 VBLK_F_BLK_SIZE | VBLK_F_INDIRECT_DESC |
                                 VBLK_F_EVENT_IDX;
-    if (!o->memory.read != !o->memory.write ||
-        (o->memory.map && !o->memory.read)) {
+    if (!vblk__is_memory(&o->memory)) {
         return VBLK_ERR_MEMORY;
     }
     if (!o->backend.read) {
@@ -3365,6 +3446,15 @@ static void vblk__set_defaults(vblk_options *o) {
     }
 }
 
+// Each device begins elsewhere: a request of what was here before is stale.
+static uint64_t vblk__first_epoch(void) {
+    static uint32_t made; // atomic
+    uint32_t old = VBLK__LOAD(&made);
+    while (!VBLK__CAS(&made, old, old + 1)) {
+    }
+    return (uint64_t)old << 32;
+}
+
 VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     VBLK_ASSERT(dev && o);
     int err = vblk__check_options(o);
@@ -3385,10 +3475,14 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     VBLK_MEMSET(dev, 0, sizeof *dev);
     dev->o = *o;
     dev->o.capacity = capacity;
+    dev->backing = o->backend.size ? bytes : capacity * VBLK_SECTOR;
     vblk__set_defaults(&dev->o);
     dev->offered = vblk__offer(&dev->o);
     vblk_bucket_init(&dev->ops, dev->o.limits.iops, dev->o.limits.iops_burst);
     vblk_bucket_init(&dev->bytes, dev->o.limits.bps, dev->o.limits.bps_burst);
+    for (unsigned i = 0; i < dev->o.queues; i++) {
+        dev->queue[i].epoch = vblk__first_epoch();
+    }
     for (unsigned i = 0; o->id && i < VBLK_ID_BYTES && o->id[i]; i++) {
         dev->id[i] = (uint8_t)o->id[i];
     }
@@ -3396,6 +3490,10 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
     if (o->backend.size && capacity > bytes / VBLK_SECTOR) {
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_LARGE, 0, bytes,
                   capacity * VBLK_SECTOR);
+    }
+    if (!o->capacity && capacity > 0 && bytes % VBLK_SECTOR) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ROUNDED, 0,
+                  bytes % VBLK_SECTOR, 0);
     }
     if (capacity == 0) {
         vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ZERO, 0, bytes, 0);
@@ -3423,13 +3521,18 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     return VBLK_OK;
 }
 
-VBLKDEF void vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
+VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
+    if (!vblk__is_memory(&memory)) {
+        return VBLK_ERR_MEMORY;
+    }
     dev->o.memory = memory;
     for (unsigned i = 0; i < dev->o.queues; i++) {
         vblk_queue *q = &dev->queue[i];
+        VBLK_ASSERT(q->under_way == 0);
         q->resolved = false;
         q->desc = q->avail = q->used = NULL;
     }
+    return VBLK_OK;
 }
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
@@ -4680,13 +4783,13 @@ VBLKDEF bool vblk_worker_reset(vblk_worker *w) {
 
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
     pthread_mutex_lock(&w->registers);
-    bool still = vblk__hold_still(w);
-    if (still) {
-        vblk_set_memory(&w->dev, memory);
+    int err = vblk__hold_still(w) ? VBLK_OK : VBLK_ERR_BUSY;
+    if (!err) {
+        err = vblk_set_memory(&w->dev, memory);
         vblk__let_go(w);
     }
     pthread_mutex_unlock(&w->registers);
-    return still ? VBLK_OK : VBLK_ERR_BUSY;
+    return err;
 }
 
 VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {

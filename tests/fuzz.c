@@ -500,7 +500,8 @@ static void add_table(int queue, uint64_t gpa, uint64_t n) {
     s.table[s.tables++] = r;
 }
 
-// What of the chain at `head` the device may use; nothing if V1 drops it.
+// What of the chain at `head` the device may use; nothing if V1 drops it. Of
+// one that is too long it uses the last writable byte (P5).
 static void walk(unsigned queue, uint16_t head) {
     const vblk_queue *q = &f.dev.queue[queue];
     uint64_t table = q->desc_gpa, entries = q->size, i = head;
@@ -514,7 +515,9 @@ static void walk(unsigned queue, uint16_t head) {
     w->head = head;
     w->first = s.ranges;
     w->in_bytes = 0;
-    for (unsigned n = 0; n < f.dev.o.seg_max + 2;) {
+    uint64_t most = f.dev.o.profile == VBLK_STRICT ? f.dev.o.seg_max + 2
+                                                   : 32768;
+    for (uint64_t n = 0, taken = 0; n < most && taken < entries; taken++) {
         uint64_t gpa, len, flags, next, d = table + 16 * i;
         if (i >= entries || !peek(d, 8, &gpa) || !peek(d + 8, 4, &len) ||
             !peek(d + 12, 2, &flags) || !peek(d + 14, 2, &next)) {
@@ -529,6 +532,7 @@ static void walk(unsigned queue, uint16_t head) {
             table = gpa;
             entries = len / 16;
             i = 0;
+            taken = UINT64_MAX; // one less than none
             add_table((int)queue, gpa, len);
             continue;
         }
@@ -1127,7 +1131,12 @@ static void host_complete(slot *t, uint8_t how, uint8_t part) {
         host_io(t, bytes);
     }
     uint64_t before = ended();
-    bool taken = vblk_complete(&f.dev, r, status, bytes);
+    int64_t result = status ? -5 : (int64_t)bytes;
+    if (r->type == VBLK_T_IN && bytes < r->bytes &&
+        r->offset + bytes < f.dev.backing) {
+        status = VBLK_S_IOERR; // short, and not at the end
+    }
+    bool taken = vblk_complete(&f.dev, r, result);
     rule(ended() - before == !stale || s.refusals,
          "a completion is not counted once");
     rule(taken == !stale, stale ? "a stale request is completed"
@@ -1167,6 +1176,9 @@ static void serve(int queue) {
 static void drain(int queue, uint8_t how) {
     vblk_outcome out;
     unsigned rounds = 0;
+    if (queue < VBLK_ALL_QUEUES || queue >= (int)f.dev.o.queues) {
+        return; // would be asserted
+    }
     if (f.async && queue >= 0 && queue < QUEUES) {
         serve(queue);
         return;
@@ -1571,10 +1583,9 @@ static uint64_t an_offset(uint8_t b) {
 }
 
 static void set_remap(uint8_t how) {
-    for (unsigned i = 0; i < SLOTS; i++) {
-        const slot *t = &f.slot[i];
-        if (t->used && t->session == f.queue[t->req.queue].session) {
-            return; // no request may be under way
+    for (unsigned i = 0; i < f.dev.o.queues; i++) {
+        if (f.dev.queue[i].under_way > 0) {
+            return; // would be asserted
         }
     }
     if (how & 1) {

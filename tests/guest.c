@@ -390,6 +390,14 @@ void guest_queue_up(unsigned queue, uint32_t size) {
     wr(VBLK_REG_QUEUE_READY, 1);
 }
 
+void guest_remap(void) {
+    for (unsigned i = 0; i < g.dev.o.queues; i++) {
+        g.dev.queue[i].resolved = false;
+        g.dev.queue[i].desc = g.dev.queue[i].avail = NULL;
+        g.dev.queue[i].used = NULL;
+    }
+}
+
 void guest_go(void) {
     wr_drain(VBLK_REG_STATUS, 0xf);
 }

@@ -100,6 +100,7 @@ void guest_make(void);
 void guest_negotiate(uint64_t declined);
 void guest_queue_up(unsigned queue, uint32_t size);
 void guest_go(void);
+void guest_remap(void); // the device looks its rings up again
 // What Status becomes when `value` is stored over `old`.
 uint32_t guest_status_after(bool standard, uint32_t old, uint32_t value);
 

@@ -431,6 +431,10 @@ typedef struct piece {
 typedef struct chain {
     piece    all[VBLK_MAX_SEGS + 2];
     unsigned count;
+    bool     too_long;
+    piece    end;     // the last writable one that is not empty
+    uint64_t room;    // bytes in all writable ones
+    bool     ordered; // no readable one after a writable one
     // Once framed:
     piece    data[VBLK_MAX_SEGS + 2]; // no empty ones
     unsigned datas;
@@ -443,15 +447,17 @@ typedef struct chain {
     uint64_t sector;
 } chain;
 
-// V1: false if the chain is too long, loops, leaves its table or has a bad
-// indirect table.
+// V1: false if the chain loops, leaves its table or has a bad indirect table;
+// strict: or is too long.
 static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
-    uint64_t table = q->desc, entries = q->size, i = head;
+    uint64_t table = q->desc, entries = q->size, i = head, seen = 0;
     bool inside = false;
-    for (;;) {
+    c->ordered = true;
+    for (unsigned all = 0;; all++) {
         uint64_t gpa, n, flags, next;
-        if (i >= entries || c->count == m->seg_max + 2 ||
-            wraps(table, entries * 16) || !mapped(table + 16 * i, 16)) {
+        c->too_long |= c->count == m->seg_max + 2;
+        if (i >= entries || seen++ == entries || all > 40000 ||
+            (c->too_long && !m->standard) || wraps(table, entries * 16) || !mapped(table + 16 * i, 16)) {
             return false;
         }
         load(m, table + 16 * i, 8, &gpa);
@@ -466,33 +472,23 @@ static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
             inside = true;
             table = gpa;
             entries = n / 16;
-            i = 0;
+            i = seen = 0;
             continue;
         }
-        piece *p = &c->all[c->count++];
-        p->gpa = gpa;
-        p->n = n;
-        p->write = flags & DESC_WRITE;
-        p->wrapped = wraps(gpa, n);
+        piece p = {gpa, n, flags & DESC_WRITE, wraps(gpa, n)};
+        if (!c->too_long) {
+            c->all[c->count++] = p;
+        }
+        if (n > 0) {
+            c->ordered &= p.write || c->room == 0;
+            c->room += p.write ? n : 0;
+            c->end = p.write ? p : c->end;
+        }
         if (!(flags & DESC_NEXT)) {
             return true;
         }
         i = next;
     }
-}
-
-static bool readable_after_writable(const chain *c) {
-    bool written = false;
-    for (unsigned i = 0; i < c->count; i++) {
-        if (c->all[i].n == 0) {
-            continue;
-        }
-        if (written && !c->all[i].write) {
-            return true;
-        }
-        written |= c->all[i].write;
-    }
-    return false;
 }
 
 static void add_data(chain *c, piece p) {
@@ -547,9 +543,6 @@ static bool frame_strict(model *m, chain *c) {
 
 // Standard: the first 16 readable bytes, the last writable one (P1).
 static bool frame_standard(model *m, chain *c) {
-    if (readable_after_writable(c)) {
-        return false;
-    }
     unsigned last = c->count;
     for (unsigned i = 0; i < c->count; i++) {
         if (c->all[i].write && c->all[i].n > 0) {
@@ -880,7 +873,17 @@ static int serve(model *m, model_queue *q, uint32_t head, uint64_t now_ns,
     chain c;
     memset(&c, 0, sizeof c);
     *len = 0;
-    bool fine = walk(m, q, head, &c) &&
+    bool ends = walk(m, q, head, &c);
+    if (m->standard && ends && (c.too_long || !c.ordered) && c.room > 0 &&
+        !c.end.wrapped) { // P5
+        m->counts.io_errors++;
+        if (!store(m, c.end.gpa + (c.end.n - 1), 1, VBLK_S_IOERR)) {
+            return DROPPED;
+        }
+        *len = c.room == 1; // P6
+        return RETURNED;
+    }
+    bool fine = ends && !c.too_long && (c.ordered || !m->standard) &&
                 (m->standard ? frame_standard(m, &c) : frame_strict(m, &c));
     if (!fine) { // V1, V2, P5
         m->counts.io_errors++;

@@ -61,6 +61,9 @@ void     test_calls_fail(const char *call, int err, unsigned skip,
                          unsigned times);
 unsigned test_calls_left(void); // those that did not happen yet
 
+// Whether `call` fails an assertion, in a process of its own.
+bool test_asserts(void (*call)(void));
+
 // Monotonic, in nanoseconds.
 #define SECOND UINT64_C(1000000000)
 uint64_t clock_ns(void);

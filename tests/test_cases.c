@@ -32,7 +32,9 @@ void case_cve_2011_2212_a_huge_indirect_table(void) {
         part whole = {table, 16 * 4096, INDIRECT};
         submit(0, &whole, 1);
         CHECK_EQ(VBLK_EMPTY, kick(0).state);
-        CHECK_EQ(1, g.events[VBLK_EV_CHAIN_LONG]);
+        // Its last entry is dirt, which only standard comes to see.
+        CHECK_EQ(1, g.events[profile ? VBLK_EV_INDIRECT_NESTED
+                                     : VBLK_EV_CHAIN_LONG]);
         CHECK_EQ(0, g.calls);
         memset(g.offers, 0, sizeof g.offers);
     }
@@ -254,7 +256,7 @@ void case_cve_2026_45782_completion_after_reset(void) {
     reset();
     unsigned accesses = g.accesses;
     for (int i = 0; i < 4; i++) {
-        CHECK(!vblk_complete(&g.dev, &r[i], VBLK_S_OK, 100));
+        CHECK(!vblk_complete(&g.dev, &r[i], 100));
     }
     CHECK_EQ(accesses, g.accesses);
     guest_negotiate(VBLK_F_EVENT_IDX);
@@ -297,7 +299,7 @@ void case_freebsd_sa_24_17_a_length_read_twice(void) {
         CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &taken).state);
         CHECK_EQ(512, taken.bytes);
         CHECK_EQ(512, taken.seg[0].n);
-        vblk_complete(&g.dev, &taken, VBLK_S_OK, 512);
+        vblk_complete(&g.dev, &taken, 512);
         vblk_publish(&g.dev, 0);
     } else {
         kick(0);
@@ -406,8 +408,8 @@ void case_the_same_head_twice_in_flight(void) {
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &first).state);
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &second).state);
     CHECK_EQ(first.head, second.head);
-    CHECK(vblk_complete(&g.dev, &second, VBLK_S_IOERR, 0));
-    CHECK(vblk_complete(&g.dev, &first, VBLK_S_OK, 0));
+    CHECK(vblk_complete(&g.dev, &second, -5));
+    CHECK(vblk_complete(&g.dev, &first, 0));
     vblk_publish(&g.dev, 0);
     CHECK_EQ(2, used_count(0));
 }

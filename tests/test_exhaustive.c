@@ -147,10 +147,10 @@ static verdict judge(const shape *s, unsigned n, uint32_t type, bool strict) {
         }
         return judge_by_type(type, strict, out - s[0].n, in - last->n, first);
     }
-    if (in == 0 || mixed) {
+    if (in == 0) {
         return say(true, true, 0, -1);
     }
-    if (out < 16) {
+    if (mixed || out < 16) { // P5, V3
         return say(true, true, in > 1 ? 0 : 1, VBLK_S_IOERR);
     }
     return judge_by_type(type, strict, out - 16, in - 1, first);

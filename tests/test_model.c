@@ -1166,7 +1166,7 @@ static void step(void) {
     case 5: step_disk(); break;
     case 6:
     case 7: step_suppression(); break;
-    case 8: drain_both((int)test_below(12) - 2); break;
+    case 8: drain_both((int)test_below(m.queues + 2) - 2); break;
     case 9: drain_both(VBLK_ALL_QUEUES); break;
     case 10:
         if (one_in(4)) {

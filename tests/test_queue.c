@@ -92,7 +92,7 @@ void q7_an_interrupt_after_once_round_the_indices(void) {
         unsigned done = 0;
         put16(g.queue[0].avail + 4 + 2 * g.queue[0].size, 30000);
         while (vblk_next(&g.dev, 0, 0, &under_way).state == VBLK_REQUEST) {
-            CHECK(vblk_complete(&g.dev, &under_way, VBLK_S_OK, 0));
+            CHECK(vblk_complete(&g.dev, &under_way, 0));
             done++;
         }
         CHECK_EQ(65535 + more, done);
@@ -133,7 +133,7 @@ void q2_no_notify_is_set_while_draining(void) {
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
     CHECK(r.direct && r.segs == 0); // all of its no segments have pointers
     CHECK_EQ(1, get16(g.queue[0].used));
-    CHECK(vblk_complete(&g.dev, &r, VBLK_S_OK, 0));
+    CHECK(vblk_complete(&g.dev, &r, 0));
     CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, 0, 0, &r).state);
     CHECK_EQ(0, get16(g.queue[0].used));
     CHECK_EQ(2, get16(g.queue[0].used + 2));
@@ -612,7 +612,7 @@ void q4_more_under_way_than_entries(void) {
     CHECK_EQ(VBLK_BROKEN, vblk_next(&g.dev, 0, 0, &one).state);
     CHECK_EQ(1, g.events[VBLK_EV_QUEUE_OVERRUN]);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
-    CHECK(!vblk_complete(&g.dev, &one, VBLK_S_OK, 512));
+    CHECK(!vblk_complete(&g.dev, &one, 512));
 }
 
 // ROB-43: each occurrence is completed.

@@ -75,8 +75,13 @@ static void chain_limit(vblk_profile profile) {
         CHECK_EQ(1, g.op[0].segs ? 1 : 0);
         g.calls = 0;
         fate f = segments(seg_max[i] + 1);
-        dropped(f, VBLK_EV_CHAIN_LONG);
-        CHECK_EQ(0xff, f.status);
+        if (profile == VBLK_STANDARD) { // P5
+            refused(f, VBLK_EV_CHAIN_LONG);
+        } else {
+            dropped(f, VBLK_EV_CHAIN_LONG);
+            CHECK_EQ(0xff, f.status);
+        }
+        CHECK_EQ(seg_max[i] + 2, g.last.a);
         CHECK_EQ(VBLK_S_OK, segments(seg_max[i]).status);
         guest_check();
     }
@@ -105,6 +110,64 @@ void v1_a_loop_in_a_small_table_ends_there(void) {
     CHECK(g.accesses - before < 20);
 }
 
+// Windows' viostor: 513 segments in a table, whatever seg_max says, a status
+// byte that says OK beforehand, and no look at anything else.
+void p5_a_chain_that_is_much_too_long_is_an_error(void) {
+    enum { SEGMENTS = 513 };
+    static part p[SEGMENTS + 2];
+    g.o.profile = VBLK_STANDARD;
+    guest_up();
+    for (uint32_t type = 0; type < 2; type++) {
+        req r = prepare(type, 0, SEGMENTS * 512);
+        p[0] = (part){r.header, 16, 0};
+        for (unsigned i = 0; i < SEGMENTS; i++) {
+            p[1 + i] = (part){r.data + 512 * i, 512, type ? 0 : WRITE};
+        }
+        p[1 + SEGMENTS] = (part){r.status, 1, WRITE};
+        part table = {put_table(p, SEGMENTS + 2), 16 * (SEGMENTS + 2),
+                      INDIRECT};
+        fill(r.status, 0, 1);
+        fate f = send_parts(&table, 1, r.status);
+        refused(f, VBLK_EV_CHAIN_LONG);
+        CHECK_EQ(type ? 1 : 0, f.len); // P6
+        CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+        // Without an end there is no place to tell it.
+        put_desc(table.gpa, SEGMENTS + 1, (part){r.status, 1, WRITE | NEXT},
+                 7);
+        mark(r.status, 1, OFFERED);
+        fill(r.status, 0x5a, 1);
+        f = send_parts(&table, 1, r.status);
+        dropped(f, VBLK_EV_CHAIN_LONG);
+        CHECK_EQ(0x5a, f.status);
+        // Nor is there one outside guest memory (V17).
+        put_desc(table.gpa, SEGMENTS + 1, (part){RAM_END, 1, WRITE}, 0);
+        f = send_parts(&table, 1, r.status);
+        CHECK_EQ(UINT32_MAX, f.len);
+        CHECK_EQ(1, f.errors);
+        CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
+        g.events[VBLK_EV_STATUS_UNWRITABLE] = 0;
+        CHECK_EQ(VBLK_S_OK, send_request(VBLK_T_IN, 0, 512).status);
+        g.calls = 0;
+    }
+}
+
+// A table is as long as the guest says: the work on it is bounded.
+void p5_a_table_of_4_gib_is_not_followed_for_ever(void) {
+    g.o.profile = VBLK_STANDARD;
+    guest_up();
+    req r = prepare(VBLK_T_IN, 0, 512);
+    uint64_t table = alloc(16, 16);
+    part loop = {r.status, 1, WRITE | NEXT};
+    put_desc(table, 0, loop, 0);
+    mark(table, 16, READABLE);
+    part whole = {table, 0xfffffff0u & ~15u, INDIRECT};
+    unsigned before = g.accesses;
+    fate f = send_parts(&whole, 1, r.status);
+    CHECK_EQ(0, f.len);
+    CHECK_EQ(1, f.errors);
+    CHECK(g.accesses - before < 40000);
+}
+
 void v2_p5_no_place_for_the_status(void) {
     for (int profile = 0; profile < 2; profile++) {
         guest_init();
@@ -116,11 +179,16 @@ void v2_p5_no_place_for_the_status(void) {
         dropped(send_parts(p, 1, 0), VBLK_EV_STATUS_MISSING);
         p[2] = (part){UINT64_MAX, 2, WRITE};
         dropped(send_parts(p, 3, 0), VBLK_EV_STATUS_WRAPS);
-        // A readable descriptor after a writable one: nobody can say where
-        // the status belongs.
+        // A readable descriptor after a writable one: nobody can say what is
+        // the data, but an error has a place.
         part q[3] = {{r.header, 16, 0}, {r.status, 1, WRITE},
                      {r.data, 512, 0}};
-        dropped(send_parts(q, 3, 0), VBLK_EV_CHAIN_ORDER);
+        fate f = send_parts(q, 3, r.status);
+        if (profile == VBLK_STANDARD) {
+            refused(f, VBLK_EV_CHAIN_ORDER);
+        } else {
+            dropped(f, VBLK_EV_CHAIN_ORDER);
+        }
         guest_check();
     }
 }

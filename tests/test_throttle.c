@@ -563,14 +563,14 @@ void t_next_stalls_and_gives_the_wait(void) {
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
-    vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+    vblk_complete(&g.dev, &r, 512);
     vblk_outcome out = vblk_next(&g.dev, 0, 0, &r);
     CHECK_EQ(VBLK_STALLED, out.state);
     CHECK_EQ(SECOND, out.wait_ns);
     CHECK_EQ(1, used_count(0)); // published on the way out
     CHECK_EQ(VBLK_STALLED, vblk_next(&g.dev, 0, SECOND - 1, &r).state);
     CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, SECOND, &r).state);
-    vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+    vblk_complete(&g.dev, &r, 512);
 }
 
 void t_limits_change_at_run_time(void) {
@@ -1052,12 +1052,12 @@ void t_a_broken_queue_holds_up_no_other(void) {
         CHECK_EQ(2, counts().currently_throttled);
         g.hole = g.queue[0].used + (how ? 2 : 4);
         g.hole_bytes = how ? 2 : 8;
-        vblk_set_memory(&g.dev, g.o.memory);
+        guest_remap();
         if (how == 2) {
             vblk_drain(&g.dev, 0, 0);
         }
         r.head = 0;
-        vblk_complete(&g.dev, &r, VBLK_S_OK, 512);
+        vblk_complete(&g.dev, &r, 512);
         vblk_publish(&g.dev, 0);
         ROW_BEGIN();
         CHECK(rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);

@@ -107,6 +107,8 @@
     X(v1_chain_limit_strict, GUEST)                                            \
     X(v1_p5_chain_limit_standard, GUEST)                                       \
     X(v1_a_loop_in_a_small_table_ends_there, GUEST)                            \
+    X(p5_a_chain_that_is_much_too_long_is_an_error, GUEST)                     \
+    X(p5_a_table_of_4_gib_is_not_followed_for_ever, GUEST)                     \
     X(v2_p5_no_place_for_the_status, GUEST)                                    \
     X(v2_strict_wants_the_status_last, GUEST)                                  \
     X(v3_short_header, GUEST)                                                  \
@@ -173,6 +175,10 @@
     X(b4_capacity_is_rounded_down_to_sectors, GUEST)                           \
     X(b2_b5_memory_disk, GUEST)                                                \
     X(b_ram_larger_than_the_address_space, GUEST)                              \
+    X(callers_mistakes_are_asserted, GUEST)                                    \
+    X(x2_x3_results_of_a_host, GUEST)                                          \
+    X(a_device_made_again_knows_no_old_request, GUEST)                         \
+    X(b4_the_rest_of_an_image_is_told, GUEST)                                  \
     X(b2_b5_file, GUEST)                                                       \
     X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \

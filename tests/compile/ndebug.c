@@ -35,8 +35,8 @@ int main(void) {
     put(0x10, 0x3010), put(0x18, 1), put(0x1c, 2);
     put(0x3000, VBLK_T_FLUSH), put(0x1000, 1 << 16);
     if (vblk_next(&dev, 0, 0, &r).state != VBLK_REQUEST ||
-        !vblk_complete(&dev, &r, VBLK_S_OK, 0) ||
-        vblk_complete(&dev, &r, VBLK_S_OK, 0)) {
+        !vblk_complete(&dev, &r, 0) ||
+        vblk_complete(&dev, &r, 0)) {
         return 2;
     }
     vblk_publish(&dev, 0);
