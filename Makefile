@@ -13,7 +13,7 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_worker.c \
            tests/test_exhaustive.c tests/test_fault.c tests/test_cases.c \
            tests/test_worker_edges.c tests/test_calls.c tests/test_races.c \
-           tests/model.c tests/test_model.c \
+           tests/model.c tests/test_model.c tests/test_habits.c \
            tests/fuzz.c
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)

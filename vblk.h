@@ -208,10 +208,10 @@
     RULES
 
     IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
-    returned (standard: IOERR, or returned with length 0, P5). Each but V11 and Q4 counts
-    one io_error; Q4 counts one invalid_avail_idx. Other letters in the text
-    of an event name its group: M registers, F features and status, B
-    backends, W the host; Q3 a queue's notifications.
+    returned (standard: IOERR, or returned with length 0, P5). Each but V11
+    and Q4 counts one io_error; Q4 counts one invalid_avail_idx. Other letters
+    in the text of an event name its group: M registers, F features and
+    status, B backends, W the host; Q3 a queue's notifications.
 
         V1   a chain of more than seg_max + 2 descriptors, one that
              loops or leaves its table, a bad indirect table       dropped
@@ -261,6 +261,9 @@
         P10 FEATURES_OK is taken without VERSION_1 (xv6, legacy drivers
             behind a transitional device); the layout stays the modern one
         P11 VendorID is 0x554d4551 by default (xv6 insists on it)
+        P12 SIZE_MAX is offered only where options.size_max is set (viostor
+            sends more, FreeBSD does not attach below its maxphys)
+        P13 queue registers count from DRIVER on (LK)
 
     Where strict refuses what standard would take, the event's text says so.
 
@@ -458,10 +461,11 @@ extern "C" {
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
     X(ERR_QUEUES, -6, "queues is more than VBLK_MAX_QUEUES")                   \
     X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
-    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS, or more than "     \
-      "queue_size - 2 without INDIRECT_DESC, which leaves no request at all "  \
-      "for a queue_size below 3")                                              \
-    X(ERR_SIZE_MAX, -9, "size_max is less than 512 bytes")                     \
+    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS or than "           \
+      "queue_size - 2; without INDIRECT_DESC a queue_size below 3 leaves no "  \
+      "request at all")                                                        \
+    X(ERR_SIZE_MAX, -9, "size_max is less than 4096 bytes: no Linux since "    \
+      "6.9 binds such a disk")                                                 \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
@@ -501,13 +505,20 @@ typedef enum vblk_error {
     X(REG_FEATURES_WINDOW, "DriverFeatures was written outside the window "    \
       "from DRIVER to FEATURES_OK and is ignored; a = Status, b = value (M5)") \
     X(REG_QUEUE_WINDOW, "a queue register was written outside the window "     \
-      "from FEATURES_OK to DRIVER_OK and is ignored (M7)")                     \
+      "from FEATURES_OK to DRIVER_OK and is ignored; in the standard profile " \
+      "it begins with DRIVER (M7, P13)")                                       \
+    X(REG_LEGACY, "a register of version 1 was written, which is not served: " \
+      "the driver did not look at Version; a = offset (M12)")                  \
     X(REG_QUEUE_FROZEN, "QueueReady was cleared while the device is live and " \
       "is ignored; the standard profile stops the queue (M7, P8)")             \
     X(REG_QUEUE_SIZE, "QueueNum is 0, over QueueNumMax or no power of two "    \
       "and is ignored (M7)")                                                   \
-    X(NOTIFY_IGNORED, "QueueNotify for a queue that does not exist or is not " \
-      "ready, or before DRIVER_OK, is ignored; a = queue (M10)")               \
+    X(NOTIFY_NO_QUEUE, "QueueNotify for a queue that does not exist is "       \
+      "ignored; a = queue (M10)")                                              \
+    X(NOTIFY_NOT_READY, "QueueNotify for a queue that is not ready is "        \
+      "ignored; a = queue (M10)")                                              \
+    X(NOTIFY_EARLY, "QueueNotify before DRIVER_OK is ignored: nothing is "     \
+      "served until then; a = queue, b = Status (M10)")                        \
     /* status: a = Status, b = value written */                                \
     X(STATUS_CLEARS, "a Status write that would clear a bit is refused: only " \
       "0 clears, and resets; the standard profile adds what is new in it "     \
@@ -706,7 +717,8 @@ typedef struct vblk_options {
     uint32_t     queue_size; // power of two, 1 to 32768; default 256
     uint32_t     seg_max;    // data segments in a request; default queue_size
                              // - 2, at least 1 and at most VBLK_MAX_SEGS
-    uint32_t     size_max;   // bytes in a segment; default 1 MiB
+    uint32_t     size_max;   // bytes in a segment, at least 4096; default
+                             // 1 MiB; standard: no limit
     uint32_t     vendor_id;  // default 0; standard: 0x554d4551, QEMU's
     uint64_t     features_off; // of those offered, bits not to offer
     vblk_limits  limits;       // default none
@@ -749,6 +761,7 @@ typedef struct vblk_request {
     uint16_t queue, head;
     // Private from here to seg.
     uint64_t epoch;
+    uint64_t backing; // how far it was known to reach
     bool     space; // writable bytes stand before the status byte
     uint64_t status_gpa;
     uint8_t *status_ptr;
@@ -821,7 +834,7 @@ typedef struct vblk_dev {
     uint64_t     offered;
     uint64_t     accepted VBLK__ATOMIC64;
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
-    bool         no_memory_said;
+    bool         no_memory_said, legacy_said; // since the last reset
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
     // All drainers.
@@ -1084,9 +1097,9 @@ VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner);
 VBLKDEF void vblk_locked_end(vblk_locked *locked);
 VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
 
-// A backend whose calls wait until they fit a rate: for several disks on one
-// budget, or a host without a timer. The calling thread sleeps, so the
-// device's own limits are better where they will do.
+// A backend whose calls wait until they fit a rate: for several devices on one
+// image, or a host without a timer. The calling thread sleeps, so the device's
+// own limits are better where they will do.
 //
 // A call takes its share, at most a tenth of a second's bytes, in the order
 // of arrival, sleeps until that has come, and moves as much: large requests
@@ -1144,9 +1157,10 @@ typedef struct vblk_worker_options {
     // One line of text without a newline, for a log. NULL: stderr, at most
     // some lines a second. Any thread.
     void (*log)(void *user, vblk_level level, const char *line);
-    // A thread that was left behind has ended: all it used is out of its
-    // hands, and the device can be reset, from inside this call too. That
-    // thread; may be NULL.
+    // A thread that was left behind, as a call of yours was told, has ended:
+    // all it used is out of its hands, and the device can be reset, from
+    // inside this call too (where that does nothing if a reset was quicker).
+    // vblk_worker_end() waits for it to return. That thread; may be NULL.
     void (*released)(void *user);
     void *user; // first argument of both
 } vblk_worker_options;
@@ -1164,6 +1178,7 @@ typedef struct vblk_worker {
     pthread_mutex_t     registers;    // one register call at a time
     struct vblk__thread *thread;      // under `registers`; NULL: not started
     struct vblk__thread *left_behind; // the same
+    struct vblk__thread *returned;    // the same; a list, not joined yet
     unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
     // Under `parking`. `parked` is also read without.
     pthread_mutex_t     parking;
@@ -1230,10 +1245,10 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w);
 // Ask the thread to finish its request and rest, and wait for that up to
 // `ms`. True: it rests, or is not started; all its writes are visible, it
 // reads and writes nothing until vblk_worker_resume(). False: it will rest
-// when its backend returns, or one that was left behind has not ended;
-// vblk_worker_paused() tells. No kick is lost. Pausing twice is pausing, and a
-// pause outlasts a reset: the thread of the next driver rests from its start.
-// Any thread.
+// when its backend returns; or, and that at once, one that was left behind has
+// not ended. vblk_worker_paused() tells. No kick is lost. Pausing twice is
+// pausing, and a pause outlasts a reset: the thread of the next driver rests
+// from its start. Any thread.
 VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
 
 // True if it was paused. Any thread.
@@ -1891,6 +1906,9 @@ static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
     uint64_t at = 4 + VBLK__USED_BYTES *
                           (uint64_t)(q->used_next & (q->size - 1));
     uint8_t element[VBLK__USED_BYTES];
+    if (vblk__halted(dev)) {
+        return false;
+    }
     vblk__put(element, head, 4);
     vblk__put(element + 4, written, 4);
     if (q->used) {
@@ -1925,6 +1943,9 @@ static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
 
 static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
     uint16_t old = q->used_decided;
+    if (vblk__halted(dev)) {
+        return;
+    }
     if (q->used_next != q->used_shown) {
         vblk__show(dev, q);
         // Either the driver sees the new index when it switches interrupts
@@ -2187,7 +2208,8 @@ static vblk__why vblk__because(vblk_event_code code, uint64_t a, uint64_t b) {
 
 static vblk__why vblk__check_sizes(const vblk_dev *dev, const vblk__chain *c) {
     bool binds = (dev->accepted & VBLK_F_SIZE_MAX) != 0;
-    if (!binds && dev->o.profile == VBLK_STANDARD) { // P3
+    bool offered = (dev->offered & VBLK_F_SIZE_MAX) != 0;
+    if (!binds && (!offered || dev->o.profile == VBLK_STANDARD)) { // P3
         return vblk__because(VBLK_EV_NONE, 0, 0);
     }
     for (unsigned i = c->first; i < c->count; i++) {
@@ -2358,6 +2380,9 @@ VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
     }
     for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
         vblk_seg s = vblk__piece(req, at, n);
+        if (vblk__halted(dev)) {
+            return false;
+        }
         if (s.ptr) {
             VBLK_MEMCPY(s.ptr, p, s.n);
         } else if (!vblk__write(dev, s.gpa, p, s.n)) {
@@ -2584,7 +2609,7 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
                                                    : req->bytes;
     }
     if (!done.code && req->type == VBLK_T_IN && done.bytes < req->bytes &&
-        req->offset + done.bytes < VBLK__LOAD(&dev->backing)) {
+        req->offset + done.bytes < req->backing) {
         done.code = VBLK_EV_READ_SHORT;
     }
     return vblk__end(dev, req, done);
@@ -2745,7 +2770,8 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
 // Take one chain. REQUEST: it is in `r`. MORE: it was answered here. STALLED:
 // it is back in the ring.
 static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              uint64_t now_ns, uint64_t *wait_ns) {
+                              uint64_t now_ns, uint64_t *wait_ns,
+                              uint32_t *budget) {
     vblk__chain c;
     if (q->under_way >= q->size) {
         vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
@@ -2756,7 +2782,11 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     r->queue = (uint16_t)vblk__index(dev, q);
     r->epoch = q->epoch;
-    if (!vblk__open_chain(dev, q, r, &c)) {
+    r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
+    bool open = vblk__open_chain(dev, q, r, &c);
+    uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
+    *budget -= length < *budget ? length : *budget;
+    if (!open) {
         return VBLK_MORE;
     }
     vblk__why why = vblk__parse(dev, r, &c);
@@ -2787,7 +2817,7 @@ static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 }
 
 // The next request, past all that is answered on the way. Each chain takes one
-// off `budget`.
+// off `budget`, and a very long one more.
 static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                uint64_t now_ns, uint32_t *budget) {
     vblk_outcome out = {VBLK_EMPTY, 0};
@@ -2805,7 +2835,7 @@ static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         }
         --*budget;
         vblk__notify_off(dev, q);
-        out.state = vblk__serve(dev, q, r, now_ns, &out.wait_ns);
+        out.state = vblk__serve(dev, q, r, now_ns, &out.wait_ns, budget);
         if (out.state == VBLK_STALLED) {
             vblk__notify_on(dev, q);
         } else if (q->stalled) {
@@ -2947,6 +2977,7 @@ static void vblk__reset(vblk_dev *dev, uint32_t status) {
     VBLK__STORE(&dev->accepted, 0);
     dev->event_idx = dev->indirect = dev->write_through = false;
     VBLK__STORE(&dev->no_memory_said, false);
+    dev->legacy_said = false;
     VBLK__STORE(&dev->device_features_sel, 0);
     VBLK__STORE(&dev->driver_features_sel, 0);
     VBLK__STORE(&dev->queue_sel, 0);
@@ -3193,7 +3224,9 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
                                           const vblk_queue *q,
                                           uint64_t offset, uint32_t value) {
     uint32_t status = vblk_status(dev);
-    if (!(status & VBLK_STATUS_FEATURES_OK)) {
+    uint32_t from = dev->o.profile == VBLK_STRICT ? VBLK_STATUS_FEATURES_OK
+                                                  : VBLK_STATUS_DRIVER; // P13
+    if (!(status & from)) {
         return VBLK_EV_REG_QUEUE_WINDOW;
     }
     if (!(status & VBLK_STATUS_DRIVER_OK)) {
@@ -3229,7 +3262,7 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     case VBLK_REG_QUEUE_NUM:
         if (vblk__valid_size(dev, value)) {
             q->size = value;
-        } else {
+        } else if (value > 0 || q->ready) {
             vblk__tell(dev, q, VBLK_EV_REG_QUEUE_SIZE, 0, offset, value);
         }
         break;
@@ -3259,14 +3292,23 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     return VBLK_NO_QUEUE;
 }
 
+// Of version 1 [4.2.4], which is told from nothing at all.
+#define VBLK__REG_GUEST_PAGE_SIZE 0x028u
+#define VBLK__REG_QUEUE_ALIGN     0x03cu
+#define VBLK__REG_QUEUE_PFN       0x040u
+
 static int vblk__write_notify(vblk_dev *dev, uint32_t queue) {
-    bool live = vblk__has_status(dev, VBLK_STATUS_DRIVER_OK);
-    if (!live || queue >= vblk__queue_count(dev) ||
-        !dev->queue[queue].ready) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0, queue, 0);
-        return VBLK_NO_QUEUE;
+    uint32_t status = vblk_status(dev);
+    if (queue >= vblk__queue_count(dev)) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NO_QUEUE, 0, queue, 0);
+    } else if (!(status & VBLK_STATUS_DRIVER_OK)) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_EARLY, 0, queue, status);
+    } else if (!dev->queue[queue].ready) {
+        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NOT_READY, 0, queue, 0);
+    } else {
+        return (int)queue;
     }
-    return (int)queue;
+    return VBLK_NO_QUEUE;
 }
 
 VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
@@ -3300,6 +3342,14 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_QUEUE_DEVICE_LOW:
     case VBLK_REG_QUEUE_DEVICE_HIGH:
         return vblk__write_queue(dev, offset, v);
+    case VBLK__REG_GUEST_PAGE_SIZE:
+    case VBLK__REG_QUEUE_ALIGN:
+    case VBLK__REG_QUEUE_PFN:
+        if (!dev->legacy_said) {
+            dev->legacy_said = true;
+            vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_LEGACY, 0, offset, v);
+        }
+        break;
     default:
         break;
     }
@@ -3403,12 +3453,15 @@ static int vblk__check_options(const vblk_options *o) {
     if (o->queue_size > 32768 || o->queue_size & (o->queue_size - 1)) {
         return VBLK_ERR_QUEUE_SIZE;
     }
+    // Without INDIRECT_DESC a queue of less than 3 has no request at all; with
+    // it drivers count on seg_max + 2 entries all the same.
     bool indirect = !(o->features_off & VBLK_F_INDIRECT_DESC);
+    uint32_t entries = vblk__queue_size(o);
     if (o->seg_max > VBLK_MAX_SEGS ||
-        (!indirect && vblk__seg_max(o) + 2 > vblk__queue_size(o))) {
+        (vblk__seg_max(o) + 2 > entries && (!indirect || entries > 2))) {
         return VBLK_ERR_SEG_MAX;
     }
-    if (o->size_max && o->size_max < VBLK_SECTOR) {
+    if (o->size_max && o->size_max < 4096) {
         return VBLK_ERR_SIZE_MAX;
     }
     if (o->features_off & ~may_be_off) {
@@ -3422,6 +3475,9 @@ static uint64_t vblk__offer(const vblk_options *o) {
                  VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
     f |= o->read_only ? VBLK_F_RO : 0;
     f |= o->queues > 1 ? VBLK_F_MQ : 0;
+    if (o->profile == VBLK_STANDARD && !o->size_max) {
+        f &= ~VBLK_F_SIZE_MAX; // P12
+    }
     // Nothing to flush on a read-only disk, so it can be offered (V10).
     f |= o->cache == VBLK_CACHE_WRITEBACK && (o->backend.flush || o->read_only)
              ? VBLK_F_FLUSH
@@ -3440,7 +3496,9 @@ static void vblk__set_defaults(vblk_options *o) {
     o->queues = o->queues ? o->queues : 1;
     o->seg_max = vblk__seg_max(o);
     o->queue_size = vblk__queue_size(o);
-    o->size_max = o->size_max ? o->size_max : 1u << 20;
+    if (o->profile == VBLK_STRICT && !o->size_max) {
+        o->size_max = 1u << 20;
+    }
     if (o->profile == VBLK_STANDARD && !o->vendor_id) {
         o->vendor_id = 0x554d4551; // P11
     }
@@ -3783,8 +3841,9 @@ static int vblk__file_lost(vblk_file *f) {
 static int64_t vblk__file_read(void *user, uint64_t offset,
                                const vblk_seg *seg, unsigned segs) {
     vblk_file *f = (vblk_file *)user;
+    uint64_t end = VBLK__LOAD(&f->end); // before: it may grow meanwhile
     int64_t n = vblk__file_move(f, offset, seg, segs, true);
-    return n == 0 && offset < VBLK__LOAD(&f->end) ? vblk__file_lost(f) : n;
+    return n == 0 && offset < end ? vblk__file_lost(f) : n;
 }
 
 static int64_t vblk__file_write(void *user, uint64_t offset,
@@ -3794,22 +3853,32 @@ static int64_t vblk__file_write(void *user, uint64_t offset,
                         : vblk__file_move(f, offset, seg, segs, false);
 }
 
-static uint64_t vblk__file_size(void *user) {
-    vblk_file *f = (vblk_file *)user;
-    off_t end = lseek(f->fd, 0, SEEK_END);
+static off_t vblk__file_end(vblk_file *f) {
+    off_t end;
+    do {
+        end = lseek(f->fd, 0, SEEK_END);
+    } while (end < 0 && errno == EINTR);
     vblk__file_saw(f, end < 0 ? 0 : (uint64_t)end);
+    return end;
+}
+
+static uint64_t vblk__file_size(void *user) {
+    off_t end = vblk__file_end((vblk_file *)user);
     return end < 0 ? 0 : (uint64_t)end;
 }
 
 // One at a time: the kernel tells of a failure once, to one caller.
 static int vblk__file_flush(void *user) {
     vblk_file *f = (vblk_file *)user;
+    uint64_t was = VBLK__LOAD(&f->end); // before: it may grow meanwhile
     int err;
     pthread_mutex_lock(&f->mutex);
     do {
         err = VBLK__SYNC(f->fd) ? errno : 0;
     } while (err == EINTR);
-    err = !err && vblk__file_size(f) < VBLK__LOAD(&f->end) ? EIO : err;
+    if (!err && (uint64_t)vblk__file_end(f) < was) { // -1 is beyond any
+        err = EIO;
+    }
     f->flush_error = err ? err : f->flush_error;
     err = f->flush_error;
     pthread_mutex_unlock(&f->mutex);
@@ -3984,27 +4053,26 @@ static void vblk__limiter_cut(vblk_limiter *l, uint64_t at, uint64_t paid) {
 static int64_t vblk__limiter_move(vblk_limiter *l, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs,
                                   bool in) {
-    vblk_seg piece = seg[0];
+    vblk_seg part[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+    const unsigned room = sizeof part / sizeof part[0];
     uint64_t paid, n = 0;
     bool goes_on = vblk__limiter_goes_on(l, offset, &paid);
     uint64_t most = paid ? paid : l->share;
-    unsigned whole = 0;
-    while (whole < segs && seg[whole].n <= most - n) {
-        n += seg[whole++].n;
+    unsigned parts = 0;
+    while (parts < segs && parts < room && n < most) {
+        part[parts] = seg[parts];
+        if (part[parts].n > most - n) {
+            part[parts].n = (size_t)(most - n);
+        }
+        n += part[parts++].n;
     }
-    bool cut = whole < segs;
-    if (whole == 0) {
-        piece.n = (size_t)most;
-        n = most;
-        seg = &piece;
-        whole = 1;
-    }
+    bool cut = parts < segs || part[parts - 1].n < seg[parts - 1].n;
     if (!paid) {
         vblk__limiter_pay(l, !goes_on, n);
         paid = n;
     }
-    int64_t moved = in ? l->inner.read(l->inner.user, offset, seg, whole)
-                       : l->inner.write(l->inner.user, offset, seg, whole);
+    int64_t moved = in ? l->inner.read(l->inner.user, offset, part, parts)
+                       : l->inner.write(l->inner.user, offset, part, parts);
     if (moved > 0 && (cut || (uint64_t)moved < n)) {
         vblk__limiter_cut(l, offset + (uint64_t)moved,
                           paid - (uint64_t)moved);
@@ -4125,15 +4193,17 @@ struct vblk__thread {
     uint32_t     stop;    // atomic: leave at the next opportunity
     uint32_t     logging; // atomic: away in the log
     bool         stuck;   // left while WORKING: the device is in its hands
+    bool         told;    // under `parking`: somebody waits for released()
     bool         inside;  // the thread's own: it is in a callback
+    struct vblk__thread *next;
     pthread_t    id;
     vblk_worker *w;
     vblk_backend inner;
     jmp_buf      leave;
 };
 
-// The thread that is running, NULL in all others.
-static __thread struct vblk__thread *vblk__self;
+// The thread that is running, or is in released(); NULL in all others.
+static __thread struct vblk__thread *vblk__self, *vblk__releasing;
 
 static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
                              uint32_t to) {
@@ -4462,6 +4532,7 @@ static void vblk__come_back(struct vblk__thread *t) {
     void *user = w->wo.user;
     pthread_mutex_lock(&w->parking);
     bool orphaned = w->orphaned;
+    bool told = t->told;
     __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
     __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
     if (!orphaned) {
@@ -4471,8 +4542,10 @@ static void vblk__come_back(struct vblk__thread *t) {
     if (orphaned) {
         vblk__dispose(w);
         free(t);
+    } else {
+        vblk__releasing = t;
     }
-    if (released) {
+    if (told && released) {
         released(user);
     }
 }
@@ -4607,6 +4680,7 @@ static void vblk__stop(vblk_worker *w) {
     // It may be back already.
     bool gone = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE;
     __atomic_store_n(&w->left, !gone, __ATOMIC_RELEASE);
+    t->told = !gone;
     vblk__now_parked(w);
     pthread_mutex_unlock(&w->parking);
     w->left_behind = t;
@@ -4618,18 +4692,23 @@ static void vblk__stop(vblk_worker *w) {
     }
 }
 
-// Free what a thread that was left behind has left, if it is back. Of it,
-// released() alone is yet to return, which may be the caller.
-static bool vblk__collect(vblk_worker *w, bool wait) {
+// With `registers` held: whether no thread is left behind. One that is back
+// may still be in released(), and is not waited for.
+static bool vblk__collect(vblk_worker *w) {
     struct vblk__thread *t = w->left_behind;
     if (t && __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
-        if (wait && !pthread_equal(t->id, pthread_self())) {
-            pthread_join(t->id, NULL);
-        } else {
-            pthread_detach(t->id);
-        }
-        free(t);
+        t->next = w->returned;
+        w->returned = t;
         w->left_behind = NULL;
+    }
+    for (struct vblk__thread **p = &w->returned; *p;) {
+        t = *p;
+        if (t == vblk__releasing || pthread_tryjoin_np(t->id, NULL)) {
+            p = &t->next;
+        } else {
+            *p = t->next;
+            free(t);
+        }
     }
     return !w->left_behind;
 }
@@ -4637,7 +4716,7 @@ static bool vblk__collect(vblk_worker *w, bool wait) {
 // With `registers` held.
 static bool vblk__worker_reset(vblk_worker *w) {
     vblk__stop(w);
-    if (vblk__collect(w, false)) {
+    if (vblk__collect(w)) {
         vblk__reset(&w->dev, 0);
     } else if (!w->left_behind->stuck) {
         vblk__reset(&w->dev, VBLK_STATUS_NEEDS_RESET);
@@ -4692,7 +4771,9 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
             vblk__now_parked(w);
         }
     }
-    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
+    if (!__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) { // which is to HALT
+        VBLK__STORE(&w->dev.yield, VBLK__YIELD);
+    }
     vblk__signal(w->pause_fd);
     while (w->pause && !w->parked &&
            pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
@@ -4762,7 +4843,7 @@ VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
         if ((uint32_t)value < w->dev.o.queues) {
             vblk_worker_kick(w);
         } else {
-            vblk__say(&w->dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_IGNORED, 0,
+            vblk__say(&w->dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NO_QUEUE, 0,
                       (uint32_t)value, 0);
         }
     } else if (offset == VBLK_REG_INTERRUPT_ACK && bytes == 4) {
@@ -4776,7 +4857,10 @@ VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
 
 VBLKDEF bool vblk_worker_reset(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
-    bool usable = vblk__worker_reset(w);
+    // From released(): the guest may have reset the device before.
+    struct vblk__thread *t = vblk__releasing;
+    bool late = t && t->w == w && t != w->left_behind;
+    bool usable = late || vblk__worker_reset(w);
     pthread_mutex_unlock(&w->registers);
     return usable;
 }
@@ -4926,16 +5010,32 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
 VBLKDEF bool vblk_worker_end(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
     vblk__stop(w);
-    pthread_mutex_unlock(&w->registers);
+    bool left = !vblk__collect(w);
+    struct vblk__thread *t = w->returned;
+    w->returned = NULL;
     pthread_mutex_lock(&w->parking);
-    bool left = __atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
-    if (left) {
+    pthread_mutex_unlock(&w->registers);
+    if (left && __atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
         w->orphaned = true;
         pthread_detach(w->left_behind->id);
+    } else if (left) { // it came back just now
+        w->left_behind->next = t;
+        t = w->left_behind;
+        left = false;
     }
     pthread_mutex_unlock(&w->parking);
+    while (t) { // released() is to return, unless this is called by it
+        struct vblk__thread *next = t->next;
+        if (t == vblk__releasing) {
+            pthread_detach(t->id);
+            vblk__releasing = NULL;
+        } else {
+            pthread_join(t->id, NULL);
+        }
+        free(t);
+        t = next;
+    }
     if (!left) {
-        vblk__collect(w, true);
         vblk__dispose(w);
     }
     return !left;

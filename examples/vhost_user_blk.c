@@ -104,7 +104,7 @@ enum request { REQUESTS(X) REQUEST_END };
 #define FLAGS_NEED_REPLY 8u
 
 #define MAX_REGIONS   32u
-#define MAX_RING      32768u
+#define MAX_RING      4096u
 #define CONFIG_SPACE  256u
 #define CONFIG_HEADER 12u    // bytes in front of the data
 #define NO_FD         0x100u // in the index of SET_VRING_KICK, CALL and ERR
@@ -835,7 +835,7 @@ static void connect_next(void) {
 
 // A socket in the file system that nobody listens at.
 static bool left_over(const struct sockaddr_un *a) {
-    int  fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int  fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     bool left = connect(fd, (const void *)a, sizeof *a) < 0 &&
                 errno == ECONNREFUSED;
     close(fd);
@@ -1020,8 +1020,9 @@ static uint64_t sooner(uint64_t a, uint64_t b) { // 0: never
     return a && (!b || a < b) ? a : b;
 }
 
+static uint64_t set_to; // the timer; 0: to nothing
+
 static void set_timer(void) {
-    static uint64_t set_to;
     uint64_t next = option.stats ? tick_ns : 0;
     next = sooner(sooner(next, message_ns), accept_ns);
     for (unsigned i = 0; i < option.queues; i++) {
@@ -1084,6 +1085,7 @@ static void run(void) {
             may_escape = 0;
             refuse("its guest's memory is gone");
             disconnect();
+            set_to = 0; // what came with it is forgotten, the timer perhaps
         }
         turn();
     }

@@ -1859,8 +1859,9 @@ static void make(void) {
     o->id = a & 128 ? "0123456789abcdefghijklm" : "disk";
     o->queue_size = queue_size[b & 7];
     o->queues = b >> 3 & 3;
-    o->seg_max = b & 32 ? 1 : b & 64 ? 128 : 0;
-    o->size_max = b & 128 ? 512 : c & 64 ? UINT32_MAX : 0;
+    bool large = o->queue_size == 0 || o->queue_size > 129;
+    o->seg_max = b & 32 ? 1 : b & 64 && large ? 128 : 0;
+    o->size_max = b & 128 ? 4096 : c & 64 ? UINT32_MAX : 0;
     o->limits = some_limits(c & 7);
     o->features_off = c & 8 ? VBLK_F_EVENT_IDX : 0;
     if (c & 16) { // else it may be refused
@@ -2069,7 +2070,8 @@ static const struct {
          SEND(0, 0x70, 0, 0), SEND(1, 0x80, 0, 0), SEND(3, 0x50, 0, 0),
          SEND(3, 0x20, 0, 0), SEND(3, 0x40, 11, 0), SEND(3, 0, 0, 0),
          SEND(0, 0xe0, 0, 0)),
-    SEED("segment_long", SIZE(0x80), SEND(0, 0x10, 0, 0), SEND(1, 0x10, 10, 0),
+    SEED("segment_strict", 0, 0x80, 0, 0, 17, SEND(0, 0xe0, 0, 0)),
+    SEED("segment_long", SIZE(0x80), SEND(0, 0xe0, 0, 0), SEND(1, 0xe0, 10, 0),
          UP, 8, 0, 0, SEND(0, 0x10, 0, 0)),
     SEED("data_long", 0, 0, 0x40, 5, 1, SEND(0, 0, 18, 0), SEND(1, 0, 18, 0)),
     SEED("data_place", UP_AND, RW(0, 1), RW(0, 2), RW(0, 4), RW(0, 5),

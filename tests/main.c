@@ -29,6 +29,7 @@ static int  returned(void); // for calls that leave errno alone
 #define preadv(...)    (fails("preadv") ? -1 : preadv(__VA_ARGS__))
 #define pwrite(...)    (fails("pwrite") ? -1 : pwrite(__VA_ARGS__))
 #define pwritev(...)   (fails("pwritev") ? -1 : pwritev(__VA_ARGS__))
+#define lseek(...)     (fails("lseek") ? -1 : lseek(__VA_ARGS__))
 #define nanosleep(...) (fails("nanosleep") ? -1 : nanosleep(__VA_ARGS__))
 #define pthread_create(...)                                                    \
     (fails("pthread_create") ? returned() : pthread_create(__VA_ARGS__))

@@ -107,12 +107,15 @@ void model_init(model *m, const vblk_options *o) {
             m->seg_max = VBLK_MAX_SEGS;
         }
     }
-    m->size_max = o->size_max ? o->size_max : 1u << 20;
+    m->size_max = o->size_max || m->standard ? o->size_max : 1u << 20;
     m->vendor = o->vendor_id || !m->standard ? o->vendor_id : 0x554d4551;
     m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
                  VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
     if (m->can_flush || (m->read_only && !m->unsafe)) { // nothing to flush
         m->offered |= VBLK_F_FLUSH;
+    }
+    if (m->standard && !o->size_max) { // P12
+        m->offered &= ~VBLK_F_SIZE_MAX;
     }
     m->offered |= m->read_only ? VBLK_F_RO : 0;
     m->offered |= m->queues > 1 ? VBLK_F_MQ : 0;
@@ -330,8 +333,9 @@ static void set_half(uint64_t *address, bool high, uint32_t value) { // M8
 }
 
 static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
-    if (m->queue_sel >= queues_there_are(m) ||
-        !(m->status & VBLK_STATUS_FEATURES_OK)) {
+    uint32_t from = m->standard ? VBLK_STATUS_DRIVER // P13
+                                : VBLK_STATUS_FEATURES_OK;
+    if (m->queue_sel >= queues_there_are(m) || !(m->status & from)) {
         return VBLK_NO_QUEUE;
     }
     model_queue *q = &m->queue[m->queue_sel];
@@ -457,7 +461,8 @@ static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
         uint64_t gpa, n, flags, next;
         c->too_long |= c->count == m->seg_max + 2;
         if (i >= entries || seen++ == entries || all > 40000 ||
-            (c->too_long && !m->standard) || wraps(table, entries * 16) || !mapped(table + 16 * i, 16)) {
+            (c->too_long && !m->standard) || wraps(table, entries * 16) ||
+            !mapped(table + 16 * i, 16)) {
             return false;
         }
         load(m, table + 16 * i, 8, &gpa);
@@ -725,7 +730,8 @@ static uint8_t validate(const model *m, const chain *c) {
         return c->datas > 0 && !m->standard ? VBLK_S_IOERR : VBLK_S_OK; // V7
     }
     for (unsigned i = 0; i < c->datas; i++) {
-        bool binds = !m->standard || m->accepted & VBLK_F_SIZE_MAX; // P3
+        uint64_t who = m->standard ? m->accepted : m->offered; // P3
+        bool binds = who & VBLK_F_SIZE_MAX;
         if (binds && c->data[i].n > m->size_max) {
             return VBLK_S_IOERR; // V5
         }

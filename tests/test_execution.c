@@ -590,7 +590,7 @@ static uint64_t huge_size(void *user) {
 }
 
 void options_refused_with_a_code_and_nothing_half_set_up(void) {
-    for (int i = 0; i < 21; i++) {
+    for (int i = 0; i < 23; i++) {
         vblk_options o = g.o;
         int want = VBLK_OK;
         switch (i) {
@@ -609,7 +609,7 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
         case 10: o.queue_size = 65536;  want = VBLK_ERR_QUEUE_SIZE;    break;
         case 11: o.seg_max = VBLK_MAX_SEGS + 1; want = VBLK_ERR_SEG_MAX;
                  break;
-        case 12: o.size_max = 511;      want = VBLK_ERR_SIZE_MAX;      break;
+        case 12: o.size_max = 4095;     want = VBLK_ERR_SIZE_MAX;      break;
         case 13: o.features_off = VBLK_F_VERSION_1;
                  want = VBLK_ERR_FEATURES;                             break;
         case 14: o.features_off = VBLK_F_FLUSH;
@@ -625,6 +625,10 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
                  o.queue_size = i == 19 ? 4 : 2;
                  o.seg_max = i == 18 ? 1 : 0;
                  want = i == 19 ? VBLK_OK : VBLK_ERR_SEG_MAX;          break;
+        case 20:
+        case 21: o.queue_size = 64; // with INDIRECT_DESC too
+                 o.seg_max = i == 20 ? 62 : 63;
+                 want = i == 20 ? VBLK_OK : VBLK_ERR_SEG_MAX;          break;
         default: o.memory.read = NULL;
                  o.memory.write = NULL;
                  o.memory.map = g.o.memory.map; // nothing at all is fine
@@ -679,6 +683,7 @@ void events_of_strict_rules_name_the_standard_profile(void) {
         VBLK_EV_ID_SHORT,            VBLK_EV_REG_QUEUE_FROZEN,
         VBLK_EV_STATUS_CLEARS,       VBLK_EV_STATUS_BITS,
         VBLK_EV_FEATURES_VERSION,    VBLK_EV_TYPE_BARRIER,
+        VBLK_EV_REG_QUEUE_WINDOW,
     };
     unsigned named = 0;
     for (size_t i = 0; i < COUNT(codes); i++) {

@@ -959,8 +959,11 @@ static void make(vblk_profile profile) {
     g.o.queue_size = g.o.queue_size == 512 ? 0 : g.o.queue_size;
     g.o.seg_max = one_in(2) ? 1 + test_below(VBLK_MAX_SEGS) : 0;
     g.o.seg_max = one_in(4) ? 1 + test_below(4) : g.o.seg_max;
-    g.o.size_max = one_in(3) ? 512 * (1 + test_below(3)) : 0;
-    g.o.size_max = one_in(6) ? 512 + test_below(3000) : g.o.size_max;
+    g.o.size_max = one_in(3) ? 4096 + 512 * test_below(3) : 0;
+    g.o.size_max = one_in(6) ? 4096 + test_below(3000) : g.o.size_max;
+    uint32_t entries = g.o.queue_size ? g.o.queue_size : VBLK_QUEUE_SIZE;
+    uint32_t most = entries > 3 ? entries - 2 : 1;
+    g.o.seg_max = g.o.seg_max > most ? most : g.o.seg_max;
     g.o.vendor_id = test_random();
     g.o.id = one_in(4) ? "an id of more than twenty bytes" : "id";
     g.o.features_off = one_in(6) ? VBLK_F_INDIRECT_DESC : 0;

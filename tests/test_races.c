@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 static uint32_t over, turn, done; // atomic
 static uint64_t until;            // when a race has lasted long enough
@@ -214,6 +215,40 @@ void race_of_a_polling_driver(void) {
         }
         stop(thread);
     }
+}
+
+static vblk_file growing;
+
+static void *grow(void *arg) {
+    static uint8_t data[512];
+    vblk_backend b = vblk_file_backend(&growing);
+    vblk_seg seg = {data, sizeof data, 0};
+    (void)arg;
+    for (uint64_t at_ = 0; !get(&over); at_ += 512) {
+        if (b.write(b.user, at_, &seg, 1) != 512) {
+            break;
+        }
+    }
+    return NULL;
+}
+
+// X2: a file that grows under a read or a flush was not cut.
+void race_of_a_file_that_grows(void) {
+    static uint8_t data[512];
+    char path[] = "/tmp/vblk_test_XXXXXX";
+    vblk_seg seg = {data, sizeof data, 0};
+    close(mkstemp(path));
+    CHECK_EQ(VBLK_OK, vblk_file_open(&growing, path, false));
+    unlink(path);
+    vblk_backend b = vblk_file_backend(&growing);
+    pthread_t thread = start(grow);
+    for (unsigned i = 0; more(i, 40000); i++) {
+        uint64_t end = b.size(b.user);
+        CHECK(b.read(b.user, end + 512 * (i % 4), &seg, 1) >= 0);
+        CHECK(i % 16 || b.flush(b.user) == 0);
+    }
+    stop(thread);
+    vblk_file_close(&growing);
 }
 
 static volatile uint32_t *flipped;

@@ -809,6 +809,38 @@ void t8_a_backend_that_moves_little(void) {
     vblk_limiter_end(&l);
 }
 
+// Shares end where they must, not where a segment does: a backend may want
+// whole sectors.
+static int64_t whole_sectors_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    uint64_t n = 0;
+    (void)user;
+    for (unsigned i = 0; i < segs; i++) {
+        memset(seg[i].ptr, (int)(offset / 512 + 1), seg[i].n);
+        n += seg[i].n;
+    }
+    return n % 512 || offset % 512 ? -22 : (int64_t)n;
+}
+
+void t8_shares_are_whole_sectors(void) {
+    static const vblk_limits limits = {0, 0, 20480, 0};
+    vblk_seg seg[3] = {{limited_data, 100, 0}, {limited_data + 100, 3000, 0},
+                       {limited_data + 3100, 996, 0}};
+    vblk_limiter l;
+    vblk_backend b, inner = g.o.backend;
+    inner.read = whole_sectors_read;
+    g.o.backend = inner;
+    start_limiter(&l, &b, &limits);
+    CHECK_EQ(2048, l.share);
+    memset(limited_data, 0, 4096);
+    move_all(&b, true, seg, 3);
+    CHECK_EQ(1, limited_data[0]);
+    CHECK_EQ(1, limited_data[2047]);
+    CHECK_EQ(5, limited_data[2048]);
+    CHECK_EQ(5, limited_data[4095]);
+    vblk_limiter_end(&l);
+}
+
 // Each is at its own time: a call's sleep is when that reader comes again.
 static uint64_t own_sleep;
 

@@ -863,6 +863,8 @@ void w8_rest_after_a_thread_came_back(void) {
     close_pipes();
 }
 
+static uint32_t late_may_go; // atomic
+
 static void reset_inside(void *user) {
     CHECK(vblk_worker_reset(&w));
     on_released(user);
@@ -885,10 +887,65 @@ void w8_a_reset_inside_released(void) {
     }
 }
 
+// Late: the guest has reset the device and is up again. Nothing happens to it.
+static void reset_late(void *user) {
+    while (!__atomic_load_n(&late_may_go, __ATOMIC_ACQUIRE)) {
+        sched_yield();
+    }
+    CHECK(vblk_worker_reset(&w));
+    on_released(user);
+}
+
+void w8_a_reset_inside_released_that_is_late(void) {
+    up_stuck();
+    w.wo.released = reset_late;
+    late_may_go = 0;
+    store(VBLK_REG_STATUS, 0);
+    let_go();
+    EVENTUALLY(vblk_worker_reset(&w));
+    again_from_reset();
+    __atomic_store_n(&late_may_go, 1, __ATOMIC_RELEASE);
+    EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+    read_one();
+    finish();
+    close_pipes();
+}
+
+static void *go_on_soon(void *arg) {
+    struct timespec t = {0, 20000000};
+    nanosleep(&t, NULL);
+    __atomic_store_n(&late_may_go, 1, __ATOMIC_RELEASE);
+    return arg;
+}
+
+// An end that finds released() under way waits for it, whatever resets come
+// before and in it, and frees once.
+void w7_an_end_during_released(void) {
+    for (int reset = 0; reset < 2; reset++) {
+        pthread_t thread;
+        up_stuck();
+        w.wo.released = reset_late;
+        late_may_go = 0;
+        store(VBLK_REG_STATUS, 0);
+        let_go();
+        EVENTUALLY(vblk_worker_paused(&w));
+        if (reset) {
+            CHECK(vblk_worker_reset(&w));
+        }
+        CHECK_EQ(0, pthread_create(&thread, NULL, go_on_soon, NULL));
+        CHECK(vblk_worker_end(&w));
+        CHECK_EQ(1, released);
+        pthread_join(thread, NULL);
+        close_pipes();
+    }
+}
+
 // W7: the thread is in no callback: a page of guest memory does not come. The
 // accessor stands for it, as the kernel would.
-static uint32_t  pages_stop, page_asked; // atomic
-static bool      page_is_written;
+static uint32_t pages_stop, page_asked; // atomic
+static bool     page_is_written;
+static uint64_t page_at;
 static vblk_memory pages;
 
 static void wait_for_page(void) {
@@ -901,14 +958,14 @@ static void wait_for_page(void) {
 }
 
 static int page_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
-    if (dst && !page_is_written && gpa == HEADER + 32) {
+    if (dst && !page_is_written && gpa <= page_at && page_at - gpa < n) {
         wait_for_page();
     }
     return pages.read(user, gpa, dst, n);
 }
 
 static int page_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
-    if (src && page_is_written && gpa == DATA + 512) {
+    if (src && page_is_written && gpa <= page_at && page_at - gpa < n) {
         wait_for_page();
         return 0; // the store that had begun; what follows it counts
     }
@@ -944,9 +1001,22 @@ static void up_without_a_page(bool padded) {
     EVENTUALLY(__atomic_load_n(&page_asked, __ATOMIC_ACQUIRE));
 }
 
+// Read or written, reset or end, in the backend's stead or while padding; the
+// places are header, data, the middle of data, status byte and used ring.
 void w7_a_page_that_does_not_come(void) {
-    for (int kind = 0; kind < 8; kind++) {
-        page_is_written = kind & 1;
+    static const struct {
+        uint64_t at;
+        bool     written;
+    } places[] = {{HEADER + 32, false}, {DATA + 512, true},
+                  {DATA + 512 + 2048, true}, {HEADER + 48, true},
+                  {USED + 4 + 8, true}};
+    for (unsigned kind = 0; kind < 8 * COUNT(places); kind++) {
+        bool data = kind / 8 == 2;
+        if (!data && kind % 8 != 0 && kind % 8 != 2) {
+            continue; // that much is tried in one place
+        }
+        page_at = places[kind / 8].at;
+        page_is_written = places[kind / 8].written;
         up_without_a_page(kind & 4);
         uint64_t start = clock_ns();
         if (!(kind & 2)) {
@@ -955,6 +1025,10 @@ void w7_a_page_that_does_not_come(void) {
             CHECK(strstr(last_line, "left behind") != NULL);
             CHECK(!vblk_worker_reset(&w));
             CHECK_EQ(VBLK_LEVEL_ERROR, last_level);
+            if (kind & 1) { // which asks the thread for nothing
+                CHECK(!vblk_worker_pause(&w, 1));
+                vblk_worker_resume(&w);
+            }
         } else {
             CHECK(!vblk_worker_end(&w));
         }
@@ -969,6 +1043,8 @@ void w7_a_page_that_does_not_come(void) {
             }
         }
         if (!(kind & 2)) {
+            CHECK_EQ(0, load(VBLK_REG_INTERRUPT_STATUS));
+            CHECK(!vblk_interrupt_line(&w.dev));
             CHECK(vblk_worker_reset(&w));
             CHECK_EQ(0, load(VBLK_REG_STATUS));
             CHECK_EQ(0, load(VBLK_REG_QUEUE_READY));

@@ -230,6 +230,7 @@
     X(t8_a_backend_that_moves_little, GUEST)                                   \
     X(t8_large_and_small_requests_take_turns, GUEST)                           \
     X(t8_operations, GUEST)                                                    \
+    X(t8_shares_are_whole_sectors, GUEST)                                      \
     X(t8_no_rate_passes_everything, GUEST)                                     \
     X(t8_rate_and_burst_of_a_limiter, GUEST)                                   \
     X(t8_real_time, GUEST)                                                     \
@@ -242,11 +243,16 @@
     X(fault_in_every_backend_call, GUEST)                                      \
     X(fault_in_every_memory_access, GUEST)                                     \
     X(fault_statuses_and_counters, GUEST)                                      \
+    X(habits_of_drivers, GUEST)                                                \
+    X(habits_legacy_is_told_once, GUEST)                                       \
+    X(habits_notifications_that_are_ignored, GUEST)                            \
+    X(p12_a_limit_that_is_not_offered_does_not_bind, GUEST)                    \
     X(race_on_guest_memory, GUEST)                                             \
     X(race_of_interrupt_bits, ONCE)                                            \
     X(race_of_needs_reset_and_status, ONCE)                                    \
     X(race_of_needs_reset_and_a_reset, ONCE)                                   \
     X(race_of_a_polling_driver, ONCE)                                          \
+    X(race_of_a_file_that_grows, ONCE)                                         \
     X(race_on_one_word, ONCE)                                                  \
     X(race_for_an_interrupt, ONCE)                                             \
     X(model_agrees_strict, GUEST)                                              \
@@ -299,6 +305,8 @@
     X(w7_pause_of_a_stuck_worker, ONCE)                                        \
     X(w8_rest_after_a_thread_came_back, ONCE)                                  \
     X(w8_a_reset_inside_released, ONCE)                                        \
+    X(w8_a_reset_inside_released_that_is_late, ONCE)                           \
+    X(w7_an_end_during_released, ONCE)                                         \
     X(w7_a_page_that_does_not_come, ONCE)                                      \
     X(w7_a_dead_stop_descriptor, ONCE)                                         \
     X(t5_the_gauge_falls_at_the_end, ONCE)                                     \
