@@ -95,6 +95,7 @@ void m3_config_is_not_writable(void) {
 }
 
 void m4_device_features_by_page(void) {
+    g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     guest_make();
     const uint64_t want = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE |
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
@@ -428,6 +429,7 @@ static uint64_t offered(void) {
 }
 
 void f1_features_follow_from_the_options(void) {
+    g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     const uint64_t base = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE |
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                           VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
@@ -540,6 +542,7 @@ void p2_steps_at_once(void) {
 }
 
 void f3_features_ok_needs_version_1_and_a_subset(void) {
+    g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     const uint64_t all = VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                          VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
                          VBLK_F_FLUSH;
