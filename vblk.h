@@ -4382,13 +4382,14 @@ static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk__return(t);
 }
 
+// To a moment on the clock; one that has passed fires at once.
 static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
     struct itimerspec t;
     t.it_interval.tv_sec = 0;
     t.it_interval.tv_nsec = 0;
     t.it_value.tv_sec = (time_t)(ns / VBLK__SECOND);
     t.it_value.tv_nsec = (long)(ns % VBLK__SECOND);
-    return timerfd_settime(w->timer_fd, 0, &t, NULL) == 0;
+    return timerfd_settime(w->timer_fd, TFD_TIMER_ABSTIME, &t, NULL) == 0;
 }
 
 
@@ -4467,6 +4468,18 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
     return true;
 }
 
+// A kick while a queue is stalled, and its timer set: the others are looked at,
+// so that what costs nothing waits for nobody. What comes faster than that is
+// a kick again.
+static void vblk__drain_others(vblk_worker *w, uint64_t now_ns) {
+    for (unsigned i = 0; i < w->dev.o.queues; i++) {
+        if (!w->dev.queue[i].stalled &&
+            vblk__drain_one(&w->dev, (int)i, now_ns).state == VBLK_MORE) {
+            vblk_worker_kick(w);
+        }
+    }
+}
+
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     bool came[VBLK__TOKENS];
     bool stalled = false; // the timer is set, and kicks can wait for it
@@ -4488,18 +4501,23 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
             again = true;
         }
         again = again || (came[VBLK__KICK] && !stalled);
+        bool limited = w->dev.ops.rate || w->dev.bytes.rate;
+        uint64_t now = limited ? vblk__clock() : 0;
+        if (came[VBLK__KICK] && stalled && came[VBLK__PAUSE]) {
+            vblk_worker_kick(w); // for after the rest
+        } else if (came[VBLK__KICK] && stalled) {
+            vblk__drain_others(w, now);
+        }
         if (came[VBLK__PAUSE] || !again) {
             continue;
         }
-        bool limited = w->dev.ops.rate || w->dev.bytes.rate;
         // All: the kick may have come by the descriptor alone.
-        vblk_outcome out = vblk_drain(&w->dev, VBLK_ALL_QUEUES,
-                                      limited ? vblk__clock() : 0);
+        vblk_outcome out = vblk_drain(&w->dev, VBLK_ALL_QUEUES, now);
         vblk__plan plan = vblk__plan_after(out, retried);
         retried = plan.again && out.state == VBLK_STALLED;
         again = plan.again;
         stalled = plan.timer_ns > 0;
-        if (stalled && !vblk__set_timer(w, plan.timer_ns)) {
+        if (stalled && !vblk__set_timer(w, now + plan.timer_ns)) {
             vblk__log(w, VBLK_LEVEL_ERROR, "the timer cannot be set (errno "
                       "%d): the device needs a reset", errno);
             vblk_needs_reset(&w->dev);

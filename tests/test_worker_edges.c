@@ -272,6 +272,70 @@ void w_kick_while_stalled(void) {
     CHECK(vblk_worker_end(&w));
 }
 
+static int64_t slow_read(void *user, uint64_t offset, const vblk_seg *seg,
+                         unsigned segs) {
+    struct timespec t = {0, 5000000};
+    (void)user, (void)offset, (void)segs;
+    nanosleep(&t, NULL);
+    return (int64_t)seg[0].n;
+}
+
+// W3: the timer is set to the moment that the limit allows, whatever the disk
+// took since the drain began.
+void w3_the_timer_is_set_to_a_moment(void) {
+    struct itimerspec timer;
+    worker_options();
+    o.limits.bps = 5120;
+    o.backend.read = slow_read;
+    make_worker();
+    bind_driver();
+    put_reads(11); // 50 ms for ten, and the eleventh may go after 100
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
+    CHECK(timer.it_value.tv_sec == 0 && timer.it_value.tv_nsec < 60000000);
+    EVENTUALLY(used_is(11));
+    CHECK(vblk_worker_end(&w));
+}
+
+// W3: what costs nothing waits for nobody, in another queue than the one that
+// is stalled either.
+void w3_a_kick_while_another_queue_is_stalled(void) {
+    worker_options();
+    o.limits.bps = 512;
+    o.queues = 2;
+    make_worker();
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)(VBLK_F_FLUSH | VBLK_F_MQ));
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 1);
+    store(VBLK_REG_STATUS, 0xb);
+    for (uint32_t queue = 0; queue < 2; queue++) {
+        uint32_t base = queue ? 0x6000 : 0;
+        store(VBLK_REG_QUEUE_SEL, queue);
+        store(VBLK_REG_QUEUE_NUM, 16);
+        store(VBLK_REG_QUEUE_DESC_LOW, base);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, base + 0x1000);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, base + 0x2000);
+        store(VBLK_REG_QUEUE_READY, 1);
+    }
+    store(VBLK_REG_STATUS, 0xf);
+    put_reads(3); // the timer would show: the third stalls after it
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    uint64_t stalls = vblk_counters(&w.dev).throttled;
+    uint8_t *d = ram + 0x6000; // a FLUSH, header and status byte at 0xa000
+    d[1] = 0xa0, d[8] = 16, d[12] = NEXT, d[14] = 1;
+    d[16] = 16, d[17] = 0xa0, d[24] = 1, d[28] = WRITE;
+    ram[0xa000] = VBLK_T_FLUSH;
+    ram[0xa010] = 0xff;
+    __atomic_store_n(ram + 0x7002, 1, __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, 1);
+    EVENTUALLY(__atomic_load_n(ram + 0x8002, __ATOMIC_ACQUIRE) == 1);
+    CHECK_EQ(VBLK_S_OK, ram[0xa010]);
+    CHECK_EQ(stalls, vblk_counters(&w.dev).throttled); // before the timer
+    CHECK(vblk_worker_end(&w));
+}
+
 static unsigned hold, inside, released;
 
 static int slow_flush(void *user) {

@@ -347,6 +347,8 @@
     X(w_a_timer_that_breaks, ONCE)                                             \
     X(w_events_that_mean_nothing, ONCE)                                        \
     X(w_lines_left_out_are_counted, ONCE)                                      \
+    X(w3_the_timer_is_set_to_a_moment, ONCE)                                   \
+    X(w3_a_kick_while_another_queue_is_stalled, ONCE)                          \
     X(w_kick_while_stalled, ONCE)                                              \
     X(w_pause_is_told_when_the_thread_is_left_behind, ONCE)                    \
     X(x3_interrupted_calls_are_repeated, ONCE)                                 \
