@@ -321,7 +321,9 @@ void w3_a_kick_while_another_queue_is_stalled(void) {
     }
     store(VBLK_REG_STATUS, 0xf);
     put_reads(3); // the timer would show: the third stalls after it
-    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    struct itimerspec timer = {{0, 0}, {0, 0}};
+    EVENTUALLY(timerfd_gettime(w.timer_fd, &timer) == 0 &&
+               timer.it_value.tv_nsec > 0); // the drain is over
     uint64_t stalls = vblk_counters(&w.dev).throttled;
     uint8_t *d = ram + 0x6000; // a FLUSH, header and status byte at 0xa000
     d[1] = 0xa0, d[8] = 16, d[12] = NEXT, d[14] = 1;
