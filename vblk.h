@@ -43,7 +43,7 @@
         static uint8_t ram[64 << 20];                 // guest memory at 0
         static uint8_t disk[1 << 20];
 
-        static const vblk_region region = {0, sizeof ram, ram};
+        static const vblk_region region = {0, sizeof ram, ram, false};
         static const vblk_ram    guest  = {&region, 1};
         static vblk_memdisk      image  = {disk, sizeof disk, false};
         static vblk_dev          dev;
@@ -1021,6 +1021,7 @@ typedef struct vblk_region {
     uint64_t bytes; // at most SIZE_MAX; gpa + bytes may be 2^64, regions may
                     // touch
     void    *host;
+    bool     read_only; // ROM, flash: no buffer to write to, and no used ring
 } vblk_region;
 
 // Flat RAM: a table of regions in any order. They must not overlap, which is
@@ -1470,11 +1471,10 @@ static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
 static void *vblk__ram_map(void *user, uint64_t gpa, uint64_t *n,
                            bool writable) {
     const vblk_ram *ram = (const vblk_ram *)user;
-    (void)writable;
     for (unsigned i = 0; i < ram->regions; i++) {
         const vblk_region *r = &ram->region[i];
         uint64_t at = gpa - r->gpa;
-        if (gpa >= r->gpa && at < r->bytes) {
+        if (gpa >= r->gpa && at < r->bytes && !(writable && r->read_only)) {
             *n = *n < r->bytes - at ? *n : r->bytes - at;
             return (uint8_t *)r->host + at;
         }
@@ -1483,10 +1483,11 @@ static void *vblk__ram_map(void *user, uint64_t gpa, uint64_t *n,
 }
 
 // All or nothing: the whole range is looked up before a byte moves.
-static bool vblk__ram_has(void *user, uint64_t gpa, uint64_t n) {
+static bool vblk__ram_has(void *user, uint64_t gpa, uint64_t n,
+                          bool writable) {
     for (uint64_t run; n > 0; gpa += run, n -= run) {
         run = n;
-        if (!vblk__ram_map(user, gpa, &run, true)) {
+        if (!vblk__ram_map(user, gpa, &run, writable)) {
             return false;
         }
     }
@@ -1500,7 +1501,7 @@ static bool vblk__ram_word(const uint8_t *p, uint64_t n) {
 
 static int vblk__ram_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
     uint8_t *to = (uint8_t *)dst;
-    if (!vblk__ram_has(user, gpa, n)) {
+    if (!vblk__ram_has(user, gpa, n, false)) {
         return -1;
     }
     for (uint64_t run; dst && n > 0; gpa += run, to += run, n -= run) {
@@ -1519,7 +1520,7 @@ static int vblk__ram_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
 static int vblk__ram_write(void *user, uint64_t gpa, const void *src,
                            uint64_t n) {
     const uint8_t *from = (const uint8_t *)src;
-    if (!vblk__ram_has(user, gpa, n)) {
+    if (!vblk__ram_has(user, gpa, n, true)) {
         return -1;
     }
     for (uint64_t run; src && n > 0; gpa += run, from += run, n -= run) {

@@ -196,7 +196,7 @@ int main(void) {
     }
     close(fd);
 
-    vblk_region region = {RAM, sizeof ram_words, ram};
+    vblk_region region = {RAM, sizeof ram_words, ram, false};
     vblk_ram guest = {&region, 1};
     vblk_file file;
     vblk_options o = {0};

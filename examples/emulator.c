@@ -99,7 +99,7 @@ static const struct {
 };
 
 int main(void) {
-    vblk_region  region = {RAM, sizeof ram_words, ram};
+    vblk_region  region = {RAM, sizeof ram_words, ram, false};
     vblk_ram     guest = {&region, 1};
     vblk_memdisk image = {disk, sizeof disk, false};
     vblk_options o = {0};

@@ -112,7 +112,7 @@ int main(void) {
         perror(path);
         return 1;
     }
-    vblk_region region = {0, sizeof ram_words, ram};
+    vblk_region region = {0, sizeof ram_words, ram, false};
     vblk_ram guest = {&region, 1};
     vblk_file file;
     vblk_options o = {0};

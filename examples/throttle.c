@@ -93,7 +93,7 @@ static void bar(double share) {
 }
 
 int main(void) {
-    vblk_region region = {0, sizeof ram_words, ram};
+    vblk_region region = {0, sizeof ram_words, ram, false};
     vblk_ram guest = {&region, 1};
     vblk_memdisk image = {disk, sizeof disk, false};
     vblk_options o = {0};

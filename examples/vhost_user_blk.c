@@ -368,7 +368,8 @@ static bool map_region(const mem_region *table, unsigned i) {
                       r->bytes, strerror(errno));
     }
     map[i] = (mapping){base, (size_t)bytes, r->user};
-    region[i] = (vblk_region){r->gpa, r->bytes, (uint8_t *)base + before};
+    region[i] = (vblk_region){r->gpa, r->bytes, (uint8_t *)base + before,
+                              false};
     ram.regions = i + 1;
     return true;
 }

@@ -174,7 +174,7 @@ int main(void) {
     char path[] = "/dev/shm/vblk_bench_XXXXXX";
     int fd = mkstemp(path);
     vblk_file file;
-    vblk_region region = {0, sizeof ram_words, ram};
+    vblk_region region = {0, sizeof ram_words, ram, false};
     vblk_ram guest = {&region, 1};
     vblk_options o = {0};
     vblk_worker_options wo = {0};

@@ -278,9 +278,9 @@ void guest_init(void) {
     g.bump = 0x1000;
     g.mapped = guest_use_map;
     vblk_region regions[3] = {
-        {SEAM, RAM_END - SEAM, g.ram + SEAM + GAP},
-        {0, SEAM, g.ram},
-        {HIGH, HIGH_SIZE, g.ram + RAM_END + 2 * GAP},
+        {SEAM, RAM_END - SEAM, g.ram + SEAM + GAP, false},
+        {0, SEAM, g.ram, false},
+        {HIGH, HIGH_SIZE, g.ram + RAM_END + 2 * GAP, false},
     };
     memcpy(g.region, regions, sizeof regions);
     g.vram.region = g.region;

@@ -9,7 +9,7 @@ static vblk_worker         w;
 static vblk_options        o;
 static vblk_worker_options wo;
 static uint8_t             ram[1 << 16];
-static vblk_region         region = {0, sizeof ram, ram};
+static vblk_region         region = {0, sizeof ram, ram, false};
 static vblk_ram            guest_ram = {&region, 1};
 static uint8_t             disk[1 << 16];
 static vblk_memdisk        memdisk = {disk, sizeof disk, false};

@@ -777,7 +777,7 @@ static void make_file(char *path, off_t bytes) {
 }
 
 static void ram_of_5_gib(void) {
-    const vblk_region region = {0, UINT64_C(5) << 30, g.ram};
+    const vblk_region region = {0, UINT64_C(5) << 30, g.ram, false};
     const vblk_ram ram = {&region, 1};
     vblk_ram_memory(&ram);
 }

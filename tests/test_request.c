@@ -693,6 +693,45 @@ void v16_get_id_when_memory_changes_its_mind(void) {
     CHECK(g.mapped || errors >= 2);
 }
 
+// Flash is guest memory to read from: a write goes out of it, and nothing in.
+void x5_a_region_that_is_read_only(void) {
+    for (int i = 0; i < 2; i++) {
+        guest_init();
+        g.region[2].read_only = true; // HIGH
+        g.o.profile = (vblk_profile)i;
+        guest_up();
+        req r = prepare(VBLK_T_OUT, 0, 512);
+        part p[3] = {{r.header, 16, 0}, {HIGH + 64, 512, 0},
+                     {r.status, 1, WRITE}};
+        CHECK_EQ(VBLK_S_OK, send_parts(p, 3, r.status).status);
+        CHECK_EQ(DIRT, g.disk[0]);
+        CHECK_EQ(DIRT, g.disk[511]);
+        g.calls = 0;
+        r = prepare(VBLK_T_IN, 1, 512);
+        p[0].gpa = r.header;
+        p[1].flags = WRITE;
+        p[2].gpa = r.status;
+        refused(send_parts(p, 3, r.status), VBLK_EV_DATA_UNMAPPED);
+        r = prepare(VBLK_T_GET_ID, 0, 20);
+        p[0].gpa = r.header;
+        p[1].n = 20;
+        p[2].gpa = r.status;
+        refused(send_parts(p, 3, r.status), VBLK_EV_DATA_UNMAPPED);
+        p[2].gpa = HIGH; // V17
+        CHECK_EQ(UINT32_MAX, send_parts(p, 3, r.header).len);
+        CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+        guest_negotiate(VBLK_F_EVENT_IDX); // a used ring there is broken
+        guest_queue_up(0, 16);
+        wr(VBLK_REG_QUEUE_DEVICE_LOW, (uint32_t)HIGH + 0x1000);
+        wr(VBLK_REG_QUEUE_DEVICE_HIGH, (uint32_t)(HIGH >> 32));
+        guest_go();
+        request(VBLK_T_IN, 0, 512);
+        wr_drain(VBLK_REG_QUEUE_NOTIFY, 0);
+        CHECK(rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
+        g.queue[0].size = 0;
+    }
+}
+
 void v17_status_outside_memory(void) {
     static const uint64_t where[] = {RAM_END, HIGH - 1, 0x5000000000};
     for (int profile = 0; profile < 2; profile++) {

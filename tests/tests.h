@@ -139,6 +139,7 @@
     X(v16_get_id_looks_up_what_it_fills, GUEST)                                \
     X(v16_get_id_outside_memory, GUEST)                                        \
     X(v16_get_id_when_memory_changes_its_mind, GUEST)                          \
+    X(x5_a_region_that_is_read_only, GUEST)                                    \
     X(v17_status_outside_memory, GUEST)                                        \
     X(v18_what_changes_later_does_not_count, GUEST)                            \
     X(v18_each_descriptor_and_header_is_read_once, GUEST)                      \

@@ -18,7 +18,7 @@ int main(void) {
         {0x70, 1},  {0x70, 3},      {0x24, 1},      {0x20, 1},
         {0x70, 11}, {0x38, 16},     {0x90, 0x1000}, {0xa0, 0x2000},
         {0x44, 1},  {0x70, 15}};
-    vblk_region region = {0, sizeof ram, ram};
+    vblk_region region = {0, sizeof ram, ram, false};
     vblk_ram guest = {&region, 1};
     vblk_memdisk image = {disk, sizeof disk, false};
     vblk_options o = {0};

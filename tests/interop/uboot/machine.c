@@ -219,7 +219,7 @@ static void disk_start(const char *path) {
         die(path, vblk_strerror(err));
     }
     m.disk = vblk_file_backend(&m.file);
-    m.region = (vblk_region){RAM_GPA, RAM_BYTES, m.ram};
+    m.region = (vblk_region){RAM_GPA, RAM_BYTES, m.ram, false};
     m.guest = (vblk_ram){&m.region, 1};
 
     vblk_options o = {0};
