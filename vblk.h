@@ -2658,6 +2658,7 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     c->out_bytes = c->in_bytes = 0;
     c->first_ok = c->last_ok = c->mixed = false;
     c->code = VBLK_EV_NONE;
+    c->end.gpa = c->end.n = 0;
     if (!vblk__walk(dev, q, r->head, c)) {
         vblk__drop(dev, q, r->head);
         return false;

@@ -6,14 +6,14 @@
 //     qemu-system-x86_64 ... -m 1G -machine q35,memory-backend=m
 //         -object memory-backend-memfd,id=m,size=1G,share=on
 //         -chardev socket,id=c,path=disk.sock,reconnect=1
-//         -device vhost-user-blk-pci,chardev=c,num-queues=1
+//         -device vhost-user-blk-pci,chardev=c
 //
 // With reconnect=1 the guest waits for a daemon that was restarted, and loses
 // nothing. disable-legacy=on makes it a device of VIRTIO 1 alone. On a machine
 // without PCI (virt, microvm) the disk is on virtio-mmio:
 //
 //         -global virtio-mmio.force-legacy=false
-//         -device vhost-user-blk,chardev=c,num-queues=1
+//         -device vhost-user-blk,chardev=c
 //
 // The front end sends descriptors of the guest's memory and the places of its
 // rings over the socket. After that only event descriptors and the rings are
@@ -21,10 +21,13 @@
 // time; the next one waits.
 //
 // A front end is trusted no more than a guest. A message that makes no sense
-// ends its connection, with a line that says why. Nothing that either of them
-// does holds the daemon for long: between two requests it looks at the socket,
-// the signals and the clock. The profile is the standard one, because the guest
-// may be firmware.
+// ends its connection, with a line that says why; where what makes no sense is
+// the guest's, it is that ring alone that does not run. Nothing that either of
+// them does holds the daemon for long: between two requests it looks at the
+// socket, the signals and the clock. The profile is the standard one, because
+// the guest may be firmware.
+#define VBLK_MAX_QUEUES 64   // QEMU asks for one for each vCPU
+#define VBLK_MAX_SEGS   1022 // its own back end takes chains of 1024
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -61,15 +64,18 @@
 
 // ---- The protocol: numbers and layouts -------------------------------------
 
-// Name, number, and the least bytes that must follow the header.
+// Name, number, the least bytes that must follow the header. What makes no
+// sense is the front end's fault and ends its connection; but for the values
+// that come from the guest, through a front end that looks at nothing. Such a
+// message is taken, and the ring broken that it is about.
 #define REQUESTS(X)                                                            \
     X(GET_FEATURES, 1, 0)                                                      \
-    X(SET_FEATURES, 2, 8)                                                      \
+    X(SET_FEATURES, 2, 8)      /* the front end masks them */                  \
     X(SET_OWNER, 3, 0)                                                         \
     X(RESET_OWNER, 4, 0)                                                       \
     X(SET_MEM_TABLE, 5, 8)                                                     \
-    X(SET_VRING_NUM, 8, 8)                                                     \
-    X(SET_VRING_ADDR, 9, 40)                                                   \
+    X(SET_VRING_NUM, 8, 8)     /* the guest's: QueueNum */                     \
+    X(SET_VRING_ADDR, 9, 40)   /* the guest's: where its rings are */          \
     X(SET_VRING_BASE, 10, 8)                                                   \
     X(GET_VRING_BASE, 11, 8)                                                   \
     X(SET_VRING_KICK, 12, 8)                                                   \
@@ -78,11 +84,14 @@
     X(GET_PROTOCOL_FEATURES, 15, 0)                                            \
     X(SET_PROTOCOL_FEATURES, 16, 8)                                            \
     X(GET_QUEUE_NUM, 17, 0)                                                    \
-    X(SET_VRING_ENABLE, 18, 8)                                                 \
+    X(SET_VRING_ENABLE, 18, 8) /* the guest's: a queue it may not have */      \
     X(SET_BACKEND_REQ_FD, 21, 0)                                               \
     X(GET_CONFIG, 24, 12)                                                      \
-    X(SET_CONFIG, 25, 12)                                                      \
-    X(RESET_DEVICE, 34, 0)
+    X(SET_CONFIG, 25, 12)      /* the guest's: a store in config space */      \
+    X(RESET_DEVICE, 34, 0)                                                     \
+    X(GET_MAX_MEM_SLOTS, 36, 0)                                                \
+    X(ADD_MEM_REG, 37, 40)                                                     \
+    X(REM_MEM_REG, 38, 40)
 
 #define X(name, number, least) name = number,
 enum request { REQUESTS(X) REQUEST_END };
@@ -95,9 +104,10 @@ enum request { REQUESTS(X) REQUEST_END };
 #define PROTOCOL_BACKEND_REQ  (UINT64_C(1) << 5) // User-Mode Linux insists
 #define PROTOCOL_CONFIG       (UINT64_C(1) << 9)
 #define PROTOCOL_RESET_DEVICE (UINT64_C(1) << 13)
+#define PROTOCOL_MEM_SLOTS    (UINT64_C(1) << 15) // libblkio insists
 #define PROTOCOL_OFFERED                                                       \
     (PROTOCOL_MQ | PROTOCOL_REPLY_ACK | PROTOCOL_BACKEND_REQ |                 \
-     PROTOCOL_CONFIG | PROTOCOL_RESET_DEVICE)
+     PROTOCOL_CONFIG | PROTOCOL_RESET_DEVICE | PROTOCOL_MEM_SLOTS)
 
 #define FLAGS_VERSION    3u // mask; the version is 1
 #define FLAGS_REPLY      4u
@@ -131,6 +141,10 @@ typedef union payload { // in the byte order of the machine
         mem_region region[MAX_REGIONS];
     } memory;
     struct {
+        uint64_t   padding;
+        mem_region region;
+    } slot;
+    struct {
         uint32_t offset, size, flags;
         uint8_t  data[CONFIG_SPACE];
     } config;
@@ -140,9 +154,11 @@ typedef union payload { // in the byte order of the machine
 // ---- State -----------------------------------------------------------------
 
 // A ring runs from when it is enabled and has a size, addresses and a kick
-// descriptor. GET_VRING_BASE takes the kick descriptor away.
+// descriptor. GET_VRING_BASE takes the kick descriptor away. It is broken by
+// what the guest does there, or said of it, and then does not run.
 typedef struct ring {
     uint32_t  size;
+    bool      sized;             // what was said of it; size may be 0 still
     uint16_t  base;              // position, while it does not run
     bool      placed, enabled;
     bool      running, broken;
@@ -162,18 +178,20 @@ typedef struct mapping {
 static struct {
     const char *socket, *image, *id;
     uint64_t    create;
-    bool        read_only, unsafe, stats;
+    bool        read_only, unsafe, stats, no_lock;
     unsigned    queues;
     vblk_limits limits;
-} option = {.queues = 1};
+} option = {.queues = VBLK_MAX_QUEUES};
 
 static vblk_dev   device;
 static vblk_file  file;
 static vblk_region region[MAX_REGIONS];
 static mapping    map[MAX_REGIONS];
+static mem_region slot[MAX_REGIONS]; // as it was told
 static vblk_ram   ram = {region, 0};
 static ring       rings[VBLK_MAX_QUEUES];
-static uint32_t   pending; // rings to look at, a bit for each
+static uint64_t   pending; // rings to look at, a bit for each
+static unsigned   rings_up; // none above this one ran since the front end came
 static uint64_t   work_ends_ns, work_bytes; // of this turn, see over()
 
 // The connection, and the message that is arriving on it.
@@ -210,6 +228,8 @@ static bool end_line(int printed) {
 
 #define say(...)    end_line(fprintf(stderr, "vblk-serve: " __VA_ARGS__))
 #define refuse(...) say("front end refused: " __VA_ARGS__)
+// What a guest can bring about at will is said some times for a connection.
+#define grumble(...) ((void)(++events <= 20 && say(__VA_ARGS__)))
 #define die(...)    exit((say(__VA_ARGS__), 1))
 
 static uint64_t now_ns(void) {
@@ -279,7 +299,10 @@ static void event(void *user, const vblk_event *e) {
     const char *text = vblk_event_text(e->code);
     char        a[40], b[40];
     (void)user;
-    if (++events <= 20) {
+    if (e->queue == VBLK_NO_QUEUE) {
+        say("the disk%s%s: %s", named(a, sizeof a, text, "a = ", e->a),
+            named(b, sizeof b, text, "b = ", e->b), text);
+    } else if (++events <= 20) {
         say("ring %d, head %u%s%s: %s%s", e->queue, e->head,
             named(a, sizeof a, text, "a = ", e->a),
             named(b, sizeof b, text, "b = ", e->b), text,
@@ -324,9 +347,8 @@ static void find_avail_idx(ring *r) {
     r->avail_idx = there ? (uint16_t *)(void *)(host + 2) : NULL;
 }
 
-static bool check_region(const mem_region *table, unsigned i,
-                         const struct stat *st) {
-    const mem_region *r = &table[i];
+static bool check_region(const mem_region *r, const struct stat *st) {
+    unsigned i = ram.regions;
     if (r->bytes == 0 || r->bytes > INT64_MAX / 2 ||
         r->offset > INT64_MAX / 2 || r->bytes - 1 > UINT64_MAX - r->gpa ||
         r->bytes - 1 > UINT64_MAX - r->user) {
@@ -334,8 +356,8 @@ static bool check_region(const mem_region *table, unsigned i,
                       r->bytes);
     }
     for (unsigned k = 0; k < i; k++) {
-        if (r->gpa <= table[k].gpa + (table[k].bytes - 1) &&
-            table[k].gpa <= r->gpa + (r->bytes - 1)) {
+        if (r->gpa <= slot[k].gpa + (slot[k].bytes - 1) &&
+            slot[k].gpa <= r->gpa + (r->bytes - 1)) {
             return refuse("memory regions %u and %u overlap", k, i);
         }
     }
@@ -349,11 +371,11 @@ static bool check_region(const mem_region *table, unsigned i,
                   PRIu64, i, end, (uint64_t)st->st_size);
 }
 
-// Mapped in whole blocks of the file, as huge pages ask for.
-static bool map_region(const mem_region *table, unsigned i) {
-    const mem_region *r = &table[i];
-    struct stat       st;
-    if (fstat(fds[i], &st) < 0 || !check_region(table, i, &st)) {
+// One more. Mapped in whole blocks of the file, as huge pages ask for.
+static bool map_region(const mem_region *r, int fd) {
+    unsigned    i = ram.regions;
+    struct stat st;
+    if (fstat(fd, &st) < 0 || !check_region(r, &st)) {
         return false;
     }
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
@@ -362,7 +384,7 @@ static bool map_region(const mem_region *table, unsigned i) {
     uint64_t before = r->offset & (block - 1);
     uint64_t bytes = (before + r->bytes + block - 1) & ~(block - 1);
     void    *base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE,
-                         MAP_SHARED, fds[i], (off_t)(r->offset - before));
+                         MAP_SHARED, fd, (off_t)(r->offset - before));
     if (base == MAP_FAILED) {
         return refuse("memory region %u of %" PRIu64 " bytes: %s", i,
                       r->bytes, strerror(errno));
@@ -370,8 +392,49 @@ static bool map_region(const mem_region *table, unsigned i) {
     map[i] = (mapping){base, (size_t)bytes, r->user};
     region[i] = (vblk_region){r->gpa, r->bytes, (uint8_t *)base + before,
                               false};
+    slot[i] = *r;
     ram.regions = i + 1;
     return true;
+}
+
+static void look_again(void) {
+    vblk_set_memory(&device, vblk_ram_memory(&ram));
+    for (unsigned i = 0; i < option.queues; i++) {
+        if (rings[i].running) {
+            find_avail_idx(&rings[i]);
+        }
+    }
+}
+
+static bool add_memory(void) {
+    if (nfds != 1 || ram.regions == MAX_REGIONS) {
+        return refuse("a memory region with %u descriptors beside %u others; "
+                      "the most is %u regions", nfds, ram.regions,
+                      MAX_REGIONS);
+    }
+    mem_region r = body.slot.region;
+    bool       ok = map_region(&r, fds[0]);
+    look_again();
+    return ok;
+}
+
+static bool remove_memory(void) {
+    const mem_region *r = &body.slot.region;
+    for (unsigned i = 0; i < ram.regions; i++) {
+        if (r->gpa == slot[i].gpa && r->bytes == slot[i].bytes &&
+            r->user == slot[i].user) {
+            mapping gone = map[i];
+            ram.regions--;
+            slot[i] = slot[ram.regions];
+            region[i] = region[ram.regions];
+            map[i] = map[ram.regions];
+            map[ram.regions].base = NULL;
+            look_again();
+            munmap(gone.base, gone.bytes);
+            return true;
+        }
+    }
+    return refuse("there is no such memory region: %#" PRIx64, r->gpa);
 }
 
 // Rings that run keep their guest addresses; the device looks them up anew.
@@ -385,15 +448,11 @@ static bool set_memory(void) {
     }
     forget_memory();
     for (unsigned i = 0; i < count; i++) {
-        if (!map_region(body.memory.region, i)) {
+        if (!map_region(&body.memory.region[i], fds[i])) {
             return false;
         }
     }
-    for (unsigned i = 0; i < option.queues; i++) {
-        if (rings[i].running) {
-            find_avail_idx(&rings[i]);
-        }
-    }
+    look_again();
     return true;
 }
 
@@ -417,52 +476,68 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
 
 // ---- Rings -----------------------------------------------------------------
 
-static uint32_t all_rings(void) {
-    return (UINT32_C(1) << option.queues) - 1;
+static uint64_t ring_bit(unsigned i) {
+    return UINT64_C(1) << i;
+}
+
+static uint64_t all_rings(void) {
+    return ring_bit(option.queues - 1) * 2 - 1;
 }
 
 static void stop_ring(ring *r) {
     if (r->running) {
         r->base = vblk_queue_stop(&device, (int)(r - rings));
-        r->running = r->broken = false;
-        r->avail_idx = NULL;
-        r->wake_ns = 0;
         pending |= all_rings(); // who waited behind it need not any more
     }
+    r->running = r->broken = false;
+    r->avail_idx = NULL;
+    r->wake_ns = 0;
 }
 
-static bool start_ring(ring *r) {
+// Not the front end's doing: the guest hears of it by its own time-out.
+static void break_ring(ring *r) {
+    r->broken = true;
+    pending |= all_rings();
+    signal_guest(r->err);
+}
+
+static void start_ring(ring *r) {
     int       index = (int)(r - rings);
     uint8_t  *host;
     vblk_ring v = {.size = r->size, .position = r->base};
-    if (!find(r->desc, &v.desc, &host) || !find(r->avail, &v.avail, &host) ||
-        !find(r->used, &v.used, &host)) {
-        return refuse("ring %d is outside guest memory: %#" PRIx64 ", %#"
-                      PRIx64 ", %#" PRIx64, index, r->desc, r->avail, r->used);
+    if (r->size == 0) {
+        grumble("ring %d does not run: it has no valid size", index);
+    } else if (!find(r->desc, &v.desc, &host) ||
+               !find(r->avail, &v.avail, &host) ||
+               !find(r->used, &v.used, &host)) {
+        grumble("ring %d does not run, it is outside guest memory: %#" PRIx64
+                ", %#" PRIx64 ", %#" PRIx64, index, r->desc, r->avail,
+                r->used);
+    } else if (vblk_queue_start(&device, index, &v) == VBLK_NO_QUEUE) {
+        grumble("ring %d does not run: the driver did not accept "
+                "VIRTIO_BLK_F_MQ", index);
+    } else {
+        find_avail_idx(r);
+        r->running = true;
+        rings_up = rings_up > (unsigned)index ? rings_up : (unsigned)index + 1;
+        pending |= ring_bit((unsigned)index);
+        signal_guest(r->call); // for what was completed before a reconnect
+        return;
     }
-    if (vblk_queue_start(&device, index, &v) == VBLK_NO_QUEUE) {
-        return refuse("ring %d starts, but the driver did not accept "
-                      "VIRTIO_BLK_F_MQ", index);
-    }
-    find_avail_idx(r);
-    r->running = true;
-    pending |= 1u << index;
-    signal_guest(r->call); // for what was completed before a reconnect
-    return true;
+    break_ring(r);
 }
 
-static bool start_what_is_ready(void) {
+static void start_what_is_ready(void) {
     if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) || !ram.regions) {
-        return true;
+        return;
     }
     for (unsigned i = 0; i < option.queues; i++) {
         ring *r = &rings[i];
-        if (!r->running && r->enabled && r->size > 0 && r->placed &&
-            r->kick >= 0 && !start_ring(r)) {
-            return false;
+        if (!r->running && !r->broken && r->enabled && r->sized &&
+            r->placed && r->kick >= 0) {
+            start_ring(r);
         }
     }
-    return true;
 }
 
 // Without a word to the guest, whose memory may be gone.
@@ -568,14 +643,16 @@ static bool set_ring_fd(ring *r, int *fd) {
 }
 
 static bool set_ring_size(ring *r, uint32_t size) {
-    if (size == 0 || size > MAX_RING || size & (size - 1)) {
-        return refuse("a ring of %u entries; a power of two up to %u will do",
-                      size, MAX_RING);
-    }
     if (r->running && size != r->size) {
         return refuse("another size for a ring that runs");
     }
+    r->sized = true;
     r->size = size;
+    if (size == 0 || size > MAX_RING || size & (size - 1)) {
+        r->size = 0;
+        grumble("ring %d of %u entries; a power of two up to %u will do",
+                (int)(r - rings), size, MAX_RING);
+    }
     return true;
 }
 
@@ -610,6 +687,21 @@ static bool reply_u64(uint64_t value) {
     return reply(sizeof value);
 }
 
+// What fits the rings of the front end; QEMU's have 128 entries unless it is
+// told otherwise. The device itself takes more.
+static void put_seg_max(uint8_t *p) {
+    uint32_t entries = 0;
+    for (unsigned i = 0; i < option.queues; i++) {
+        uint32_t size = rings[i].size;
+        entries = size > 2 && (!entries || size < entries) ? size : entries;
+    }
+    entries = entries ? entries : 128;
+    entries = entries < VBLK_MAX_SEGS + 2 ? entries : VBLK_MAX_SEGS + 2;
+    p[0] = (uint8_t)(entries - 2);
+    p[1] = (uint8_t)((entries - 2) >> 8);
+    p[2] = p[3] = 0;
+}
+
 static bool get_config(void) {
     uint32_t offset = body.config.offset;
     uint32_t size = body.config.size;
@@ -617,7 +709,10 @@ static bool get_config(void) {
         head.size < CONFIG_HEADER + size) {
         return reply(0); // the protocol's way to say no
     }
-    vblk_read_config(&device, offset, body.config.data, size);
+    uint8_t space[CONFIG_SPACE];
+    vblk_read_config(&device, 0, space, sizeof space);
+    put_seg_max(space + 12);
+    memcpy(body.config.data, space + offset, size);
     return reply(CONFIG_HEADER + size);
 }
 
@@ -662,7 +757,8 @@ static bool act_on_ring(bool *replied) {
 static bool act(bool *replied) {
     *replied = head.request == GET_FEATURES || head.request == GET_CONFIG ||
                head.request == GET_PROTOCOL_FEATURES ||
-               head.request == GET_QUEUE_NUM;
+               head.request == GET_QUEUE_NUM ||
+               head.request == GET_MAX_MEM_SLOTS;
     switch (head.request) {
     case SET_OWNER:
     case RESET_OWNER: // deprecated, and best ignored
@@ -680,7 +776,12 @@ static bool act(bool *replied) {
     case SET_MEM_TABLE:         return set_memory();
     case GET_CONFIG:            return get_config();
     case SET_CONFIG:
-        return refuse("a write to config space, which is read-only");
+        grumble("a write to config space at %u is ignored: it is read-only",
+                body.config.offset);
+        return true;
+    case GET_MAX_MEM_SLOTS:     return reply_u64(MAX_REGIONS);
+    case ADD_MEM_REG:           return add_memory();
+    case REM_MEM_REG:           return remove_memory();
     case RESET_DEVICE:
         stop_device();
         clear_rings();
@@ -714,6 +815,11 @@ static int least_payload(uint32_t request) {
     }
 }
 
+// User-Mode Linux asks with the message that negotiates REPLY_ACK.
+static bool asks_for_reply(void) {
+    return head.flags & FLAGS_NEED_REPLY && protocol & PROTOCOL_REPLY_ACK;
+}
+
 static bool take_message(void) {
     bool replied = false;
     int  least = least_payload(head.request);
@@ -724,13 +830,15 @@ static bool take_message(void) {
         refuse("request %u with %u bytes; it has %d", head.request, head.size,
                least);
     } else {
-        taken = act(&replied) && start_what_is_ready();
+        taken = act(&replied);
+        start_what_is_ready();
     }
+    bool slots = !taken && head.request == ADD_MEM_REG && asks_for_reply();
     close_message();
-    // User-Mode Linux asks with the message that negotiates REPLY_ACK.
-    bool asked = head.flags & FLAGS_NEED_REPLY &&
-                 protocol & PROTOCOL_REPLY_ACK;
-    return asked && !replied ? reply_u64(!taken) && taken : taken;
+    if (slots) { // one too many is an answer, and not the end
+        return reply_u64(1);
+    }
+    return asks_for_reply() && !replied ? reply_u64(!taken) && taken : taken;
 }
 
 static bool keep_fds(struct msghdr *m) {
@@ -811,6 +919,7 @@ static void disconnect(void) {
     let_go(&backend_req);
     let_go(&connection);
     pending = 0;
+    rings_up = 0;
     protocol = 0;
     events = 0;
     blocks = false;
@@ -915,11 +1024,9 @@ static void serve(ring *r, uint64_t now) {
     }
     r->wake_ns = out.state == VBLK_STALLED ? now + out.wait_ns : 0;
     if (out.state == VBLK_MORE) {
-        pending |= 1u << (r - rings);
+        pending |= ring_bit((unsigned)index);
     } else if (out.state == VBLK_BROKEN) {
-        r->broken = true;
-        pending |= all_rings();
-        signal_guest(r->err);
+        break_ring(r);
     }
 }
 
@@ -927,11 +1034,12 @@ static void serve_pending(void) {
     static unsigned first;
     bool     limited = option.limits.iops || option.limits.bps;
     uint64_t now = limited ? now_ns() : 0;
-    uint32_t todo = pending;
-    for (unsigned i = 0; i < option.queues && !over(0); i++) {
-        unsigned k = (first + i) % option.queues;
-        if (todo & 1u << k) {
-            pending &= ~(1u << k);
+    uint64_t todo = pending;
+    pending &= rings_up ? ring_bit(rings_up - 1) * 2 - 1 : 0;
+    for (unsigned i = 0; i < rings_up && !over(0); i++) {
+        unsigned k = (first + i) % rings_up;
+        if (todo & ring_bit(k)) {
+            pending &= ~ring_bit(k);
             serve(&rings[k], now);
         }
     }
@@ -943,11 +1051,11 @@ static void serve_pending(void) {
 #define LOOK_ON_NS 50000
 
 static bool new_work(void) {
-    for (unsigned i = 0; i < option.queues; i++) {
+    for (unsigned i = 0; i < rings_up; i++) {
         const ring *r = &rings[i];
         if (r->avail_idx && !r->broken && !r->wake_ns &&
             __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED) != r->seen) {
-            pending |= 1u << i;
+            pending |= ring_bit(i);
         }
     }
     return pending != 0;
@@ -1008,7 +1116,7 @@ static void on_timer(void) {
     }
     for (unsigned i = 0; i < option.queues; i++) {
         if (rings[i].wake_ns && rings[i].wake_ns <= now) {
-            pending |= 1u << i;
+            pending |= ring_bit(i);
         }
     }
     if (option.stats && now >= tick_ns) {
@@ -1069,7 +1177,7 @@ static void turn(void) {
                 disconnect();
             }
             break;
-        default: pending |= 1u << (e[i].data.u32 - TAG_RING); break;
+        default: pending |= ring_bit(e[i].data.u32 - TAG_RING); break;
         }
     }
     work();
@@ -1102,11 +1210,12 @@ static const char usage[] =
     "  --create SIZE   make FILE, of SIZE bytes; it must not exist\n"
     "  --read-only     offer a disk that cannot be written\n"
     "  --id TEXT       the serial number that the guest sees, up to 20 bytes\n"
-    "  --queues N      up to %u (1)\n"
+    "  --queues N      up to %u (all of them)\n"
     "  --iops N        requests a second, all queues together (no limit)\n"
     "  --bps N         bytes a second (no limit)\n"
     "  --cache MODE    writeback: the guest may flush; unsafe: it may not\n"
     "  --stats         a line every second\n"
+    "  --no-lock       do not ask whether others use FILE\n"
     "Sizes and rates take K, M, G or T for powers of 1024. SIGINT or SIGTERM\n"
     "end it.\n";
 
@@ -1130,7 +1239,8 @@ static void parse(int argc, char **argv) {
         {"socket", 1, 0, 's'}, {"image", 1, 0, 'f'},  {"create", 1, 0, 'n'},
         {"read-only", 0, 0, 'r'}, {"id", 1, 0, 'i'},  {"queues", 1, 0, 'q'},
         {"iops", 1, 0, 'o'},   {"bps", 1, 0, 'b'},    {"cache", 1, 0, 'c'},
-        {"stats", 0, 0, 't'},  {"help", 0, 0, 'h'},   {0, 0, 0, 0}};
+        {"stats", 0, 0, 't'},  {"no-lock", 0, 0, 'l'}, {"help", 0, 0, 'h'},
+        {0, 0, 0, 0}};
     int      c, which;
     uint64_t queues;
     while ((c = getopt_long(argc, argv, "", longs, &which)) != -1) {
@@ -1143,6 +1253,7 @@ static void parse(int argc, char **argv) {
         case 'o': option.limits.iops = number("iops", optarg);   break;
         case 'b': option.limits.bps = number("bps", optarg);     break;
         case 't': option.stats = true;                           break;
+        case 'l': option.no_lock = true;                         break;
         case 'q':
             queues = number("queues", optarg);
             if (queues > VBLK_MAX_QUEUES) {
@@ -1171,6 +1282,51 @@ static void parse(int argc, char **argv) {
     }
 }
 
+static void locked(int err) {
+    if (err && (errno == EWOULDBLOCK || errno == EACCES)) {
+        die("--image %s: in use by another process", option.image);
+    }
+    if (err) {
+        die("--image %s: cannot be locked: %s; --no-lock goes on without",
+            option.image, strerror(errno));
+    }
+}
+
+// Bytes that QEMU locks for reading: from 100 on for what it does itself, from
+// 200 on for what it lets nobody else do, one each for reading (0), writing
+// (1) and resizing (3). Then each looks for the other's. A lock of the whole
+// file, as of cloud-hypervisor, meets them too.
+static void lock_as_qemu(void) {
+    const short own[] = {100, 101}, others[] = {201, 203};
+    short       held[4];
+    unsigned    n = 0;
+    for (unsigned i = 0; i < (option.read_only ? 1u : 2u); i++) {
+        held[n++] = own[i];
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        held[n++] = others[i];
+    }
+    for (unsigned i = 0; i < n; i++) {
+        struct flock l = {.l_type = F_RDLCK, .l_whence = SEEK_SET,
+                          .l_start = held[i], .l_len = 1};
+        locked(fcntl(file.fd, F_OFD_SETLK, &l));
+    }
+    for (unsigned i = 0; i < n; i++) {
+        struct flock l = {.l_type = F_WRLCK, .l_whence = SEEK_SET,
+                          .l_start = held[i] < 200 ? held[i] + 100
+                                                   : held[i] - 100,
+                          .l_len = 1};
+        locked(fcntl(file.fd, F_OFD_GETLK, &l));
+        errno = EWOULDBLOCK;
+        locked(l.l_type != F_UNLCK);
+    }
+}
+
+static void lock_image(void) {
+    locked(flock(file.fd, (option.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB));
+    lock_as_qemu();
+}
+
 static void open_image(void) {
     if (option.create) {
         int fd = open(option.image, O_RDWR | O_CREAT | O_EXCL, 0666);
@@ -1196,8 +1352,8 @@ static void open_image(void) {
         die("--image %s: %" PRIu64 " bytes are no disk; a sector has %u",
             option.image, bytes, VBLK_SECTOR);
     }
-    if (flock(file.fd, (option.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB)) {
-        die("--image %s: in use by another process", option.image);
+    if (!option.no_lock) {
+        lock_image();
     }
 }
 
@@ -1210,7 +1366,7 @@ static void make_device(void) {
     o.profile = VBLK_STANDARD;
     o.queues = option.queues;
     o.queue_size = MAX_RING;
-    o.seg_max = 126; // a whole chain in QEMU's rings, which have 128 entries
+    o.seg_max = VBLK_MAX_SEGS; // of what is told see put_seg_max()
     o.limits = option.limits;
     o.interrupt = interrupt;
     o.event = event;

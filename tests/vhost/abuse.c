@@ -38,9 +38,6 @@ static const struct {
     {"short-payload", 0, SET_VRING_NUM, 4, {0, 0}, 0, NO},
     {"ring-1000", 0, SET_VRING_NUM, 8, {1000, 128}, 0, NO},
     {"enable-ring-1000", 0, SET_VRING_ENABLE, 8, {1000, 1}, 0, NO},
-    {"ring-size-0", 1, SET_VRING_NUM, 8, {0, 0}, 0, NO},
-    {"ring-size-3", 1, SET_VRING_NUM, 8, {0, 3}, 0, NO},
-    {"ring-size-2M", 1, SET_VRING_NUM, 8, {0, 1 << 21}, 0, NO},
     {"size-of-running-ring", 0, SET_VRING_NUM, 8, {0, 64}, 0, NO},
     {"kick-without-descriptor", 0, SET_VRING_KICK, 8, {0, 0}, 0, NO},
     {"kick-of-ring-200", 0, SET_VRING_KICK, 8, {200, 0}, 1, NO},
@@ -50,7 +47,7 @@ static const struct {
     {"60-stray-descriptors", 0, SET_OWNER, 0, {0, 0}, 60, ACCEPTED | NO},
     {"memory-table-cut-off", 0, SET_MEM_TABLE, 8, {1, 0}, 1, NO},
     {"features-not-offered", 1, SET_FEATURES, 8, {0, 1u << 31}, 0, NO},
-    {"config-write", 0, SET_CONFIG, 12, {0, 0}, 0, NO},
+    {"config-write", 0, SET_CONFIG, 12, {0, 0}, 0, ACCEPTED},
 };
 
 static unsigned message_case(size_t k) {
@@ -169,7 +166,7 @@ static const struct {
     {"data-of-4GiB", IN, 0, {HEAD, {DATA, UINT32_MAX, W}, LAST}, 0, IOERR},
     {"data-of-513-bytes", IN, 0, {HEAD, {DATA, 513, W}, LAST}, 0, IOERR},
     {"data-read-only", IN, 0, {HEAD, SECTOR_OUT, LAST}, 0, IOERR},
-    {"writable-first", OUT, 0, {SECTOR_IN, HEAD, LAST}, 0, UNJUDGED},
+    {"writable-first", OUT, 0, {SECTOR_IN, HEAD, LAST}, 0, IOERR},
     {"status-unmapped", IN, 0, {HEAD, SECTOR_IN, {UNMAPPED, 1, W}}, 0, SILENT},
     {"status-read-only", IN, 0, {HEAD, SECTOR_OUT, SECTOR_OUT}, 0, UNJUDGED},
     {"unknown-type", 0x7777, 0, {HEAD, SECTOR_IN, LAST}, 0, UNSUPP},
@@ -284,6 +281,119 @@ static unsigned ring_odd(void) {
     return ring_at(p.desc + 1, p.avail + 1, p.used + 1);
 }
 
+static bool is_called(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    eventfd_t     n;
+    return poll(&p, 1, 2000) > 0 && eventfd_read(fd, &n) == 0;
+}
+
+// The guest's QueueNum goes through a front end that looks at nothing.
+static unsigned ring_of(uint16_t size) {
+    ring_place p = usual_place();
+    uint16_t   was = m.size;
+    unsigned   answer = share_memory();
+    m.size = size;
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    m.size = was;
+    return answer == ACCEPTED ? await(0) : answer;
+}
+
+static unsigned ring_size_0(void) {
+    return ring_of(0);
+}
+
+static unsigned ring_size_12(void) {
+    return ring_of(12);
+}
+
+static unsigned ring_size_2m(void) {
+    ring_place p = usual_place();
+    unsigned   answer = share_memory();
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    return answer == ACCEPTED && set_pair(GET_VRING_BASE, 0, 0) != CLOSED &&
+                   set_pair(SET_VRING_NUM, 0, 1 << 21) == ACCEPTED &&
+                   set_fd(SET_VRING_KICK, m.kick) == ACCEPTED
+               ? await(0)
+               : CLOSED;
+}
+
+// The second ring alone is broken: the first goes on.
+static unsigned ring_without_mq(void) {
+    ring_place     p = usual_place();
+    const uint64_t index = 1;
+    int            err = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    p.index = 1;
+    bool ok = set_pair(SET_VRING_NUM, 1, 128) == ACCEPTED &&
+              message(SET_VRING_ADDR, &p, sizeof p, NULL, 0) == ACCEPTED &&
+              message(SET_VRING_ERR, &index, 8, &err, 1) == ACCEPTED &&
+              message(SET_VRING_KICK, &index, 8, &err, 1) == ACCEPTED &&
+              set_pair(SET_VRING_ENABLE, 1, 1) == ACCEPTED &&
+              good_read(0) == DONE;
+    ok = ok && is_called(err);
+    close(err);
+    return ok ? STOPPED : CLOSED;
+}
+
+// As viostor sends them, and QEMU's own back end takes.
+static unsigned chain_of_515(void) {
+    struct vring_desc *table = at(TABLE);
+    table[0] = describe(CONTROL(0), 16, NEXT, 1);
+    for (unsigned i = 1; i <= 513; i++) {
+        table[i] = describe(DATA + 512 * i, 512, W | NEXT, i + 1);
+    }
+    table[514] = describe(CONTROL(0) + STATUS, 1, W, 0);
+    m.desc[0] = describe(TABLE, 16 * 515, INDIRECTLY, 0);
+    ask(0, IN, 0);
+    unsigned answer = go(0);
+    return answer == DONE && !in_file(at(DATA + 512), 0, 513 * 512) ? UNJUDGED
+                                                                  : answer;
+}
+
+typedef struct memory_slot {
+    uint64_t padding;
+    region   region;
+} memory_slot;
+
+static unsigned put_slot(uint32_t request, region r) {
+    const memory_slot slot = {0, r};
+    return message(request, &slot, sizeof slot, &m.memory_fd,
+                   request == ADD_MEM_REG);
+}
+
+static unsigned memory_by_slots(void) {
+    const region high = {HIGH, m.high_bytes, (uintptr_t)m.memory, 0};
+    const region low = {LOW, LOW_BYTES, (uintptr_t)at(LOW), m.high_bytes};
+    ring_place   p = usual_place();
+    unsigned     answer = put_slot(ADD_MEM_REG, low);
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, high) : answer;
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    answer = answer == ACCEPTED ? good_read(0) : answer;
+    // Taken away and given back while the ring runs.
+    answer = answer == DONE ? put_slot(REM_MEM_REG, high) : answer;
+    answer = answer == ACCEPTED ? good_read(1) : answer;
+    answer = answer == IOERR ? put_slot(ADD_MEM_REG, high) : answer;
+    return answer == ACCEPTED ? good_read(2) : answer;
+}
+
+static unsigned slot_too_many(void) {
+    unsigned answer = ACCEPTED;
+    for (unsigned i = 0; i < 32 && answer == ACCEPTED; i++) {
+        const region r = {HIGH + i * 4096, 4096, HIGH + i * 4096, 0};
+        answer = put_slot(ADD_MEM_REG, r);
+    }
+    if (answer != ACCEPTED) {
+        return answer == REFUSED ? SILENT : answer;
+    }
+    const region r = {LOW, 4096, LOW, 0};
+    answer = put_slot(ADD_MEM_REG, r);
+    return answer == REFUSED && hung_up() ? CLOSED : answer;
+}
+
+static unsigned slot_that_is_none(void) {
+    const region r = {LOW + 4096, 4096, LOW, 0};
+    return put_slot(REM_MEM_REG, r);
+}
+
 static unsigned head_outside(void) {
     return go(60000);
 }
@@ -373,12 +483,6 @@ static unsigned call_lingers(void) {
     unsigned answer = sent ? wait_until_closed(3000) : CLOSED;
     close(listener);
     return answer;
-}
-
-static bool is_called(int fd) {
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-    eventfd_t     n;
-    return poll(&p, 1, 2000) > 0 && eventfd_read(fd, &n) == 0;
 }
 
 // What was completed before there was a descriptor is announced on it.
@@ -517,9 +621,17 @@ static const struct {
     {"version-2", 0, version_2, CLOSED},
     {"config-far-out", 0, config_far_out, NO},
     {"config-of-4GiB", 0, config_of_4gib, NO},
-    {"ring-unmapped", 1, ring_unmapped, NO},
-    {"ring-at-the-end", 1, ring_at_the_end, NO | STOPPED},
-    {"ring-odd", 1, ring_odd, NO | STOPPED},
+    {"ring-unmapped", 1, ring_unmapped, STOPPED},
+    {"ring-at-the-end", 1, ring_at_the_end, STOPPED},
+    {"ring-odd", 1, ring_odd, STOPPED},
+    {"ring-size-0", 1, ring_size_0, STOPPED},
+    {"ring-size-12", 1, ring_size_12, STOPPED},
+    {"ring-size-2M", 1, ring_size_2m, STOPPED},
+    {"ring-1-without-mq", 0, ring_without_mq, STOPPED},
+    {"chain-of-515", 0, chain_of_515, DONE},
+    {"memory-by-slots", 1, memory_by_slots, DONE},
+    {"slot-too-many", 1, slot_too_many, REFUSED},
+    {"slot-that-is-none", 0, slot_that_is_none, NO},
     {"head-outside", 0, head_outside, STOPPED},
     {"avail-idx-ahead", 0, idx_ahead, STOPPED},
     {"avail-idx-back", 0, idx_back, STOPPED},

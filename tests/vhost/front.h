@@ -36,12 +36,13 @@ enum {
     GET_VRING_BASE = 11, SET_VRING_KICK = 12, SET_VRING_CALL = 13,
     SET_VRING_ERR = 14,
     GET_PROTOCOL_FEATURES = 15, SET_PROTOCOL_FEATURES = 16,
-    SET_VRING_ENABLE = 18, GET_CONFIG = 24, SET_CONFIG = 25
+    SET_VRING_ENABLE = 18, GET_CONFIG = 24, SET_CONFIG = 25,
+    ADD_MEM_REG = 37, REM_MEM_REG = 38
 };
 enum { VERSION = 1, REPLY = 4, NEED_REPLY = 8 };
 
 #define PROTOCOL_FEATURES BIT(30)
-#define PROTOCOL          (BIT(3) | BIT(9)) // REPLY_ACK, CONFIG
+#define PROTOCOL          (BIT(3) | BIT(9) | BIT(15)) // acks, config, slots
 #define FEATURES                                                               \
     (BIT(VIRTIO_F_VERSION_1) | BIT(VIRTIO_RING_F_EVENT_IDX) |                  \
      BIT(VIRTIO_RING_F_INDIRECT_DESC) | BIT(VIRTIO_BLK_F_FLUSH) |              \

@@ -234,12 +234,51 @@ check_writes mmio
 check_daemon m "$daemon"
 
 
+truncate -s 64M "$tmp/raw.img"
+
+
+# ---- An image that QEMU has open, and one that it may not open ---------------
+
+if command -v qemu-io >/dev/null; then
+    start locked "$tmp/serve" --image "$tmp/raw.img"
+    check locked-for-qemu "$(qemu-io -f raw -c 'read 0 512' "$tmp/raw.img" \
+        2>&1 | grep -c 'Failed to get')" 1
+    end TERM
+    start shared "$tmp/serve" --image "$tmp/raw.img" --read-only
+    check shared-with-a-reader "$(qemu-io -r -f raw -c 'read 0 512' \
+        "$tmp/raw.img" 2>&1 | grep -c 'read 512/512')" 1
+    check not-shared-with-a-writer "$(qemu-io -f raw -c 'read 0 512' \
+        "$tmp/raw.img" 2>&1 | grep -c 'Failed to get')" 1
+    end TERM
+    qemu-io -f raw -c 'read 0 512' -c 'sleep 20000' "$tmp/raw.img" \
+        >"$tmp/qemu-io.out" 2>&1 &
+    io=$!
+    running="$running $io"
+    for try in $(seq 100); do
+        grep -q 'read 512/512' "$tmp/qemu-io.out" && break
+        sleep 0.05
+    done
+    timeout 10 "$tmp/serve" --socket "$tmp/never.sock" --image "$tmp/raw.img" \
+        >"$tmp/never.out" 2>&1
+    check open-in-qemu "status $?" "status 1"
+    check open-in-qemu-says-so "$(grep -c 'in use by another' \
+        "$tmp/never.out")" 1
+    start unlocked "$tmp/serve" --image "$tmp/raw.img" --no-lock
+    end TERM
+    check no-lock-goes-on "status $status" "status 0"
+    kill -KILL $io
+    wait $io 2>/dev/null
+    forget $io
+else
+    echo "SKIP: locks beside QEMU need qemu-io (apt install qemu-utils)"
+fi
+
+
 # ---- The daemon is killed and comes back ------------------------------------
 
 # Four writers, each of which reads back what it wrote, until they are told to
 # stop: each waits for the daemon, and none sees an error.
 kernel_options=
-truncate -s 64M "$tmp/raw.img"
 job <<'JOB'
 writer() { # number
     i=0
@@ -255,6 +294,7 @@ writer() { # number
     echo $i >/rounds.$1
 }
 for number in 0 1 2 3; do writer $number & done
+say queues $(ls /sys/block/vda/mq | wc -l)
 say ready
 read go
 touch /stop
@@ -262,9 +302,9 @@ wait
 say rounds $(cat /rounds.*)
 JOB
 start killed "$tmp/serve" --image "$tmp/raw.img"
-start_qemu "$tmp/killed.console" -M q35,accel=tcg,memory-backend=m \
+start_qemu "$tmp/killed.console" -M q35,accel=tcg,memory-backend=m -smp 2 \
     -chardev "socket,id=c,path=$tmp/killed.sock,reconnect=1" \
-    -device vhost-user-blk-pci,chardev=c,num-queues=1
+    -device vhost-user-blk-pci,chardev=c
 for try in $(seq $((LIMIT * 10))); do
     grep -q "^guest ready" "$tmp/killed.console" && break
     sleep 0.1
@@ -280,6 +320,7 @@ tell_guest go
 wait_guest
 check killed-finished "$(grep -c "^guest done" "$tmp/killed.console")" 1
 check killed-no-errors "$(grep -c "^guest error" "$tmp/killed.console")" 0
+check killed-queues "$(says killed queues)" 2
 check killed-writers "$(says killed rounds | wc -w)" 4
 end TERM
 check killed-last-daemon-served "$(between "$(counter killed writes)" \

@@ -211,7 +211,7 @@ start_guest() { # console, socket
     else
         start_qemu "$1" -M q35,accel=tcg,memory-backend=m \
             -chardev "socket,id=disk,path=$2" \
-            -device vhost-user-blk-pci,chardev=disk,num-queues=1
+            -device vhost-user-blk-pci,chardev=disk
     fi
 }
 
