@@ -267,6 +267,12 @@
 
     Where strict refuses what standard would take, the event's text says so.
 
+    Some drivers need more than a profile: virtio-drivers (Rust) a queue_size
+    of 16 or more; barebox reads its partition table before DRIVER_OK, which
+    no device may serve [2.1.2], and stays one completion behind; Phoenix-RTOS
+    takes the bytes of a read from its used length less 1; RT-Thread speaks
+    version 1 alone, and an event says so.
+
 
     HOSTILE GUESTS
 

@@ -37,6 +37,9 @@ for cc in gcc clang; do
     done
     try "$cc, static" $cc -std=c99 -D_GNU_SOURCE $warn -I. $here/static.c \
         -o "$B/compile" -lpthread
+    try "$cc, two static units" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
+        $here/static_a.c $here/static_b.c -o "$B/compile" -lpthread
+    try "$cc, two static units run" timeout 20 "$B/compile"
     try "$cc, included twice" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         $here/twice.c -o "$B/compile" -lpthread
     try "$cc, two units" $cc -std=c99 -D_GNU_SOURCE $warn -I. \

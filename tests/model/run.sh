@@ -32,5 +32,13 @@ check notify.pml 1 -DNO_SECOND_LOOK
 check worker.pml 0
 check worker.pml 1 -DLOSE_KICK
 check worker.pml 1 -DNO_SIGNAL
+check interrupt.pml 0
+check interrupt.pml 1 -DNO_COUNT
+check stall.pml 0
+check stall.pml 1 -DSWALLOW
+check stall.pml 1 -DLOSE_KICK
+check release.pml 0
+check release.pml 1 -DCALL_FIRST
+check release.pml 1 -DLATE
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -389,6 +389,15 @@ static unsigned slot_too_many(void) {
     return answer == REFUSED && hung_up() ? CLOSED : answer;
 }
 
+// Two descriptors less than the ring has, and what QEMU has before it says so.
+static unsigned seg_max_fits(void) {
+    uint32_t before[2] = {0, 0}, after[2] = {0, 0};
+    get_config(12, 8, before);
+    bool ok = set_pair(SET_VRING_NUM, 0, 64) == ACCEPTED &&
+              get_config(12, 8, after) == ACCEPTED;
+    return ok && before[0] == 126 && after[0] == 62 ? DONE : UNJUDGED;
+}
+
 static unsigned slot_that_is_none(void) {
     const region r = {LOW + 4096, 4096, LOW, 0};
     return put_slot(REM_MEM_REG, r);
@@ -632,6 +641,7 @@ static const struct {
     {"memory-by-slots", 1, memory_by_slots, DONE},
     {"slot-too-many", 1, slot_too_many, REFUSED},
     {"slot-that-is-none", 0, slot_that_is_none, NO},
+    {"seg-max-fits-the-ring", 1, seg_max_fits, DONE},
     {"head-outside", 0, head_outside, STOPPED},
     {"avail-idx-ahead", 0, idx_ahead, STOPPED},
     {"avail-idx-back", 0, idx_back, STOPPED},
