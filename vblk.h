@@ -117,7 +117,8 @@
     never shows. vblk_drain() is a loop around these three and the backend.
 
     Every chain that is taken ends in exactly one way: completed once,
-    dropped by rule V1, V2 or V17, or NEEDS_RESET.
+    dropped by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its
+    queue was reset or stopped.
 
 
     TIME
@@ -138,15 +139,20 @@
 
     OTHER HOSTS
 
-    For io_uring, a thread pool or an event loop: call vblk_next() for each
-    queue until it says neither VBLK_REQUEST nor VBLK_MORE, start each, and
-    call vblk_complete() as they end, in any order, then vblk_publish() once
-    for the lot. A vblk_request may be copied. A reset in between is no danger:
-    a request of an earlier driver session is recognised by vblk_complete() and
-    thrown away. But its memory belongs to the guest again, so cancel or wait
-    out what still moves data before you forward the guest's write of 0 to
-    Status or QueueReady. A request with `durable` set must be on stable
-    storage before it is completed.
+    For io_uring, a thread pool or an event loop: call vblk_next() for the
+    queue that vblk_mmio_write() named, or for each, until it says neither
+    VBLK_REQUEST nor VBLK_MORE, start what it gives, and call vblk_complete()
+    as they end, in any order, then vblk_publish() once for the lot. Go on
+    with the rest of a short transfer yourself: nobody calls again. Of the
+    backend only what there is counts then (write, or the disk is read-only;
+    flush, or FLUSH is not offered), and size, called once; without it the
+    backing is as long as the capacity. A vblk_request may be copied.
+
+    A reset in between is no danger: a request of an earlier driver session is
+    recognised by vblk_complete() and thrown away. But its memory belongs to
+    the guest again, so cancel or wait out what still moves data before you
+    forward the guest's write of 0 to Status or QueueReady. A request with
+    `durable` set must be on stable storage before it is completed.
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
     A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
@@ -168,6 +174,7 @@
 
         registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
                     vblk_set_status, vblk_queue_start, vblk_queue_stop
+                    (vblk_interrupt_ack: any time)
         draining    vblk_next, vblk_execute, vblk_complete, vblk_publish,
                     vblk_drain, vblk_get, vblk_put, vblk_set_limits
         any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
@@ -225,11 +232,13 @@
         V9   OUT on a read-only disk                               IOERR
         V11  unknown type (no io_error)                            UNSUPP
         V12  data in the wrong direction                           IOERR
-        V13  a range that is not wholly on the disk                IOERR
+        V13  a range that is not wholly on the disk, or 4 GiB      IOERR
         V16  GET_ID with less than 20 bytes in its first buffer    IOERR
         V17  status byte outside guest memory        dropped in any profile
+        X2   a read that ends before the backing does              IOERR
         X3   the backend failed                                    IOERR
-        X5   data outside guest memory                             IOERR
+        X5   data outside guest memory, or read to where it is
+             read-only                                             IOERR
         Q4   an avail.idx more than the queue size ahead, a head
              beyond the queue, a misplaced ring, an available or
              used ring outside guest memory                      NEEDS_RESET
@@ -312,6 +321,15 @@
 
     HISTORY
 
+        0.2.0  (to come)     vblk_complete() takes a result as of read(2);
+                             vblk_set_memory() returns a code;
+                             vblk_limiter_init() takes vblk_limits;
+                             vblk_worker_set_cpus() and _set_parked_fd() in
+                             place of options; a level for each log line;
+                             vblk_region has read_only; size_max is 4096 or
+                             more; BACKEND_FAILED is READ_, WRITE_ and
+                             FLUSH_FAILED, BACKEND_STUCK is WRITE_STUCK,
+                             NOTIFY_IGNORED is one of three
         0.1.0  (2026-11-20)  first release
 */
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
@@ -497,7 +515,7 @@ typedef enum vblk_error {
 // Code, then a sentence. The comment names the two numbers, a and b.
 #define VBLK_EVENTS(X)                                                         \
     X(NONE, "nothing")                                                         \
-    /* capacity: a = backend's size in bytes */                                \
+    /* capacity: a = backend's size in bytes, or as the text says */           \
     X(CAPACITY_LARGE, "capacity is more than the backend has: beyond its end " \
       "reads give zeroes, and writes may extend it; a = backend's bytes, "     \
       "b = capacity in bytes (X2)")                                            \
@@ -556,12 +574,12 @@ typedef enum vblk_error {
       "a = head (Q4)")                                                         \
     X(QUEUE_OVERRUN, "more chains are under way than the queue has entries; "  \
       "a = how many (Q4)")                                                     \
-    X(USED_UNWRITABLE, "the used ring is outside guest memory; a = address "   \
-      "(Q4)")                                                                  \
+    X(USED_UNWRITABLE, "the used ring is outside guest memory or read-only; "  \
+      "a = address (Q4)")                                                      \
     X(NOTIFY_SWITCH, "guest notifications cannot be switched on: the used "    \
-      "ring is outside guest memory; a = address (Q3)")                        \
+      "ring is outside guest memory or read-only; a = address (Q3)")           \
     X(HOST_RESET, "the host asked for a reset of the device")                  \
-    /* chain dropped (standard: returned with length 0) */                     \
+    /* chain dropped (standard: see P5) */                                     \
     X(CHAIN_LONG, "a chain has more than seg_max + 2 descriptors, or more "    \
       "than its table has: it loops; a = limit (V1)")                          \
     X(CHAIN_NEXT, "a descriptor index is outside its table; a = index, "       \
@@ -581,8 +599,8 @@ typedef enum vblk_error {
       "status; the standard profile takes the last writable byte (V2, P1)")    \
     X(STATUS_WRAPS, "the status descriptor wraps the address space; "          \
       "a = address (V2)")                                                      \
-    X(STATUS_UNWRITABLE, "the status byte is outside guest memory: the chain " \
-      "is not returned; a = address (V17)")                                    \
+    X(STATUS_UNWRITABLE, "the status byte is outside guest memory or "         \
+      "read-only: the chain is not returned; a = address (V17)")               \
     /* request refused */                                                      \
     X(HEADER_SHORT, "a header of less than 16 bytes; a = bytes (V3)")          \
     X(HEADER_FRAMING, "the first descriptor does not hold the header; the "    \
@@ -590,7 +608,8 @@ typedef enum vblk_error {
       "bytes (V3, P1)")                                                        \
     X(HEADER_UNREADABLE, "the header is outside guest memory; a = address "    \
       "(V4)")                                                                  \
-    X(TYPE_UNKNOWN, "an unknown request type; a = type (V11)")                 \
+    X(TYPE_UNKNOWN, "a request type that is unknown or was not offered; "      \
+      "a = type (V11)")                                                        \
     X(TYPE_BARRIER, "a request type with bit 31, BARRIER, which was never "    \
       "offered; the standard profile ignores it; a = type (V11, P9)")          \
     X(SEGMENT_LONG, "a data descriptor longer than size_max; a = bytes, "      \
@@ -607,8 +626,8 @@ typedef enum vblk_error {
     X(DATA_RAGGED, "data of no multiple of 512 bytes; a = bytes (V8)")         \
     X(DATA_LONG, "data of 4 GiB or more: a used length cannot tell it, and "   \
       "no request may hold the device for so long; a = bytes (V13)")           \
-    X(DATA_UNMAPPED, "a data buffer is outside guest memory; a = address, "    \
-      "b = bytes (X5)")                                                        \
+    X(DATA_UNMAPPED, "a data buffer is outside guest memory, or read-only "    \
+      "where it is read to; a = address, b = bytes (X5)")                      \
     X(READ_ONLY, "a write to a read-only disk; a = sector (V9)")               \
     X(OUT_OF_RANGE, "a range beyond the end of the disk; a = sector, "         \
       "b = bytes (V13)")                                                       \
@@ -701,7 +720,9 @@ typedef enum vblk_cache {
 
 typedef enum vblk_profile { VBLK_STRICT, VBLK_STANDARD } vblk_profile;
 
-// What the guest may use in the long run. A rate of 0 is no limit. A burst is
+// What the guest may use in the long run. An IN, OUT, FLUSH or GET_ID costs an
+// operation and its bytes; one that is refused or empty, or a FLUSH of a
+// read-only disk, costs nothing. A rate of 0 is no limit. A burst is
 // how much can be saved up while idle: at least one second's worth, which is
 // also its default; at most 2^63 - 1.
 typedef struct vblk_limits {
@@ -742,7 +763,7 @@ typedef struct vblk_options {
 typedef enum vblk_state {
     VBLK_EMPTY,   // nothing to do; the guest will notify
     VBLK_REQUEST, // vblk_next() only: a request was handed out
-    VBLK_STALLED, // call again in wait_ns, not before
+    VBLK_STALLED, // call again in wait_ns; earlier is harmless
     VBLK_MORE,    // call again: the guest adds faster than one call takes
     VBLK_BROKEN   // this queue needs a reset
 } vblk_state;
@@ -954,7 +975,8 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
 // Take the next request of `queue` into `req`. EMPTY: there is none, and the
 // guest will notify; MORE: call again; STALLED: call again in wait_ns.
 // Whenever it is not VBLK_REQUEST, completions so far are published. For one
-// queue; not for VBLK_ALL_QUEUES. Thread: the queue's drainer.
+// queue, or VBLK_NO_QUEUE, which is EMPTY; for VBLK_ALL_QUEUES ask each.
+// Thread: the queue's drainer.
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req);
 
@@ -978,7 +1000,7 @@ VBLKDEF void vblk_publish(vblk_dev *dev, int queue);
 
 // Copy `n` bytes at byte `at` of the request's data from guest memory, or to
 // it. False if guest memory refused, or the request is of an earlier driver
-// session. For requests that are not `direct`.
+// session. For any request; needed where it is not `direct`.
 VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                       void *dst, size_t n);
 VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
@@ -1260,6 +1282,9 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
 
 // True if it was paused. Any thread.
 VBLKDEF bool vblk_worker_resume(vblk_worker *w);
+
+// Whether the thread is at rest now: paused, or not started, and none is left
+// behind. Any thread.
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
 
 // vblk_set_memory() and vblk_set_limits() with the thread at rest: their codes,
@@ -2898,7 +2923,7 @@ static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
 VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
                                vblk_request *req) {
     vblk_outcome out;
-    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
+    VBLK_ASSERT(queue >= VBLK_NO_QUEUE && queue < (int)dev->o.queues);
     vblk_queue *q = vblk__live(dev, queue, &out);
     if (q) {
         uint32_t budget = q->size;

@@ -234,7 +234,8 @@ int main(void) {
     vblk_counts c = vblk_counters(&dev);
     printf("\nCounters: %" PRIu64 " reads, %" PRIu64 " bytes; %" PRIu64
            " writes, %" PRIu64 " bytes; %" PRIu64 " flushes; %" PRIu64
-           " errors; %" PRIu64 " broken queue; %d interrupts\n",
+           " errors (an unknown type is none); %" PRIu64 " broken queue; %d "
+           "interrupts\n",
            c.reads, c.bytes_read, c.writes, c.bytes_written, c.flushes,
            c.io_errors, c.invalid_avail_idx, interrupts);
     expect(c.reads == 3 && c.writes == 1 && c.flushes == 1 &&

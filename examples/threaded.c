@@ -96,7 +96,7 @@ static uint64_t drive(uint64_t until) {
             word(AVAIL + 4)[made++ % QUEUE] = head;
             done++;
         }
-        if (done - said > 50000) {
+        if (done - said > 50000 && isatty(1)) {
             said = done;
             printf("\r%" PRIu64 " reads", done);
             fflush(stdout);

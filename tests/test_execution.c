@@ -793,10 +793,6 @@ static void next_of_all(void) {
     vblk_next(&g.dev, VBLK_ALL_QUEUES, 0, &mistaken);
 }
 
-static void next_of_none(void) {
-    vblk_next(&g.dev, VBLK_NO_QUEUE, 0, &mistaken);
-}
-
 static void next_of_another(void) {
     vblk_next(&g.dev, 2, 0, &mistaken);
 }
@@ -823,6 +819,8 @@ static void memory_under_a_request(void) {
 }
 
 static void nothing_wrong(void) {
+    vblk_request none;
+    CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, VBLK_NO_QUEUE, 0, &none).state);
     vblk_drain(&g.dev, VBLK_NO_QUEUE, 0);
     vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0);
     vblk_complete(&g.dev, &mistaken, 1024);
@@ -831,9 +829,9 @@ static void nothing_wrong(void) {
 
 void callers_mistakes_are_asserted(void) {
     static void (*const calls[])(void) = {
-        nothing_wrong,   next_of_all,      next_of_none,
-        next_of_another, drain_of_another, drain_of_a_negative,
-        more_than_there_is, twice,         memory_under_a_request};
+        nothing_wrong,    next_of_all,         next_of_another,
+        drain_of_another, drain_of_a_negative, more_than_there_is,
+        twice,            memory_under_a_request};
     g.o.queues = 2;
     guest_up();
     request(VBLK_T_IN, 0, 1024);
