@@ -47,7 +47,10 @@ tsan:                          ## the threads under the thread sanitizer (clang)
 	    '(apt install clang libclang-rt-14-dev)'; exit 0; }; \
 	clang $(STD) -O1 -g -fsanitize=thread \
 	    -o $(B)/vblk_tsan $(TESTS) $(LIBS) && $(B)/vblk_tsan w && \
-	$(B)/vblk_tsan rac
+	$(B)/vblk_tsan rac && \
+	clang -std=c99 -D_GNU_SOURCE -O1 -g -fsanitize=thread -I. \
+	    -o $(B)/static_tsan tests/compile/static_a.c \
+	    tests/compile/static_b.c $(LIBS) && $(B)/static_tsan
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party

@@ -136,6 +136,24 @@ check file-size-limit-is-an-error "$(grep -q 'status 1' "$tmp/limit.log" ||
 end "$daemon"
 check file-size-limit-kills-nobody "$(differs $? 0)"
 
+# What is no whole sector is told; a lock that cannot be had is no other user.
+head -c 1000 /dev/urandom >"$shm/odd"
+start "$shm/x" "$serve" --socket "$shm/x" --image "$shm/odd" ||
+    check odd-image-starts "$(tail -n 1 "$shm/x.log")"
+end "$daemon"
+check odd-image-is-told "$(grep -q 'a = 488.*no whole sector' "$shm/x.log" ||
+    head -n 1 "$shm/x.log")"
+printf '#include <errno.h>\nint flock(int fd, int how);
+int flock(int fd, int how) { errno = ENOLCK; return how ? -1 : fd; }\n' \
+    >"$tmp/flock.c"
+build "$tmp/flock.so" -shared -fPIC "$tmp/flock.c"
+build "$tmp/plain" "$here/../../examples/vhost_user_blk.c"
+LD_PRELOAD="$tmp/flock.so" timeout 10 "$tmp/plain" --socket "$shm/y" \
+    --image "$shm/other" >"$tmp/flock.log" 2>&1
+check no-locks-to-be-had "$(differs $? 1)"
+check no-locks-to-be-had-says-so "$(grep -q 'No locks.*--no-lock' \
+    "$tmp/flock.log" || tail -n 1 "$tmp/flock.log")"
+
 # Without a descriptor for the next front end it waits, and does not spin.
 under_limit "-n 8" "$serve" --socket "$shm/w" --image "$shm/other" \
     >"$shm/w.log" 2>&1 &
