@@ -519,8 +519,8 @@ typedef enum vblk_error {
     X(CAPACITY_LARGE, "capacity is more than the backend has: beyond its end " \
       "reads give zeroes, and writes may extend it; a = backend's bytes, "     \
       "b = capacity in bytes (X2)")                                            \
-    X(CAPACITY_ROUNDED, "the backend's last a bytes are no whole sector and "  \
-      "not on the disk (B4)")                                                  \
+    X(CAPACITY_ROUNDED, "the backend's last bytes are no whole sector and "    \
+      "not on the disk; a = how many (B4)")                                    \
     X(CAPACITY_ZERO, "the backend is smaller than one sector: the disk has "   \
       "no sectors (B4)")                                                       \
     /* registers: a = offset, or as the text says; b = value or width */       \
