@@ -1606,6 +1606,13 @@ static inline void vblk__count(uint64_t *counter, uint64_t n) {
     VBLK__STORE(counter, VBLK__LOAD(counter) + n);
 }
 
+// How far something is known to reach; any thread.
+static void vblk__raise_to(uint64_t *reach, uint64_t end) {
+    uint64_t old = VBLK__LOAD(reach);
+    while (end > old && !VBLK__CAS(reach, old, end)) {
+    }
+}
+
 // Used buffers: the bit and the line in one step, after what they announce
 // (release), then the interrupt. Bits that are set need not be set again: as
 // there is a full barrier between the used index and here, an acknowledgement
@@ -2568,13 +2575,6 @@ static uint32_t vblk__only_status(const vblk_request *r) {
     return r->space ? 0 : 1;
 }
 
-// Bytes of the backing up to `end` are there.
-static void vblk__saw(vblk_dev *dev, uint64_t end) {
-    uint64_t seen = VBLK__LOAD(&dev->backing);
-    while (end > seen && !VBLK__CAS(&dev->backing, seen, end)) {
-    }
-}
-
 static void vblk__count_success(vblk_queue *q, const vblk_request *r,
                                 uint64_t bytes) {
     vblk_counts *c = &q->counts;
@@ -2622,7 +2622,7 @@ static bool vblk__end(vblk_dev *dev, const vblk_request *r,
         vblk__count_success(q, r, done.bytes);
     }
     if (ok && r->type == VBLK_T_OUT) {
-        vblk__saw(dev, r->offset + r->bytes);
+        vblk__raise_to(&dev->backing, r->offset + r->bytes);
     }
     return true;
 }
@@ -3761,13 +3761,6 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 
 // ---- Files ------------------------------------------------------------------
 
-// Bytes of the backing up to `end` are there.
-static void vblk__file_saw(vblk_file *f, uint64_t end) {
-    uint64_t seen = VBLK__LOAD(&f->end);
-    while (end > seen && !VBLK__CAS(&f->end, seen, end)) {
-    }
-}
-
 // An errno that stands against `fd` as a disk, or 0.
 static int vblk__file_check(int fd, bool read_only) {
     struct stat st;
@@ -3859,7 +3852,7 @@ static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
     if (n < 0) {
         return -errno;
     }
-    vblk__file_saw(f, n > 0 ? offset + (uint64_t)n : 0);
+    vblk__raise_to(&f->end, n > 0 ? offset + (uint64_t)n : 0);
     return n;
 }
 
@@ -3891,7 +3884,7 @@ static off_t vblk__file_end(vblk_file *f) {
     do {
         end = lseek(f->fd, 0, SEEK_END);
     } while (end < 0 && errno == EINTR);
-    vblk__file_saw(f, end < 0 ? 0 : (uint64_t)end);
+    vblk__raise_to(&f->end, end < 0 ? 0 : (uint64_t)end);
     return end;
 }
 
