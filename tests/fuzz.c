@@ -1133,7 +1133,7 @@ static void host_complete(slot *t, uint8_t how, uint8_t part) {
     uint64_t before = ended();
     int64_t result = status ? -5 : (int64_t)bytes;
     if (r->type == VBLK_T_IN && bytes < r->bytes &&
-        r->offset + bytes < f.dev.backing) {
+        r->offset + bytes < r->backing) {
         status = VBLK_S_IOERR; // short, and not at the end
     }
     bool taken = vblk_complete(&f.dev, r, result);
