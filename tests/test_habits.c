@@ -5,7 +5,7 @@
 #include "guest.h"
 
 // A step is a store, or one of these.
-enum { END, S, FEATURES, QUEUE, NUM_ZERO, REQUEST, RESET_READY, PAGE_TABLE };
+enum { END, S, FEATURES, QUEUE, REQUEST, RESET_READY };
 
 typedef struct step {
     uint8_t  what;
