@@ -1,5 +1,5 @@
 /*
-    vblk.h - v0.1.0 - the device side of virtio-blk in one C99 header
+    vblk.h - v0.2.0 - the device side of virtio-blk in one C99 header
 
     In exactly one source file:
 
@@ -26,11 +26,11 @@
         You provide          guest memory, a backend, an interrupt, options
         Request life         from the driver's ring to the used ring
         Time                 what now_ns is, and when 0 will do
-        Other hosts          asynchronous I/O, a worker thread
+        Other hosts          asynchronous I/O, threads, other languages
         Threads              who may call what, when
         Errors               three kinds, three channels
         Rules                what is refused, and how it ends
-        Profiles             strict and standard
+        Profiles             standard and strict
         Hostile guests       what any guest can and cannot do
         Limits               what is fixed, what is not done
         Compile-time options
@@ -43,10 +43,10 @@
         static uint8_t ram[64 << 20];                 // guest memory at 0
         static uint8_t disk[1 << 20];
 
-        static const vblk_region region = {0, sizeof ram, ram, false};
-        static const vblk_ram    guest  = {&region, 1};
-        static vblk_memdisk      image  = {disk, sizeof disk, false};
-        static vblk_dev          dev;
+        static const vblk_region  region = {0, sizeof ram, ram, false};
+        static const vblk_regions guest  = {&region, 1};
+        static vblk_ramdisk       image  = {disk, sizeof disk};
+        static vblk_dev           dev;
 
         static void interrupt(void *user, int queue, bool fire) {
             if (fire) {
@@ -55,29 +55,30 @@
         }
 
         vblk_options o = {0};
-        o.memory    = vblk_ram_memory(&guest);
-        o.backend   = vblk_memdisk_backend(&image);
+        o.memory    = vblk_regions_memory(&guest);
+        o.backend   = vblk_ramdisk_backend(&image);
         o.interrupt = interrupt;
         int err = vblk_init(&dev, &o);
         if (err) {
             fprintf(stderr, "disk: %s\n", vblk_strerror(err));
         }
 
-    Where the guest loads from the 0x200-byte register window:
+    Where the guest loads from the 0x200-byte register window, and where it
+    stores to it:
 
         value = vblk_mmio_read(&dev, offset, bytes);
+        vblk_mmio_write(&dev, offset, bytes, value);
 
-    and where it stores to it:
+    And in the loop that runs the guest:
 
-        int queue = vblk_mmio_write(&dev, offset, bytes, value);
-        while (vblk_drain(&dev, queue, 0).state == VBLK_MORE) {
-        }
+        next = vblk_poll(&dev, now());
 
-    vblk_mmio_write() says which queue has work, vblk_drain() does the work.
-    Tell the guest where the window is and which interrupt belongs to it: a
-    "virtio,mmio" node in its device tree, or virtio_mmio.device= on the
-    command line of Linux. examples/demo.c is all this, complete, with a
-    driver.
+    vblk_poll() does what is to be done and says when to call it next: at that
+    time on your clock, or after a store, whichever comes first. Calling it
+    too often is harmless. Tell the guest where the window is and which
+    interrupt belongs to it: a "virtio,mmio" node in its device tree, or
+    virtio_mmio.device= on the command line of Linux. examples/demo.c is all
+    this, complete, with a driver.
 
 
     YOU PROVIDE
@@ -86,16 +87,17 @@
     between guest-physical addresses and a buffer and refuse what is not
     guest memory; and, where the host can reach guest memory by pointer, a
     third, map. With map, rings are looked up once and data moves without a
-    copy. For plain RAM in one or several pieces, vblk_ram_memory() gives all
-    three from a table of regions.
+    copy. For plain RAM in one or several pieces, vblk_regions_memory() gives
+    all three from a table of regions.
 
     A backend is a vblk_backend: read, write, flush and size over scattered
-    memory. vblk_memdisk_backend() is one over an array; the POSIX part has
+    memory. vblk_ramdisk_backend() is one over an array; the POSIX part has
     files. What the guest is offered follows from it: without write the disk
-    is read-only, without flush there is no FLUSH. Functions may be replaced:
-    a memory disk that is a shared mapping gets a flush of yours that calls
-    msync(). A slot without a disk needs no device: let MagicValue read
-    0x74726976, Version 2 and all else 0, and DeviceID 0 tells the driver.
+    is read-only, without flush there is no FLUSH. So set one of them to NULL
+    for that, or replace it: a disk in a shared mapping gets a flush of yours
+    that calls msync(). A slot without a disk needs no device: let MagicValue
+    read 0x74726976, Version 2 and all else 0, and DeviceID 0 tells the
+    driver.
 
     The interrupt function is called with true to fire. An edge (an irqfd, a
     message) needs no more. For a level line, ignore the arguments and, under
@@ -103,7 +105,8 @@
     called whenever that may have changed.
 
     Options are one struct. Zero is the sensible default in every field, so
-    start from {0}, in C++ from {}, and name what differs.
+    start from {0}, in C++ from {}, and name what differs. One queue is built
+    into the device; for more, give an array of vblk_queue and its length.
 
 
     REQUEST LIFE
@@ -114,7 +117,8 @@
     vblk_next() takes a chain, validates it whole, and hands out a request:
     a byte range of the disk and the guest memory it goes to or comes from.
     What the device can answer alone (a bad request, GET_ID, an empty read)
-    never shows. vblk_drain() is a loop around these three and the backend.
+    never shows. vblk_poll() and vblk_drain() are a loop around these three
+    and the backend.
 
     Every chain that is taken ends in exactly one way: completed once,
     dropped by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its
@@ -124,35 +128,43 @@
     TIME
 
     now_ns is any clock that does not go backwards, in nanoseconds. Nothing
-    looks at it unless a limit is set; pass 0.
+    looks at it unless a limit is set; without one pass 0.
 
-    With a limit, VBLK_STALLED and wait_ns say when to call again: at that
-    moment the request at the head passes, a nanosecond earlier it does not.
-    Until then it is in the ring, unseen by the guest, and nothing passes it.
-    The guest will not notify again for it, so the call is yours to make. An
-    early call is harmless: it says VBLK_STALLED again, with what is left.
-
-    With several queues, the one that stalled first goes first: when the time
-    has come, drain VBLK_ALL_QUEUES. That another queue is VBLK_EMPTY says
-    nothing of the one that waits: keep its time. examples/emulator.c does.
+    With a limit, a request may have to wait. It stays in the ring, unseen by
+    the guest, and nothing passes it; at the time that was returned it goes,
+    a nanosecond earlier it does not. The guest will not notify again for it,
+    so the call is yours to make. With several queues, the one that stalled
+    first goes first. The times of several queues combine by the smaller.
 
 
     OTHER HOSTS
 
-    For io_uring, a thread pool or an event loop: call vblk_next() for the
-    queue that vblk_mmio_write() named, or for each, until it says neither
-    VBLK_REQUEST nor VBLK_MORE, start what it gives, and call vblk_complete()
-    as they end, in any order, then vblk_publish() once for the lot. Go on
-    with the rest of a short transfer yourself: nobody calls again. Of the
-    backend only what there is counts then (write, or the disk is read-only;
-    flush, or FLUSH is not offered), and size, called once; without it the
-    backing is as long as the capacity. A vblk_request may be copied.
+    For io_uring, a thread pool or an event loop:
 
-    A reset in between is no danger: a request of an earlier driver session is
-    recognised by vblk_complete() and thrown away. But its memory belongs to
-    the guest again, so cancel or wait out what still moves data before you
-    forward the guest's write of 0 to Status or QueueReady. A request with
-    `durable` set must be on stable storage before it is completed.
+        while (vblk_next(dev, queue, now, &req, seg, room)) {
+            start(&req);                         // a copy of it, and of seg
+        }
+        for each that has ended: vblk_complete(dev, &req, result);
+        next = vblk_arm(dev, queue, now);
+
+    Requests end in any order. vblk_publish() shows what is complete while
+    you look on; vblk_arm() also has the driver notify from then on, and says
+    when to look again, so call it before you wait. Go on with the rest of a
+    short transfer yourself: nobody calls again. Of the backend only what
+    there is counts then (write, or the disk is read-only; flush, or FLUSH is
+    not offered), and size, called once; without it the backing is as long as
+    the capacity. A request is about 70 bytes; its segments lie in an array of
+    yours, and may go once its result is whole. A request with `durable` set
+    must be on stable storage before it is completed. examples/pool.c is such
+    a host.
+
+    options.quiesce is called when the driver resets the device or stops a
+    queue: what is under way belongs to the guest again, so cancel it or wait
+    it out there. A request of an earlier driver session is recognised by
+    vblk_complete() and thrown away.
+
+    For a thread for each queue, options.notify wakes it, and it calls
+    vblk_drain(), which answers as vblk_poll() does.
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
     A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
@@ -167,49 +179,59 @@
     be read: poll vblk_interrupt_line() between two instructions, and to wake
     a loop that sleeps until something happens, wait for irq_fd in it.
 
+    Two libraries of one program may each have the header to themselves, of
+    any version: with VBLK_STATIC in each. Readers of C declarations take the
+    part before the implementation as it is, preprocessed: examples/rig.py
+    drives a device from Python.
+
 
     THREADS
 
     The core starts none and takes no lock. Three kinds of call:
 
-        registers   vblk_mmio_write, vblk_set_memory, vblk_accept,
-                    vblk_set_status, vblk_queue_start, vblk_queue_stop
-                    (vblk_interrupt_ack: any time)
-        draining    vblk_next, vblk_execute, vblk_complete, vblk_publish,
-                    vblk_drain, vblk_get, vblk_put, vblk_set_limits
-        any time    vblk_mmio_read, vblk_counters, vblk_interrupt_line,
-                    vblk_needs_reset, and all other queries
+        registers   vblk_mmio_write, vblk_set_memory, vblk_set_status,
+                    vblk_set_driver_features, vblk_queue_start,
+                    vblk_queue_stop
+        draining    vblk_poll, vblk_drain, vblk_next, vblk_execute,
+                    vblk_complete, vblk_publish, vblk_arm, vblk_set_limits
+        any time    vblk_mmio_read, vblk_notify, vblk_interrupt_ack,
+                    vblk_needs_reset, vblk_counters, all other queries, and,
+                    while their request is under way, vblk_get and vblk_put
 
     Register calls: one at a time for a device. Draining calls: one at a time
     for a queue; different queues may be drained by different threads, unless
-    a limit is set: then one at a time for the device. vblk_set_limits() is a
-    draining call of every queue: for it the draining threads must be outside,
-    and come back by the rule that holds then.
+    a limit is set: then one at a time for the device. vblk_poll() and
+    vblk_set_limits() are draining calls of every queue.
 
-    A register call may overlap draining calls, except those that start or
-    stop a queue or change the memory: a Status of 0, QueueReady after
-    DRIVER_OK, vblk_queue_start(), vblk_queue_stop() and vblk_set_memory().
-    For those, the draining threads must be outside.
+    A register call may overlap draining calls, except where it takes queues
+    away: a Status of 0, QueueReady of 0 while live, vblk_queue_stop(). These
+    call options.quiesce first, and from then on until they return the
+    draining threads must be outside. So they must around vblk_set_memory().
+    A vCPU's store to QueueNotify or InterruptACK may overlap anything.
     Distinct devices share nothing.
 
     Callbacks run inside the call that caused them, on its thread: those of a
-    register call on the thread that made it, the rest on a drainer's. They
-    must not call back into the same device, vblk_interrupt_line() and
-    vblk_counters() excepted. A worker's thread blocks all signals but those
-    of its own faults.
+    register call on the thread that made it, the rest on a drainer's, or on
+    that of a vblk_get() or vblk_put() that guest memory refused. They must
+    not call back into the same device, but for what may be called any time,
+    and vblk_complete() inside quiesce. A worker's thread blocks all signals
+    but those of its own faults.
 
 
     ERRORS
 
-    The caller's mistakes fail vblk_init() with a negative VBLK_ERR_ code, in
-    which case nothing was set up, and assert elsewhere. The backend's become
-    the status byte the guest reads, a counter and an event. The guest's never
-    assert: they are events and, by the rules below, a status byte, a dropped
-    chain, or DEVICE_NEEDS_RESET.
+    What can fail returns VBLK_OK, which is 0, or a negative VBLK_ERR_ code;
+    a bool answers a question. The caller's mistakes fail vblk_init() with a
+    code, in which case nothing was set up, and assert elsewhere. The
+    backend's become the status byte the guest reads, a counter and an event.
+    The guest's never assert: they are events and, by the rules below, a
+    status byte, a dropped chain, or DEVICE_NEEDS_RESET.
 
-    An event is a code, a queue, a head and two numbers; vblk_event_text()
-    makes a sentence of the code. Print them to stderr at first: "my guest
-    does not find its disk" is usually answered by the first line.
+    An event is a number, a level, a queue, a head, and some named fields;
+    vblk_event_line() makes a line of it. Print them to stderr at first: "my
+    guest does not find its disk" is usually answered by the first line. In an
+    image that has no room for sentences, print the numbers: what is not
+    called is not linked.
 
 
     RULES
@@ -246,9 +268,10 @@
 
     PROFILES
 
-    VBLK_STRICT refuses whatever a well-behaved Linux driver never sends.
-    VBLK_STANDARD takes all that the standard lets a driver do, and what
-    shipped drivers really do. It differs in these points alone:
+    VBLK_STANDARD, the default, takes all that the standard lets a driver do,
+    and what shipped drivers really do. VBLK_STRICT refuses whatever a
+    well-behaved Linux driver never sends; it protects nobody more. Standard
+    differs from it in these points alone:
 
         P1  any framing: the header is the first 16 readable bytes, the
             status the last writable one, data what lies between
@@ -297,21 +320,24 @@
     LIMITS
 
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
-    VBLK_MAX_QUEUES queues. IN, OUT, FLUSH, GET_ID. Not done: packed rings,
-    DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
+    65535 queues. IN, OUT, FLUSH, GET_ID. Not done: packed rings, DISCARD,
+    WRITE_ZEROES, zoned disks, the legacy interface.
 
-    A drain takes 8 KB of stack beside what your functions take; with
-    VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 2 KB.
+    A drain takes 5 KB of stack beside what your functions take, 9 KB without
+    map; with VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, under 2 KB.
 
 
     COMPILE-TIME OPTIONS
 
+    None of them changes a type: units may differ in all but the first two.
+
         VBLK_STATIC            all functions static; with VBLK_IMPLEMENTATION
                                in each unit that uses them
         VBLKDEF                or your own linkage; default extern
-        VBLK_MAX_QUEUES        queues in a vblk_dev; default 8
+
+    Where VBLK_IMPLEMENTATION is defined:
+
         VBLK_MAX_SEGS          largest seg_max; default 128
-        VBLK_QUEUE_SIZE        default of options.queue_size; default 256
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
         VBLK_SINGLE_THREADED   no atomics: one thread, guest included;
                                else some 32-bit targets need -latomic
@@ -321,15 +347,51 @@
 
     HISTORY
 
-        0.2.0  (to come)     vblk_complete() takes a result as of read(2);
-                             vblk_set_memory() returns a code;
-                             vblk_limiter_init() takes vblk_limits;
-                             vblk_worker_set_cpus() and _set_parked_fd() in
-                             place of options; a level for each log line;
-                             vblk_region has read_only; size_max is 4096 or
-                             more; BACKEND_FAILED is READ_, WRITE_ and
-                             FLUSH_FAILED, BACKEND_STUCK is WRITE_STUCK,
-                             NOTIFY_IGNORED is one of three
+        0.2.0  (2026-11-26)  the interface: of each pair, the old and the new
+            vblk_drain(...).state == VBLK_MORE
+                                  vblk_poll(), which says when to call again
+            vblk_outcome          a time on your clock, VBLK_NEVER
+            VBLK_BROKEN           vblk_queue_broken()
+            vblk_next() EMPTY     false, and vblk_arm() before you wait
+            vblk_request.seg[]    an array of yours, given to vblk_next()
+            VBLK_MAX_QUEUES       options.queue, an array of options.queues
+            VBLK_QUEUE_SIZE       options.queue_size
+            queue returned by vblk_mmio_write(), vblk_set_status()
+                                  options.notify, or vblk_poll() knows
+            drain VBLK_ALL_QUEUES after vblk_set_memory(), vblk_set_limits(),
+            vblk_queue_stop()     they do it themselves
+            stop I/O before forwarding a Status of 0
+                                  options.quiesce
+            vblk_complete(status, bytes)
+                                  result, as of read(2)
+            vblk_event.a, .b      named fields, a level; VBLK_NO_HEAD
+            vblk_event_text()     vblk_event_line()
+            worker_options.log    options.event
+            vblk_worker_reset()   vblk_worker_mmio_write(), Status, 0; after
+                                  released() the device has been reset
+            vblk_worker.dev       vblk_worker_dev()
+            worker_options.cpus, .parked_fd
+                                  vblk_worker_set_cpus(), _set_parked_fd()
+            vblk_worker_end(), vblk_limiter_end()
+                                  vblk_worker_close(), vblk_pacer_close()
+            vblk_limiter          vblk_pacer; it takes vblk_limits
+            vblk_locked           a mutex in a backend of yours
+            vblk_ram, vblk_memdisk
+                                  vblk_regions, vblk_ramdisk
+            vblk_accept(), vblk_accepted(), vblk_features()
+                                  vblk_set_driver_features(),
+                                  vblk_driver_features(),
+                                  vblk_device_features()
+            options.read_only, backend.read_only, memdisk.read_only
+                                  backend.write = NULL
+            options.cache         backend.flush = NULL
+            true and false of get, put, complete, pause, queue_start
+                                  VBLK_OK and a VBLK_ERR_
+            VBLK_STRICT as default
+                                  VBLK_STANDARD
+            events BACKEND_FAILED, BACKEND_STUCK, NOTIFY_IGNORED
+                                  READ_, WRITE_, FLUSH_FAILED, WRITE_STUCK,
+                                  NOTIFY_NO_QUEUE, _NOT_READY, _EARLY
         0.1.0  (2026-11-20)  first release
 */
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
@@ -373,31 +435,8 @@
 #endif
 
 #define VBLK_VERSION_MAJOR 0 // breaks source or behaviour
-#define VBLK_VERSION_MINOR 1 // adds
+#define VBLK_VERSION_MINOR 2 // adds
 #define VBLK_VERSION_PATCH 0 // repairs
-
-#ifndef VBLK_MAX_QUEUES
-#define VBLK_MAX_QUEUES 8
-#endif
-#ifndef VBLK_MAX_SEGS
-#define VBLK_MAX_SEGS 128
-#endif
-#ifndef VBLK_QUEUE_SIZE
-#define VBLK_QUEUE_SIZE 256
-#endif
-#ifndef VBLK_SCRATCH
-#define VBLK_SCRATCH 4096
-#endif
-#if VBLK_MAX_QUEUES < 1 || VBLK_MAX_QUEUES > 65535 || VBLK_MAX_SEGS < 1
-#error "vblk.h: VBLK_MAX_QUEUES is 1 to 65535, VBLK_MAX_SEGS at least 1"
-#endif
-#if VBLK_SCRATCH < 512 || VBLK_SCRATCH % 512 != 0
-#error "vblk.h: VBLK_SCRATCH must be a multiple of 512"
-#endif
-#if VBLK_QUEUE_SIZE < 1 || VBLK_QUEUE_SIZE > 32768 ||                          \
-    (VBLK_QUEUE_SIZE & (VBLK_QUEUE_SIZE - 1)) != 0
-#error "vblk.h: VBLK_QUEUE_SIZE must be a power of two from 1 to 32768"
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -476,24 +515,26 @@ extern "C" {
 
 #define VBLK_ERRORS(X)                                                         \
     X(OK, 0, "no error")                                                       \
-    X(ERR_MEMORY, -1, "memory needs both read and write, or neither to be "    \
+    X(ERR_LAYOUT, -1, "this unit and the one with the implementation see "     \
+      "different versions of vblk.h, or lay out its structs differently")      \
+    X(ERR_MEMORY, -2, "memory needs both read and write, or neither to be "    \
       "given later by vblk_set_memory()")                                      \
-    X(ERR_BACKEND, -2, "backend.read is missing")                              \
-    X(ERR_CAPACITY, -3, "capacity is 0 and the backend has no size function, " \
+    X(ERR_BACKEND, -3, "backend.read is missing")                              \
+    X(ERR_CAPACITY, -4, "capacity is 0 and the backend has no size function, " \
       "or it is more than 2^63 bytes; it is in sectors of 512 bytes")          \
-    X(ERR_CACHE, -4, "cache is none of the vblk_cache values")                 \
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
-    X(ERR_QUEUES, -6, "queues is more than VBLK_MAX_QUEUES")                   \
+    X(ERR_QUEUES, -6, "queues is more than 65535, or more than 1 without an "  \
+      "array of that many in options.queue")                                   \
     X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
-    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS or than "           \
-      "queue_size - 2; without INDIRECT_DESC a queue_size below 3 leaves no "  \
-      "request at all")                                                        \
+    X(ERR_SEG_MAX, -8, "seg_max is more than the VBLK_MAX_SEGS of the "        \
+      "implementation or than queue_size - 2; without INDIRECT_DESC a "        \
+      "queue_size below 3 leaves no request at all")                           \
     X(ERR_SIZE_MAX, -9, "size_max is less than 4096 bytes: no Linux since "    \
       "6.9 binds such a disk")                                                 \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
-      "rate and, but for a limiter's, may not be smaller than one second's "   \
+      "rate and, but for a pacer's, may not be smaller than one second's "     \
       "worth of it; neither may be 2^63 or more")                              \
     X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
     X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
@@ -501,167 +542,238 @@ extern "C" {
       "be had; errno says why")                                                \
     X(ERR_CPUS, -15, "cpus names a processor below 0 or above what cpu_set_t " \
       "holds")                                                                 \
-    X(ERR_BUSY, -16, "the worker did not come to rest within stop_ms: its "    \
-      "backend is slow or stuck; nothing changed")                             \
-    X(ERR_STOP_MS, -17, "stop_ms is more than INT_MAX milliseconds")
+    X(ERR_BUSY, -16, "requests are under way, or the thread did not come to "  \
+      "rest in time: its backend is slow or stuck")                            \
+    X(ERR_STOP_MS, -17, "stop_ms is more than INT_MAX milliseconds")           \
+    X(ERR_STALE, -18, "the request is of an earlier driver session, or its "   \
+      "queue broke: nothing was touched")                                      \
+    X(ERR_REFUSED, -19, "guest memory refuses the access")                     \
+    X(ERR_RING, -20, "the queue cannot start: there is none of that number, "  \
+      "it runs already, its size is no power of two within queue_size, or "    \
+      "FEATURES_OK is not set")                                                \
+    X(ERR_HOOKS, -21, "notify and quiesce are a worker's own: its options "    \
+      "leave them NULL")
 
 typedef enum vblk_error {
 #define VBLK_X(name, value, text) VBLK_##name = (value),
     VBLK_ERRORS(VBLK_X)
 #undef VBLK_X
-    VBLK_ERROR_LAST = -17
+    VBLK_ERROR_LAST = -21
 } vblk_error;
 
-// Code, then a sentence. The comment names the two numbers, a and b.
+typedef enum vblk_level {
+    VBLK_LEVEL_ERROR,   // the host is to act: its disk, its memory, a thread
+    VBLK_LEVEL_WARNING, // the driver did what it may not
+    VBLK_LEVEL_NOTE
+} vblk_level;
+
+// Name, number, level, the fields of the event that are set, and a sentence. A
+// number is never given to another event.
 #define VBLK_EVENTS(X)                                                         \
-    X(NONE, "nothing")                                                         \
-    /* capacity: a = backend's size in bytes, or as the text says */           \
-    X(CAPACITY_LARGE, "capacity is more than the backend has: beyond its end " \
-      "reads give zeroes, and writes may extend it; a = backend's bytes, "     \
-      "b = capacity in bytes (X2)")                                            \
-    X(CAPACITY_ROUNDED, "the backend's last bytes are no whole sector and "    \
-      "not on the disk; a = how many (B4)")                                    \
-    X(CAPACITY_ZERO, "the backend is smaller than one sector: the disk has "   \
-      "no sectors (B4)")                                                       \
-    /* registers: a = offset, or as the text says; b = value or width */       \
-    X(REG_WIDTH, "a register below 0x100 was accessed with a width other "     \
-      "than 4 bytes (M2)")                                                     \
-    X(REG_FEATURES_WINDOW, "DriverFeatures was written outside the window "    \
-      "from DRIVER to FEATURES_OK and is ignored; a = Status, b = value (M5)") \
-    X(REG_QUEUE_WINDOW, "a queue register was written outside the window "     \
-      "from FEATURES_OK to DRIVER_OK and is ignored; in the standard profile " \
-      "it begins with DRIVER (M7, P13)")                                       \
-    X(REG_LEGACY, "a register of version 1 was written, which is not served: " \
-      "the driver did not look at Version; a = offset (M12)")                  \
-    X(REG_QUEUE_FROZEN, "QueueReady was cleared while the device is live and " \
-      "is ignored; the standard profile stops the queue (M7, P8)")             \
-    X(REG_QUEUE_SIZE, "QueueNum is 0, over QueueNumMax or no power of two "    \
-      "and is ignored (M7)")                                                   \
-    X(NOTIFY_NO_QUEUE, "QueueNotify for a queue that does not exist is "       \
-      "ignored; a = queue (M10)")                                              \
-    X(NOTIFY_NOT_READY, "QueueNotify for a queue that is not ready is "        \
-      "ignored; a = queue (M10)")                                              \
-    X(NOTIFY_EARLY, "QueueNotify before DRIVER_OK is ignored: nothing is "     \
-      "served until then; a = queue, b = Status (M10)")                        \
-    /* status: a = Status, b = value written */                                \
-    X(STATUS_CLEARS, "a Status write that would clear a bit is refused: only " \
-      "0 clears, and resets; the standard profile adds what is new in it "     \
+    /* set-up */                                                               \
+    X(CAPACITY_LARGE, 1, NOTE, BYTES, AGAINST, "capacity, against, is more "   \
+      "than the backend has, bytes: beyond its end reads give zeroes, and "    \
+      "writes may extend it (X2)")                                             \
+    X(CAPACITY_ROUNDED, 2, WARNING, BYTES, NONE, "the backend's last bytes "   \
+      "are no whole sector and not on the disk (B4)")                          \
+    X(CAPACITY_ZERO, 3, ERROR, BYTES, NONE, "the backend is smaller than one " \
+      "sector: the disk has no sectors (B4)")                                  \
+    /* registers: address is the offset in the window */                       \
+    X(REG_WIDTH, 10, WARNING, ADDRESS, BYTES, "a register below 0x100 was "    \
+      "accessed with a width other than 4 bytes (M2)")                         \
+    X(REG_FEATURES_WINDOW, 11, WARNING, VALUE, AGAINST, "DriverFeatures was "  \
+      "written outside the window from DRIVER to FEATURES_OK and is ignored; " \
+      "against: Status (M5)")                                                  \
+    X(REG_QUEUE_WINDOW, 12, WARNING, ADDRESS, VALUE, "a queue register was "   \
+      "written outside the window from FEATURES_OK to DRIVER_OK and is "       \
+      "ignored; in the standard profile it begins with DRIVER (M7, P13)")      \
+    X(REG_QUEUE_FROZEN, 13, WARNING, ADDRESS, VALUE, "QueueReady was cleared " \
+      "while the device is live and is ignored; the standard profile stops "   \
+      "the queue (M7, P8)")                                                    \
+    X(REG_QUEUE_SIZE, 14, WARNING, ADDRESS, VALUE, "QueueNum is 0, over "      \
+      "QueueNumMax or no power of two and is ignored (M7)")                    \
+    X(REG_LEGACY, 15, WARNING, ADDRESS, VALUE, "a register of version 1 was "  \
+      "written, which is not served: the driver did not look at Version "      \
+      "(M12)")                                                                 \
+    X(NOTIFY_NO_QUEUE, 16, WARNING, INDEX, NONE, "QueueNotify for a queue "    \
+      "that does not exist is ignored (M10)")                                  \
+    X(NOTIFY_NOT_READY, 17, WARNING, INDEX, NONE, "QueueNotify for a queue "   \
+      "that is not ready is ignored (M10)")                                    \
+    X(NOTIFY_EARLY, 18, WARNING, INDEX, AGAINST, "QueueNotify before "         \
+      "DRIVER_OK is ignored: nothing is served until then; against: Status "   \
+      "(M10)")                                                                 \
+    /* status: value was written, against is Status */                         \
+    X(STATUS_CLEARS, 20, WARNING, VALUE, AGAINST, "a Status write that would " \
+      "clear a bit is refused: only 0 clears, and resets; the standard "       \
+      "profile adds what is new in it (F2, P2)")                               \
+    X(STATUS_BITS, 21, WARNING, VALUE, AGAINST, "a Status write that adds "    \
+      "two bits or an unknown bit is refused: 1, 3, 11, 15 in turn; the "      \
+      "standard profile takes several steps at once and masks the unknown "    \
       "(F2, P2)")                                                              \
-    X(STATUS_BITS, "a Status write that adds two bits or an unknown bit is "   \
-      "refused: 1, 3, 11, 15 in turn; the standard profile takes several "     \
-      "steps at once and masks the unknown (F2, P2)")                          \
-    X(STATUS_ORDER, "a Status write out of the order ACKNOWLEDGE, DRIVER, "    \
-      "FEATURES_OK, DRIVER_OK is refused (F2)")                                \
-    X(STATUS_NO_ACK, "DRIVER without ACKNOWLEDGE is refused; the standard "    \
-      "profile takes it (F2, P2)")                                             \
-    X(STATUS_NEEDS_RESET, "the device needs a reset: Status writes other "     \
-      "than 0 are refused (F7)")                                               \
-    X(STATUS_FAILED, "the driver gave up on the device (F5)")                  \
-    /* a = features accepted, b = features offered */                          \
-    X(FEATURES_VERSION, "FEATURES_OK is refused: VERSION_1 was not accepted; " \
-      "the standard profile serves such a driver (F3, P10)")                   \
-    X(FEATURES_UNOFFERED, "FEATURES_OK is refused: a feature was accepted "    \
-      "that is not offered (F3)")                                              \
-    /* queue broken: a, b as named */                                          \
-    X(RING_SIZE, "the queue was started without a valid QueueNum (Q4)")        \
-    X(RING_PLACE, "a ring is misaligned or wraps the address space: "          \
-      "descriptors 16, driver area 2, device area 4 bytes; a = address (Q4)")  \
-    X(AVAIL_UNREADABLE, "the available ring is outside guest memory; "         \
-      "a = address (Q4)")                                                      \
-    X(AVAIL_JUMP, "avail.idx is more than the queue size ahead; a = avail.idx" \
-      ", b = device's position (Q4)")                                          \
-    X(HEAD_RANGE, "a head in the available ring is not below the queue size; " \
-      "a = head (Q4)")                                                         \
-    X(QUEUE_OVERRUN, "more chains are under way than the queue has entries; "  \
-      "a = how many (Q4)")                                                     \
-    X(USED_UNWRITABLE, "the used ring is outside guest memory or read-only; "  \
-      "a = address (Q4)")                                                      \
-    X(NOTIFY_SWITCH, "guest notifications cannot be switched on: the used "    \
-      "ring is outside guest memory or read-only; a = address (Q3)")           \
-    X(HOST_RESET, "the host asked for a reset of the device")                  \
-    /* chain dropped (standard: see P5) */                                     \
-    X(CHAIN_LONG, "a chain has more than seg_max + 2 descriptors, or more "    \
-      "than its table has: it loops; a = limit (V1)")                          \
-    X(CHAIN_NEXT, "a descriptor index is outside its table; a = index, "       \
-      "b = entries (V1)")                                                      \
-    X(CHAIN_UNREADABLE, "a descriptor, or the table it is in, is outside "     \
-      "guest memory; a = address (V1)")                                        \
-    X(INDIRECT_OFF, "an indirect descriptor, though INDIRECT_DESC was not "    \
-      "negotiated; a = bytes (V1)")                                            \
-    X(INDIRECT_NESTED, "an indirect descriptor inside an indirect table; "     \
-      "a = bytes (V1)")                                                        \
-    X(INDIRECT_NEXT, "an indirect descriptor with NEXT set; a = bytes (V1)")   \
-    X(INDIRECT_SIZE, "an indirect table of no positive multiple of 16 bytes; " \
-      "a = bytes (V1)")                                                        \
-    X(CHAIN_ORDER, "a readable descriptor after a writable one (V2)")          \
-    X(STATUS_MISSING, "no writable byte for the status (V2)")                  \
-    X(STATUS_FRAMING, "the last of two or more descriptors does not hold the " \
-      "status; the standard profile takes the last writable byte (V2, P1)")    \
-    X(STATUS_WRAPS, "the status descriptor wraps the address space; "          \
-      "a = address (V2)")                                                      \
-    X(STATUS_UNWRITABLE, "the status byte is outside guest memory or "         \
-      "read-only: the chain is not returned; a = address (V17)")               \
-    /* request refused */                                                      \
-    X(HEADER_SHORT, "a header of less than 16 bytes; a = bytes (V3)")          \
-    X(HEADER_FRAMING, "the first descriptor does not hold the header; the "    \
-      "standard profile takes the first 16 readable bytes; a = readable "      \
+    X(STATUS_ORDER, 22, WARNING, VALUE, AGAINST, "a Status write out of the "  \
+      "order ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK is refused (F2)")     \
+    X(STATUS_NO_ACK, 23, WARNING, VALUE, AGAINST, "DRIVER without "            \
+      "ACKNOWLEDGE is refused; the standard profile takes it (F2, P2)")        \
+    X(STATUS_NEEDS_RESET, 24, WARNING, VALUE, AGAINST, "the device needs a "   \
+      "reset: Status writes other than 0 are refused (F7)")                    \
+    X(STATUS_FAILED, 25, WARNING, VALUE, AGAINST, "the driver gave up on the " \
+      "device (F5)")                                                           \
+    /* value was accepted, against is what was offered */                      \
+    X(FEATURES_VERSION, 26, WARNING, VALUE, AGAINST, "FEATURES_OK is "         \
+      "refused: VERSION_1 was not accepted; the standard profile serves such " \
+      "a driver (F3, P10)")                                                    \
+    X(FEATURES_UNOFFERED, 27, WARNING, VALUE, AGAINST, "FEATURES_OK is "       \
+      "refused: a feature was accepted that is not offered (F3)")              \
+    /* a queue is broken */                                                    \
+    X(RING_SIZE, 30, WARNING, NONE, NONE, "the queue was started without a "   \
+      "valid QueueNum (Q4)")                                                   \
+    X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring is misaligned or wraps " \
+      "the address space: descriptors 16, driver area 2, device area 4 bytes " \
+      "(Q4)")                                                                  \
+    X(AVAIL_UNREADABLE, 32, WARNING, ADDRESS, NONE, "the available ring is "   \
+      "outside guest memory (Q4)")                                             \
+    X(AVAIL_JUMP, 33, WARNING, INDEX, AGAINST, "avail.idx is more than the "   \
+      "queue size ahead; against: the device's position (Q4)")                 \
+    X(HEAD_RANGE, 34, WARNING, INDEX, NONE, "a head in the available ring is " \
+      "not below the queue size (Q4)")                                         \
+    X(QUEUE_OVERRUN, 35, WARNING, INDEX, NONE, "more chains are under way "    \
+      "than the queue has entries (Q4)")                                       \
+    X(USED_UNWRITABLE, 36, WARNING, ADDRESS, NONE, "the used ring is outside " \
+      "guest memory or read-only (Q4)")                                        \
+    X(NOTIFY_SWITCH, 37, WARNING, ADDRESS, NONE, "guest notifications cannot " \
+      "be switched on: the used ring is outside guest memory or read-only "    \
+      "(Q3)")                                                                  \
+    /* a chain is dropped (standard: see P5) */                                \
+    X(CHAIN_LONG, 40, WARNING, AGAINST, NONE, "a chain has more than seg_max " \
+      "+ 2 descriptors, or more than its table has: it loops; against: how "   \
+      "many (V1)")                                                             \
+    X(CHAIN_NEXT, 41, WARNING, INDEX, AGAINST, "a descriptor index is "        \
+      "outside its table; against: its entries (V1)")                          \
+    X(CHAIN_UNREADABLE, 42, WARNING, ADDRESS, NONE, "a descriptor, or the "    \
+      "table it is in, is outside guest memory (V1)")                          \
+    X(INDIRECT_OFF, 43, WARNING, BYTES, NONE, "an indirect descriptor, "       \
+      "though INDIRECT_DESC was not negotiated (V1)")                          \
+    X(INDIRECT_NESTED, 44, WARNING, BYTES, NONE, "an indirect descriptor "     \
+      "inside an indirect table (V1)")                                         \
+    X(INDIRECT_NEXT, 45, WARNING, BYTES, NONE, "an indirect descriptor with "  \
+      "NEXT set (V1)")                                                         \
+    X(INDIRECT_SIZE, 46, WARNING, BYTES, NONE, "an indirect table of no "      \
+      "positive multiple of 16 bytes (V1)")                                    \
+    X(CHAIN_ORDER, 47, WARNING, NONE, NONE, "a readable descriptor after a "   \
+      "writable one (V2)")                                                     \
+    X(STATUS_MISSING, 48, WARNING, NONE, NONE, "no writable byte for the "     \
+      "status (V2)")                                                           \
+    X(STATUS_FRAMING, 49, WARNING, NONE, NONE, "the last of two or more "      \
+      "descriptors does not hold the status; the standard profile takes the "  \
+      "last writable byte (V2, P1)")                                           \
+    X(STATUS_WRAPS, 50, WARNING, ADDRESS, NONE, "the status descriptor wraps " \
+      "the address space (V2)")                                                \
+    X(STATUS_UNWRITABLE, 51, WARNING, ADDRESS, NONE, "the status byte is "     \
+      "outside guest memory or read-only: the chain is not returned (V17)")    \
+    /* a request is refused */                                                 \
+    X(HEADER_SHORT, 60, WARNING, BYTES, NONE, "a header of less than 16 "      \
+      "bytes (V3)")                                                            \
+    X(HEADER_FRAMING, 61, WARNING, BYTES, NONE, "the first descriptor does "   \
+      "not hold the header; the standard profile takes the first 16 readable " \
       "bytes (V3, P1)")                                                        \
-    X(HEADER_UNREADABLE, "the header is outside guest memory; a = address "    \
-      "(V4)")                                                                  \
-    X(TYPE_UNKNOWN, "a request type that is unknown or was not offered; "      \
-      "a = type (V11)")                                                        \
-    X(TYPE_BARRIER, "a request type with bit 31, BARRIER, which was never "    \
-      "offered; the standard profile ignores it; a = type (V11, P9)")          \
-    X(SEGMENT_LONG, "a data descriptor longer than size_max; a = bytes, "      \
-      "b = size_max (V5)")                                                     \
-    X(SEGMENT_LONG_STRICT, "a data descriptor longer than size_max; the "      \
-      "standard profile takes it, as the driver did not accept SIZE_MAX; "     \
-      "a = bytes, b = size_max (V5, P3)")                                      \
-    X(DATA_DIRECTION, "data in the wrong direction for the type; a = type "    \
-      "(V12)")                                                                 \
-    X(DATA_MISSING, "a request without data; the standard profile lets it "    \
-      "pass; a = type (V6, P4)")                                               \
-    X(DATA_UNWANTED, "a FLUSH with data; the standard profile ignores the "    \
-      "data; a = bytes (V7, P4)")                                              \
-    X(DATA_RAGGED, "data of no multiple of 512 bytes; a = bytes (V8)")         \
-    X(DATA_LONG, "data of 4 GiB or more: a used length cannot tell it, and "   \
-      "no request may hold the device for so long; a = bytes (V13)")           \
-    X(DATA_UNMAPPED, "a data buffer is outside guest memory, or read-only "    \
-      "where it is read to; a = address, b = bytes (X5)")                      \
-    X(READ_ONLY, "a write to a read-only disk; a = sector (V9)")               \
-    X(OUT_OF_RANGE, "a range beyond the end of the disk; a = sector, "         \
-      "b = bytes (V13)")                                                       \
-    X(ID_SHORT, "GET_ID with less than 20 bytes in its first buffer; the "     \
-      "standard profile copies what fits; a = bytes (V16, P4)")                \
-    /* backend */                                                              \
-    X(READ_SHORT, "a read got less than asked, and the backing does not end "  \
-      "there; a = sector, b = bytes missing (X2)")                             \
-    X(READ_FAILED, "the backend failed to read; a = sector, b = its error "    \
-      "number (X3)")                                                           \
-    X(WRITE_FAILED, "the backend failed to write; a = sector, b = its error "  \
-      "number (X3)")                                                           \
-    X(WRITE_STUCK, "the backend wrote less than asked and stopped there; "     \
-      "a = sector, b = bytes left (X3)")                                       \
-    X(FLUSH_FAILED, "the backend failed to make writes durable; a = sector "   \
-      "behind the write, 0 of a FLUSH; b = its error number (X3)")             \
-    X(NO_MEMORY, "a queue has work but guest memory was not given yet; the "   \
-      "work waits for vblk_set_memory() (W9)")
+    X(HEADER_UNREADABLE, 62, WARNING, ADDRESS, NONE, "the header is outside "  \
+      "guest memory (V4)")                                                     \
+    X(TYPE_UNKNOWN, 63, WARNING, VALUE, NONE, "a request type that is "        \
+      "unknown or was not offered (V11)")                                      \
+    X(TYPE_BARRIER, 64, WARNING, VALUE, NONE, "a request type with bit 31, "   \
+      "BARRIER, which was never offered; the standard profile ignores it "     \
+      "(V11, P9)")                                                             \
+    X(SEGMENT_LONG, 65, WARNING, BYTES, AGAINST, "a data descriptor longer "   \
+      "than size_max (V5)")                                                    \
+    X(SEGMENT_LONG_STRICT, 66, WARNING, BYTES, AGAINST, "a data descriptor "   \
+      "longer than size_max; the standard profile takes it, as the driver "    \
+      "did not accept SIZE_MAX (V5, P3)")                                      \
+    X(DATA_DIRECTION, 67, WARNING, VALUE, NONE, "data in the wrong direction " \
+      "for the type (V12)")                                                    \
+    X(DATA_MISSING, 68, WARNING, VALUE, NONE, "a request of a type that "      \
+      "needs data, without; the standard profile lets it pass (V6, P4)")       \
+    X(DATA_UNWANTED, 69, WARNING, BYTES, NONE, "a FLUSH with data; the "       \
+      "standard profile ignores the data (V7, P4)")                            \
+    X(DATA_RAGGED, 70, WARNING, BYTES, NONE, "data of no multiple of 512 "     \
+      "bytes (V8)")                                                            \
+    X(DATA_LONG, 71, WARNING, BYTES, NONE, "data of 4 GiB or more: a used "    \
+      "length cannot tell it, and no request may hold the device for so long " \
+      "(V13)")                                                                 \
+    X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "a data buffer is outside "  \
+      "guest memory, or read-only where it is read to (X5)")                   \
+    X(READ_ONLY, 73, WARNING, SECTOR, NONE, "a write to a read-only disk "     \
+      "(V9)")                                                                  \
+    X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "a range beyond the end of "   \
+      "the disk (V13)")                                                        \
+    X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID with less than 20 bytes in " \
+      "its first buffer; the standard profile copies what fits (V16, P4)")     \
+    /* the backend */                                                          \
+    X(READ_SHORT, 80, WARNING, SECTOR, BYTES, "a read got less than asked, "   \
+      "and the backing does not end there; bytes: what is missing (X2)")       \
+    X(READ_FAILED, 81, ERROR, SECTOR, ERROR, "the backend failed to read "     \
+      "(X3)")                                                                  \
+    X(WRITE_FAILED, 82, ERROR, SECTOR, ERROR, "the backend failed to write "   \
+      "(X3)")                                                                  \
+    X(WRITE_STUCK, 83, ERROR, SECTOR, BYTES, "the backend wrote less than "    \
+      "asked and stopped there; bytes: what is left (X3)")                     \
+    X(FLUSH_FAILED, 84, ERROR, SECTOR, ERROR, "the backend failed to make "    \
+      "writes durable; sector: the one behind the write, 0 of a FLUSH (X3)")   \
+    /* the host */                                                             \
+    X(NO_MEMORY, 90, NOTE, NONE, NONE, "a queue has work but guest memory "    \
+      "was not given yet; the work waits for vblk_set_memory() (W9)")          \
+    X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset of the "   \
+      "device")                                                                \
+    X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a limit is set and a request "     \
+      "waits, but the clock stands still: now_ns must go on for it to pass")   \
+    X(NOT_QUIET, 93, ERROR, NONE, NONE, "the driver stops a queue, and what "  \
+      "is under way there could not be ended in time: the device needs a "     \
+      "reset (P8)")                                                            \
+    /* a worker */                                                             \
+    X(WORKER_LEFT, 100, ERROR, AGAINST, NONE, "the backend, or another "       \
+      "callback, did not return within stop_ms, against: the thread is left "  \
+      "behind, and the device is reset when it has ended (W7)")                \
+    X(WORKER_STUCK, 101, ERROR, AGAINST, NONE, "the device got no page of "    \
+      "guest memory within stop_ms, against: the thread is left behind, and "  \
+      "the device is reset when it has ended (W7)")                            \
+    X(WORKER_START, 102, ERROR, ERROR, NONE, "the thread cannot be started: "  \
+      "the device needs a reset")                                              \
+    X(WORKER_WAIT, 103, ERROR, ERROR, NONE, "waiting for events failed: the "  \
+      "device needs a reset")                                                  \
+    X(WORKER_TIMER, 104, ERROR, ERROR, NONE, "the timer cannot be set: the "   \
+      "device needs a reset")                                                  \
+    X(WORKER_DESCRIPTOR, 105, ERROR, INDEX, VALUE, "an error or a hang-up of " \
+      "a descriptor; index: its place in the epoll set, value: its events "    \
+      "(W4)")                                                                  \
+    X(WORKER_TOKEN, 106, ERROR, NONE, NONE, "an event of no descriptor of "    \
+      "ours is skipped (W4)")                                                  \
+    X(WORKER_CPUS, 107, WARNING, ERROR, NONE, "the thread cannot run on the "  \
+      "given cpus and goes on where the kernel likes (W6)")
 
 typedef enum vblk_event_code {
-#define VBLK_X(name, text) VBLK_EV_##name,
+    VBLK_EV_NONE,
+#define VBLK_X(name, number, level, a, b, text) VBLK_EV_##name = (number),
     VBLK_EVENTS(VBLK_X)
 #undef VBLK_X
-    VBLK_EV_COUNT
+    VBLK_EV_END // one more than the last
 } vblk_event_code;
 
 #define VBLK_NO_QUEUE   (-1)
 #define VBLK_ALL_QUEUES (-2)
+#define VBLK_NO_HEAD    (-1)
 
+// Which of the numbers are set, the list above says; the rest are 0.
 typedef struct vblk_event {
     vblk_event_code code;
-    int             queue; // VBLK_NO_QUEUE: the device
-    uint16_t        head;  // of the chain; 0 where there is none
-    uint64_t        a, b;  // as the text of the code, or the list above, says
+    vblk_level      level;
+    int             queue;   // VBLK_NO_QUEUE: the device
+    int             head;    // of the chain; VBLK_NO_HEAD: none
+    uint64_t        address; // guest-physical, or a register's offset
+    uint64_t        bytes;
+    uint64_t        sector;
+    uint64_t        index;   // of a queue, a descriptor, an entry
+    uint64_t        value;   // as the driver wrote it
+    uint64_t        against; // what it was held against, as the sentence says
+    int64_t         error;   // the backend's or the system's, above 0
 } vblk_event;
 
 
@@ -701,24 +813,17 @@ typedef struct vblk_seg {
 typedef struct vblk_backend {
     int64_t (*read)(void *user, uint64_t offset, const vblk_seg *seg,
                     unsigned segs);
-    // NULL: a read-only disk.
     int64_t (*write)(void *user, uint64_t offset, const vblk_seg *seg,
-                     unsigned segs);
+                     unsigned segs); // NULL: a read-only disk
     // Make every completed write durable; 0 or a negative error number. After
     // a failure, 0 may only come again once nothing is lost: fsync() itself
     // forgets. NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
-    bool  read_only;
     void *user; // first argument of the four
 } vblk_backend;
 
-typedef enum vblk_cache {
-    VBLK_CACHE_WRITEBACK, // writes are durable after a FLUSH
-    VBLK_CACHE_UNSAFE     // FLUSH is not offered, nothing is ever flushed
-} vblk_cache;
-
-typedef enum vblk_profile { VBLK_STRICT, VBLK_STANDARD } vblk_profile;
+typedef enum vblk_profile { VBLK_STANDARD, VBLK_STRICT } vblk_profile;
 
 // What the guest may use in the long run. An IN, OUT, FLUSH or GET_ID costs an
 // operation and its bytes; one that is refused or empty, or a FLUSH of a
@@ -737,16 +842,16 @@ typedef struct vblk_options {
     uint64_t     capacity;   // 512-byte sectors; default backend.size() / 512,
                              // rounded down; more than that reads as zeroes
     const char  *id;         // copied, cut at 20 bytes; default ""
-    bool         read_only;  // or by the backend
-    vblk_cache   cache;      // default writeback
-    vblk_profile profile;    // default strict
+    vblk_profile profile;    // default standard
     unsigned     queues;     // default 1; more offer MQ
+    struct vblk_queue *queue; // array of `queues`, which must outlive the
+                             // device; NULL: the one that is built in
     uint32_t     queue_size; // power of two, 1 to 32768; default 256
     uint32_t     seg_max;    // data segments in a request; default queue_size
                              // - 2, at least 1 and at most VBLK_MAX_SEGS
-    uint32_t     size_max;   // bytes in a segment, at least 4096; default
-                             // 1 MiB; standard: no limit
-    uint32_t     vendor_id;  // default 0; standard: 0x554d4551, QEMU's
+    uint32_t     size_max;   // bytes in a segment, at least 4096; default no
+                             // limit; strict: 1 MiB
+    uint32_t     vendor_id;  // default 0x554d4551, QEMU's; strict: 0
     uint64_t     features_off; // of those offered, bits not to offer
     vblk_limits  limits;       // default none
     // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of the device's
@@ -754,45 +859,40 @@ typedef struct vblk_options {
     // NULL: poll it.
     void (*interrupt)(void *user, int queue, bool fire);
     void (*event)(void *user, const vblk_event *event); // NULL: silent
-    void *user; // first argument of interrupt and event
+    // `queue`, or VBLK_ALL_QUEUES, has work: wake its thread, which is to call
+    // vblk_drain() or vblk_next(). NULL: vblk_poll() finds it.
+    void (*notify)(void *user, int queue);
+    // The driver, or vblk_queue_stop(), takes `queue` or VBLK_ALL_QUEUES away:
+    // bring the threads that drain it outside, and end what is under way, by
+    // waiting for it or by cancelling it; vblk_complete() may be called from
+    // here. 0: nothing of it touches the queue or moves data any more. Else the
+    // device shows DEVICE_NEEDS_RESET, and the next reset asks again. NULL:
+    // nothing is ever under way between two calls of yours.
+    int (*quiesce)(void *user, int queue);
+    void *user; // first argument of these four
 } vblk_options;
 
 
 // ---- Types you hold --------------------------------------------------------
 
-typedef enum vblk_state {
-    VBLK_EMPTY,   // nothing to do; the guest will notify
-    VBLK_REQUEST, // vblk_next() only: a request was handed out
-    VBLK_STALLED, // call again in wait_ns; earlier is harmless
-    VBLK_MORE,    // call again: the guest adds faster than one call takes
-    VBLK_BROKEN   // this queue needs a reset
-} vblk_state;
-
-typedef struct vblk_outcome {
-    vblk_state state;
-    uint64_t   wait_ns; // with VBLK_STALLED
-} vblk_outcome;
-
-// A descriptor that crosses host regions takes a segment for each; this many
-// crossings fit before the request goes without pointers.
-#define VBLK__SPLITS 16
+#define VBLK_NEVER UINT64_MAX // as a time to call again: until notified
 
 // A validated request. Read-only to the host; may be copied.
 typedef struct vblk_request {
-    uint32_t type;    // VBLK_T_IN, VBLK_T_OUT or VBLK_T_FLUSH
-    bool     durable; // OUT: must be durable before it is completed
-    bool     direct;  // every segment has a pointer
-    uint64_t offset;  // bytes from the start of the disk
-    uint64_t bytes;   // in all segments
-    unsigned segs;
-    uint16_t queue, head;
-    // Private from here to seg.
-    uint64_t epoch;
-    uint64_t backing; // how far it was known to reach
-    bool     space; // writable bytes stand before the status byte
-    uint64_t status_gpa;
-    uint8_t *status_ptr;
-    vblk_seg seg[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+    uint32_t  type;    // VBLK_T_IN, VBLK_T_OUT or VBLK_T_FLUSH
+    uint16_t  queue, head;
+    bool      durable; // OUT: must be durable before it is completed
+    bool      direct;  // every segment has a pointer
+    bool      space;   // private: writable bytes stand before the status byte
+    unsigned  segs;
+    vblk_seg *seg;     // in the array that vblk_next() was given
+    uint64_t  offset;  // bytes from the start of the disk
+    uint64_t  bytes;   // in all segments
+    // Private.
+    uint64_t  epoch;
+    uint64_t  backing; // how far it was known to reach
+    uint64_t  status_gpa;
+    uint8_t  *status_ptr;
 } vblk_request;
 
 #if defined(__GNUC__)
@@ -824,19 +924,21 @@ typedef struct vblk_bucket {
 
 // A virtqueue. Private.
 typedef struct vblk_queue {
-    // Register calls, before DRIVER_OK.
-    bool     ready; // atomic
-    uint32_t size;
+    vblk_counts counts; // any thread reads, the drainer adds
+    uint64_t epoch VBLK__ATOMIC64; // atomic; changes when requests go stale
+    // Register calls, before the queue is ready.
     uint64_t desc_gpa, avail_gpa, used_gpa;
-    // The drainer, from DRIVER_OK to reset.
-    bool     poisoned;
-    uint64_t epoch;        // changes when requests of this queue go stale
-    // The same, and afresh whenever the queue starts. Positions are
-    // free-running.
+    uint32_t size;
+    bool     ready;        // atomic
+    bool     due;          // atomic: vblk_poll() is to look
+    // The drainer, as long as the queue is ready; afresh whenever it starts.
+    // Positions are free-running.
+    bool     poisoned;     // atomic
     bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
     bool     switch_failed;
     bool     adopt_used;   // take the used position from the ring first
+    bool     stalled;      // the request at the head waits for a limit
     uint16_t avail_next;   // next entry to take
     uint16_t avail_seen;   // avail.idx as last read
     uint16_t used_next;    // next entry to fill
@@ -844,55 +946,84 @@ typedef struct vblk_queue {
     uint16_t used_decided; // used.idx at the last decision to interrupt
     uint32_t undecided;    // completions since then; more than an index tells
                            // apart are 65536
-    uint64_t stalled_ns;   // when the request at the head began to wait
-    uint64_t stalled_bytes; // what it costs
-    bool     stalled;      // there is one
     uint32_t under_way;    // handed out, not completed
     uint8_t *desc, *avail, *used; // NULL: through the accessors
-    // Any thread reads, the drainer adds.
-    vblk_counts counts;
+    uint64_t stalled_ns;   // when the stall began
+    uint64_t stalled_bytes; // what the request costs
 } vblk_queue;
 
 // A device. Private, of any storage; must not move while a backend or the
 // guest uses it.
 typedef struct vblk_dev {
-    vblk_options o; // with defaults filled in
-    uint8_t      id[VBLK_ID_BYTES];
+    // From vblk_init() on.
+    vblk_memory  memory;
+    vblk_backend backend;
+    void (*interrupt)(void *user, int queue, bool fire);
+    void (*event)(void *user, const vblk_event *event);
+    void (*notify)(void *user, int queue);
+    int (*quiesce)(void *user, int queue);
+    void        *user;
+    vblk_queue  *queue;
+    uint64_t     capacity;
     uint64_t     offered;
-    uint64_t     accepted VBLK__ATOMIC64;
+    uint32_t     queues, queue_size, seg_max, size_max, vendor_id;
+    uint8_t      id[VBLK_ID_BYTES];
+    bool         strict;
+    // The driver's session.
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
-    bool         no_memory_said, legacy_said; // since the last reset
+    bool         no_memory_said, legacy_said;
+    uint64_t     accepted VBLK__ATOMIC64;
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
     // All drainers.
     uint64_t     backing VBLK__ATOMIC64; // atomic; bytes known to be there
     vblk_bucket  ops, bytes;
-    unsigned     turn;  // 1 + the queue that stalled first; 0: none did
+    uint64_t     again_ns; // vblk_poll(): when a stalled queue may go on
+    uint64_t     clock_ns; // as a limited device last saw it
+    uint32_t     clock_calls; // since it was that
+    uint8_t      clock;    // VBLK__CLOCK_ values
+    bool         waits;    // a queue is stalled, and it is the turn of `turn`
+    uint16_t     turn;     // the queue that stalled first
     // Atomics: set by any thread.
+    uint32_t     due;   // a queue is
     uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
     uint32_t     state; // Status, InterruptStatus and VBLK__LINE in one
-    vblk_queue   queue[VBLK_MAX_QUEUES];
+    vblk_queue   built_in;
 } vblk_dev;
 
 
 // ---- Set-up ----------------------------------------------------------------
+
+#define VBLK_VERSION                                                           \
+    (VBLK_VERSION_MAJOR * 10000 + VBLK_VERSION_MINOR * 100 +                   \
+     VBLK_VERSION_PATCH)
 
 // Bring `dev` to the state a device has after power-on, again if need be: a
 // request of before is stale then, as after a reset. `o` is copied; what
 // it points to must outlive `dev`. Returns VBLK_OK or the VBLK_ERR_ of the
 // first field at fault, in which case `dev` is untouched. There is nothing to
 // undo at the end: the device owns nothing.
-VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o);
+//
+//     int vblk_init(vblk_dev *dev, const vblk_options *o);
+#define vblk_init(dev, o)                                                      \
+    vblk_init_checked(dev, o, VBLK_VERSION, sizeof(vblk_dev))
+VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
+                              int version, size_t bytes);
 
 // Give the device its guest memory, or another: all pointers from the old one
-// are forgotten, ring positions stay. No draining call and no request may be
-// under way. Drain all queues afterwards. VBLK_OK, or VBLK_ERR_MEMORY, in which
-// case nothing changed.
+// are forgotten, ring positions stay, and all queues are looked at again. No
+// draining call may be under way. VBLK_OK; or VBLK_ERR_MEMORY or VBLK_ERR_BUSY,
+// requests are under way, in which case nothing changed.
 VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory);
 
-// A sentence for a VBLK_ERR_ code, and for an event's code.
+// A sentence for a VBLK_ERR_ code.
 VBLKDEF const char *vblk_strerror(int err);
-VBLKDEF const char *vblk_event_text(vblk_event_code code);
+
+// `event` as one line of text, without a newline, into `buf` of `n` bytes, cut
+// to fit: queue, head, the sentence, and the fields that are set. Returns
+// `buf`.
+VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
+                                    size_t n);
 
 
 // ---- Registers [4.2.2] -----------------------------------------------------
@@ -903,18 +1034,16 @@ VBLKDEF const char *vblk_event_text(vblk_event_code code);
 VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
                                 unsigned bytes);
 
-// The guest stored `value` there. Any value at any offset is safe. Returns
-// what to give to vblk_drain(): the queue that was notified, VBLK_ALL_QUEUES
-// when the driver said DRIVER_OK or stopped a queue that others waited for,
-// else VBLK_NO_QUEUE.
-VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
-                            uint64_t value);
+// The guest stored `value` there. Any value at any offset is safe. Queues that
+// have work now are remembered for vblk_poll(), and told to notify().
+VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
+                             uint64_t value);
 
 // The level of the interrupt line: high from a firing until InterruptStatus
 // reads 0. Any thread.
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev);
 
-// Clear bits of InterruptStatus, as a write to InterruptACK does.
+// Clear bits of InterruptStatus, as a write to InterruptACK does. Any thread.
 VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits);
 
 // Ask the driver for a reset: Status shows DEVICE_NEEDS_RESET and, while the
@@ -923,19 +1052,91 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits);
 VBLKDEF void vblk_needs_reset(vblk_dev *dev);
 
 
+// ---- Requests --------------------------------------------------------------
+
+// Do what waits in the queues that were notified, or whose limit allows it by
+// now: take requests, call the backend, complete, publish, and interrupt the
+// guest at most once for each queue. Returns when to call next: `now_ns` if
+// there is more to do, as one call takes at most as many requests as a queue
+// has entries; the moment at which a limit lets the next request pass;
+// VBLK_NEVER if nothing is to be done until the guest stores to a register.
+// Calling too early is harmless. Thread: the drainer of all queues.
+VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns);
+
+// The same for one queue, notified or not. Thread: the queue's drainer.
+VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns);
+
+// Take the next request of `queue` into `req`, its segments into `seg`, an
+// array of `room`: at least seg_max + 2, and more where regions of guest memory
+// meet inside of buffers. False: there is none now, or a limit holds it up:
+// vblk_arm() says when to look again. From here on the driver does not notify.
+// Thread: the queue's drainer.
+VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
+                       vblk_request *req, vblk_seg *seg, unsigned room);
+
+// Do `req` with the backend, here and now, and complete it: for a host that
+// looks around between two requests, where vblk_drain() would not. Thread: the
+// queue's drainer.
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
+
+// `req` has ended with `result`, as of read(2): the bytes that were moved, all
+// for a success, 0 for a FLUSH; or a negative error number, for the event. An
+// IN that is short is filled with zeroes if it came to where the backing ends,
+// as it was made or written; whatever else is short is an error. Only a short
+// one needs its segments still. VBLK_OK, or VBLK_ERR_STALE. The guest sees the
+// completion after vblk_publish() or vblk_arm(). Thread: the queue's drainer.
+VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
+                          int64_t result);
+
+// Show completions of `queue` to the guest and interrupt it if it asked for
+// that [2.7.7.2, 2.7.8.2]. Thread: the queue's drainer.
+VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue);
+
+// Before you wait for anything else than what is under way: publish, have the
+// driver notify from here on, and look once more. Returns when to call
+// vblk_next() again, as vblk_poll() does. Thread: the queue's drainer.
+VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns);
+
+// Copy `n` bytes at byte `at` of the request's data from guest memory, or to
+// it. VBLK_OK, VBLK_ERR_REFUSED or VBLK_ERR_STALE. For any request; needed
+// where it is not `direct`. Any thread, while the request is under way.
+VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     void *dst, size_t n);
+VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     const void *src, size_t n);
+
+// `queue`, or VBLK_ALL_QUEUES, has work: what QueueNotify does, for another
+// transport. Any thread.
+VBLKDEF void vblk_notify(vblk_dev *dev, int queue);
+
+// Change the limits while the device runs. Debts and savings stay, savings up
+// to the new burst; a bucket that had no limit starts full. All queues are
+// looked at again. VBLK_OK or VBLK_ERR_LIMITS, in which case nothing changed.
+// Thread: as a draining call of every queue.
+VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
+                            uint64_t now_ns);
+
+// The counters, summed over all queues. They survive resets. Each is exact;
+// together they are no snapshot while a queue is drained. Any thread.
+VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
+
+// Whether `queue` broke (Q4) and needs a reset. Any thread.
+VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue);
+
+
 // ---- Other transports: what PCI and vhost-user hosts need instead ----------
 
 // What the device offers, and what the driver accepted. Any thread.
-VBLKDEF uint64_t vblk_features(const vblk_dev *dev);
-VBLKDEF uint64_t vblk_accepted(const vblk_dev *dev);
+VBLKDEF uint64_t vblk_device_features(const vblk_dev *dev);
+VBLKDEF uint64_t vblk_driver_features(const vblk_dev *dev);
 
 // What the driver accepts, all 64 bits. Counts from DRIVER to FEATURES_OK.
-VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features);
+VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features);
 
-// Status [2.1]. A write goes by the rules of the profile and returns what
-// vblk_mmio_write() does; read it back to see whether it was taken.
+// Status [2.1]. A write goes by the rules of the profile; read it back to see
+// whether it was taken.
 VBLKDEF uint32_t vblk_status(const vblk_dev *dev);
-VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t status);
+VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t status);
 
 // Copy `n` bytes of config space from byte `offset` on; past its end, zeroes.
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
@@ -950,72 +1151,16 @@ typedef struct vblk_ring {
 } vblk_ring;
 
 // Start `queue`, at any time after FEATURES_OK, in any profile. The position
-// in the used ring is taken from that ring. Returns the queue, for
-// vblk_drain(); or VBLK_NO_QUEUE if there is no such queue, it runs already, or
-// the size is not valid. Thread: as register calls; the queue's drainer must be
-// outside.
-VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring);
+// in the used ring is taken from that ring. What waits there is looked at as
+// if notified. VBLK_OK or VBLK_ERR_RING. Thread: as register calls.
+VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
+                             const vblk_ring *ring);
 
-// Stop it. What is under way goes stale, so wait for it first if it must not
-// be lost. Returns the position to go on from. Drain the other queues then, if
-// there are limits: they may have waited for it. Thread: as above.
-VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue);
-
-
-// ---- Requests --------------------------------------------------------------
-
-// Do what waits in `queue` (or in VBLK_ALL_QUEUES, or nothing for
-// VBLK_NO_QUEUE): take requests, call the backend, complete, publish, and
-// interrupt the guest at most once per queue. Takes at most as many requests
-// as the queue has entries; VBLK_MORE then means that there are more. For
-// all queues the answer is the most pressing one: MORE, STALLED with the wait
-// of the queue whose turn it is, BROKEN, EMPTY. Thread: the queue's drainer.
-VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns);
-
-// Take the next request of `queue` into `req`. EMPTY: there is none, and the
-// guest will notify; MORE: call again; STALLED: call again in wait_ns.
-// Whenever it is not VBLK_REQUEST, completions so far are published. For one
-// queue, or VBLK_NO_QUEUE, which is EMPTY; for VBLK_ALL_QUEUES ask each.
-// Thread: the queue's drainer.
-VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
-                               vblk_request *req);
-
-// Do `req` with the backend, here and now, and complete it: for a host that
-// looks around between two requests, where vblk_drain() would not. Thread: the
-// queue's drainer.
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
-
-// `req` has ended with `result`, as of read(2): the bytes that were moved, all
-// for a success, 0 for a FLUSH; or a negative error number, for the event. An
-// IN that is short is filled with zeroes if it came to where the backing ends,
-// as it was made or written; whatever else is short is an error. False if the
-// request is of an earlier driver session: nothing was touched. The guest sees
-// the completion after vblk_publish(). Thread: the queue's drainer.
-VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
-                           int64_t result);
-
-// Show completions of `queue` to the guest and interrupt it if it asked for
-// that [2.7.7.2, 2.7.8.2]. Thread: the queue's drainer.
-VBLKDEF void vblk_publish(vblk_dev *dev, int queue);
-
-// Copy `n` bytes at byte `at` of the request's data from guest memory, or to
-// it. False if guest memory refused, or the request is of an earlier driver
-// session. For any request; needed where it is not `direct`.
-VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                      void *dst, size_t n);
-VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                      const void *src, size_t n);
-
-// Change the limits while the device runs. Debts and savings stay, savings up
-// to the new burst; a bucket that had no limit starts full. Drain all queues
-// then: a stalled one may pass. VBLK_OK or VBLK_ERR_LIMITS, in which case
-// nothing changed. Thread: as a draining call of every queue.
-VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
-                            uint64_t now_ns);
-
-// The counters, summed over all queues. They survive resets. Each is exact;
-// together they are no snapshot while a queue is drained. Any thread.
-VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
+// Stop it, after quiesce(). The position to go on from, 0 to 65535, or
+// VBLK_ERR_BUSY: quiesce() could not, and nothing changed. Without quiesce(),
+// what is under way is lost. Thread: as register calls; the queue's drainer
+// must be outside.
+VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue);
 
 
 // ---- Token bucket ----------------------------------------------------------
@@ -1052,24 +1197,23 @@ typedef struct vblk_region {
     bool     read_only; // ROM, flash: no buffer to write to, and no used ring
 } vblk_region;
 
-// Flat RAM: a table of regions in any order. They must not overlap, which is
-// not checked: one of them would win.
-typedef struct vblk_ram {
+// A table of regions in any order. They must not overlap, which is not checked:
+// one of them would win.
+typedef struct vblk_regions {
     const vblk_region *region;
-    unsigned           regions;
-} vblk_ram;
+    unsigned           count;
+} vblk_regions;
 
-// Accessors, map included, over `ram`, which must outlive them.
-VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram);
+// Accessors, map included, over `regions`, which must outlive them.
+VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions);
 
-// A disk in memory. A shared mapping would not be made durable by flush.
-typedef struct vblk_memdisk {
+// A disk in an array. A shared mapping would not be made durable by flush.
+typedef struct vblk_ramdisk {
     void    *data;
     uint64_t bytes;
-    bool     read_only;
-} vblk_memdisk;
+} vblk_ramdisk;
 
-VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk);
+VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk);
 
 #ifdef __cplusplus
 }
@@ -1086,7 +1230,7 @@ extern "C" {
 #endif
 
 
-// ---- Files, locks, limiters (POSIX) ----------------------------------------
+// ---- Files, pacers (POSIX) -------------------------------------------------
 
 // An image file or a block device by positioned I/O and fdatasync(). Safe from
 // several threads. What was there once and is not any more, because the file
@@ -1114,18 +1258,6 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
-// A lock around a backend that is not safe from several threads: one call of
-// it at a time.
-typedef struct vblk_locked {
-    vblk_backend    inner;
-    pthread_mutex_t mutex;
-} vblk_locked;
-
-// VBLK_OK or VBLK_ERR_LOCK. vblk_locked_end() after the device's last use.
-VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner);
-VBLKDEF void vblk_locked_end(vblk_locked *locked);
-VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
-
 // A backend whose calls wait until they fit a rate: for several devices on one
 // image, or a host without a timer. The calling thread sleeps, so the device's
 // own limits are better where they will do.
@@ -1134,7 +1266,7 @@ VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked);
 // of arrival, sleeps until that has come, and moves as much: large requests
 // come again for the rest, behind those that arrived meanwhile. So none waits
 // for ever, and a thread can be stopped between two shares.
-typedef struct vblk_limiter {
+typedef struct vblk_pacer {
     vblk_backend    inner;
     uint64_t        share;      // bytes, most of a call; whole sectors
     vblk_bucket     ops, bytes; // in debt for what is promised and to come
@@ -1146,17 +1278,17 @@ typedef struct vblk_limiter {
     pthread_mutex_t mutex;
     uint64_t (*now)(void);      // nanoseconds, CLOCK_MONOTONIC
     void (*sleep)(uint64_t ns);
-} vblk_limiter;
+} vblk_pacer;
 
 // A rate of 0 is no limit. A burst of 0 is steady: a tenth of a second's
 // worth; unlike a device's it may be less than a second's. A read, write or
 // flush is one operation. VBLK_OK, VBLK_ERR_LIMITS or VBLK_ERR_LOCK.
-// vblk_limiter_end() after the last use. Safe from several threads if `inner`
+// vblk_pacer_close() after the last use. Safe from several threads if `inner`
 // is.
-VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
-                              const vblk_limits *limits);
-VBLKDEF void vblk_limiter_end(vblk_limiter *limiter);
-VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter);
+VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
+                            const vblk_limits *limits);
+VBLKDEF void vblk_pacer_close(vblk_pacer *pacer);
+VBLKDEF vblk_backend vblk_pacer_backend(vblk_pacer *pacer);
 
 #ifdef __cplusplus
 }
@@ -1174,80 +1306,86 @@ extern "C" {
 
 // ---- Worker (Linux) --------------------------------------------------------
 
-typedef enum vblk_level {
-    VBLK_LEVEL_ERROR,   // the host is to act: its disk, its memory, a thread
-    VBLK_LEVEL_WARNING, // the driver did what it may not
-    VBLK_LEVEL_NOTE
-} vblk_level;
-
 typedef struct vblk_worker_options {
     unsigned stop_ms; // bound on stop, reset, pause; default 1000, at most
                       // INT_MAX
-    // One line of text without a newline, for a log. NULL: stderr, at most
-    // some lines a second. Any thread.
-    void (*log)(void *user, vblk_level level, const char *line);
     // A thread that was left behind, as a call of yours was told, has ended:
-    // all it used is out of its hands, and the device can be reset, from
-    // inside this call too (where that does nothing if a reset was quicker).
-    // vblk_worker_end() waits for it to return. That thread; may be NULL.
+    // all it used is out of its hands, and the device has been reset. From
+    // here any call of the worker may be made. vblk_worker_close() waits for it
+    // to return. That thread; may be NULL.
     void (*released)(void *user);
-    void *user; // first argument of both
+    void *user; // its argument
 } vblk_worker_options;
 
 // A device with a thread that serves it. Of any storage; must not move.
 typedef struct vblk_worker {
-    vblk_dev dev;     // for queries: vblk_mmio_read(), vblk_counters(), ...
     int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
     int      kick_fd; // eventfd that starts a drain; good as a KVM ioeventfd
-    int      number;  // "vblk3" is the thread's name and begins its log lines
+    int      number;  // "vblk3" is the thread's name and begins its lines
     // Private from here.
-    vblk_options        o;
+    vblk_dev            dev;
+    vblk_backend        backend; // the host's, as the rest of these
+    void (*interrupt)(void *user, int queue, bool fire);
+    void (*event)(void *user, const vblk_event *event);
+    void               *user;
     vblk_worker_options wo;
     int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
     pthread_mutex_t     registers;    // one register call at a time
     struct vblk__thread *thread;      // under `registers`; NULL: not started
     struct vblk__thread *left_behind; // the same
     struct vblk__thread *returned;    // the same; a list, not joined yet
+    bool                held;         // the same; vblk__hold_still() holds
+    bool                orphaned;     // the same; the one left behind disposes
     unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
     // Under `parking`. `parked` is also read without.
     pthread_mutex_t     parking;
     pthread_cond_t      changed;
     bool                pause, hold; // the host asks, the library asks
-    bool                orphaned;    // the one left behind disposes of all
     bool                placed;      // the thread runs on `cpu_set`
     unsigned char       cpu_set[128];
     int                 parked_fd;   // to signal, or -1
     bool                parked_told; // it was, for this pause
     uint32_t            left;        // atomic: one that was left behind lives
     uint32_t            parked;      // atomic; true also while not started
-    // Under `logging`.
-    pthread_mutex_t     logging;
+    // Under `printing`.
+    pthread_mutex_t     printing;
     vblk_bucket         lines;
     uint64_t            left_out;
 } vblk_worker;
 
 // Make a device from `o`, as vblk_init() does, and what a thread needs; the
 // thread itself starts when the driver says DRIVER_OK, and again after each
-// reset. Without o->event, events go to the log. o->interrupt, if set, is
-// called beside irq_fd. It, o->event and the log are called by the thread and
-// by those that make register calls, several at once; hold no lock that they
-// take around vblk_worker_ calls. The thread blocks all signals but those of a
-// fault of its own (SIGBUS, SIGSEGV and the like), and runs on the processors
-// that the caller of this runs on. `wo` may be NULL. VBLK_OK or a code.
-VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
-                             const vblk_worker_options *wo);
+// reset. Without o->event, events go to stderr, at most some lines a second.
+// o->interrupt, if set, is called beside irq_fd. Both are called by the thread
+// and by those that make register calls, several at once; hold no lock that
+// they take around vblk_worker_ calls. The thread blocks all signals but those
+// of a fault of its own (SIGBUS, SIGSEGV and the like), and runs on the
+// processors that the caller of this runs on. `wo` may be NULL. VBLK_OK or a
+// code.
+//
+//     int vblk_worker_init(vblk_worker *w, const vblk_options *o,
+//                          const vblk_worker_options *wo);
+#define vblk_worker_init(w, o, wo)                                             \
+    vblk_worker_init_checked(w, o, wo, VBLK_VERSION, sizeof(vblk_worker))
+VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
+                                     const vblk_worker_options *wo,
+                                     int version, size_t bytes);
 
-// Stop the thread and free all. False: the thread is stuck, in the backend or
-// on a page of guest memory that does not come, and was left behind after
-// stop_ms. It will touch no ring, no guest memory of its own accord, no
-// interrupt, and frees all when it comes back. Until then, until released() is
-// called, `w`, what the callbacks and their `user` need, the backend above all,
-// and guest memory must stay; without released(), for good.
-VBLKDEF bool vblk_worker_end(vblk_worker *w);
+// Stop the thread and free all. VBLK_OK; or VBLK_ERR_BUSY: the thread is stuck,
+// in the backend or on a page of guest memory that does not come, and was left
+// behind after stop_ms. It will touch no ring, no guest memory of its own
+// accord, no interrupt, and frees all when it comes back. Until then, until
+// released() is called, `w`, what the callbacks and their `user` need, the
+// backend above all, and guest memory must stay; without released(), for good.
+VBLKDEF int vblk_worker_close(vblk_worker *w);
+
+// The device, for queries: vblk_mmio_read(), vblk_interrupt_line(),
+// vblk_counters(), vblk_status() and all others that any thread may make.
+VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w);
 
 // The processors that the thread may run on, from now on: `count` numbers, or
 // none for those of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. That the
-// kernel will not have it is logged. Any thread.
+// kernel will not have it is an event. Any thread.
 VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
                                  unsigned count);
 
@@ -1257,31 +1395,31 @@ VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0
-// (and, in the standard profile, QueueReady while live) waits up to stop_ms for
-// the thread, and other register calls for those. If it is stuck for longer,
-// it is left behind and Status reads DEVICE_NEEDS_RESET until it has ended; the
-// next reset then brings the device back. Any thread.
-VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
-                                    unsigned bytes, uint64_t value);
+// (and, in the standard profile, QueueReady of 0 while live) waits up to
+// stop_ms for the thread, and other register calls for those. VBLK_OK; or
+// VBLK_ERR_BUSY: the thread is stuck for longer and was left behind, or still
+// is. Status reads DEVICE_NEEDS_RESET until it has ended, and 0 then. Any
+// thread.
+VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
+                                   unsigned bytes, uint64_t value);
 
-// The same as storing 0 to Status. False: the device is not usable yet, as
-// above. Any thread.
-VBLKDEF bool vblk_worker_reset(vblk_worker *w);
+// vblk_needs_reset(). Any thread.
+VBLKDEF void vblk_worker_needs_reset(vblk_worker *w);
 
 // Start a drain; harmless at any time. Any thread.
 VBLKDEF void vblk_worker_kick(vblk_worker *w);
 
 // Ask the thread to finish its request and rest, and wait for that up to
-// `ms`. True: it rests, or is not started; all its writes are visible, it
-// reads and writes nothing until vblk_worker_resume(). False: it will rest
-// when its backend returns; or, and that at once, one that was left behind has
-// not ended. vblk_worker_paused() tells. No kick is lost. Pausing twice is
+// `ms`. VBLK_OK: it rests, or is not started; all its writes are visible, it
+// reads and writes nothing until vblk_worker_resume(). VBLK_ERR_BUSY: it will
+// rest when its backend returns; or, and that at once, one that was left behind
+// has not ended. vblk_worker_paused() tells. No kick is lost. Pausing twice is
 // pausing, and a pause outlasts a reset: the thread of the next driver rests
 // from its start. Any thread.
-VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms);
+VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms);
 
-// True if it was paused. Any thread.
-VBLKDEF bool vblk_worker_resume(vblk_worker *w);
+// End a pause, if there is one. Any thread.
+VBLKDEF void vblk_worker_resume(vblk_worker *w);
 
 // Whether the thread is at rest now: paused, or not started, and none is left
 // behind. Any thread.
@@ -1319,14 +1457,34 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #include <assert.h>
 #define VBLK_ASSERT assert
 #endif
+#ifndef VBLK_MAX_SEGS
+#define VBLK_MAX_SEGS 128
+#endif
+#ifndef VBLK_SCRATCH
+#define VBLK_SCRATCH 4096
+#endif
+#if VBLK_MAX_SEGS < 1 || VBLK_MAX_SEGS > 32768
+#error "vblk.h: VBLK_MAX_SEGS is 1 to 32768"
+#endif
+#if VBLK_SCRATCH < 512 || VBLK_SCRATCH % 512 != 0
+#error "vblk.h: VBLK_SCRATCH must be a multiple of 512"
+#endif
+
+// Segments on the stack of a drain: header and status are in the list at first,
+// and a descriptor that crosses host regions takes a segment for each. This
+// many crossings fit before the request goes without pointers.
+#define VBLK__SPLITS 16
+#define VBLK__SEGS   (VBLK_MAX_SEGS + 2 + VBLK__SPLITS)
 
 // Status, InterruptStatus, the counters and the ring indices are shared with
 // threads, the guest's among them, that are running. The orders:
 //
 //     LOAD, STORE  relaxed: a single word that nothing else is read by
-//     LOAD_ACQUIRE Status, by a drainer: with DRIVER_OK comes all that the
-//                  driver set up before; what the driver polls, Status,
-//                  InterruptStatus and the line: with them comes the ring
+//     LOAD_ACQUIRE Status and QueueReady, by a drainer: with them comes all
+//                  that the driver set up before; what the driver polls,
+//                  Status, InterruptStatus and the line: with them comes the
+//                  ring
+//     STORE_RELEASE the other side of it
 //     ACQUIRE      an index: what it covers is read after it
 //     RELEASE      an index: what it covers is written before it
 //     OR, CAS      both: what they announce is written before them, and what
@@ -1341,6 +1499,7 @@ typedef uint16_t vblk__shared16;
 #define VBLK__LOAD(p)          (*(p))
 #define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
 #define VBLK__LOAD_ACQUIRE(p)  (*(p))
+#define VBLK__STORE_RELEASE(p, v) ((void)(*(p) = (v)))
 #define VBLK__ACQUIRE(p)                                                       \
     (*(const volatile vblk__shared16 *)(const void *)(p))
 #define VBLK__RELEASE(p, v)                                                    \
@@ -1353,6 +1512,7 @@ typedef uint16_t vblk__shared16;
 #define VBLK__LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
 #define VBLK__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #define VBLK__LOAD_ACQUIRE(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define VBLK__STORE_RELEASE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 #define VBLK__ACQUIRE(p)                                                       \
     __atomic_load_n((const vblk__shared16 *)(const void *)(p),                 \
                     __ATOMIC_ACQUIRE)
@@ -1418,7 +1578,7 @@ static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
 
 static inline uint8_t *vblk__map(vblk_dev *dev, uint64_t gpa, uint64_t *n,
                                  bool writable) {
-    const vblk_memory *m = &dev->o.memory;
+    const vblk_memory *m = &dev->memory;
     return (uint8_t *)m->map(m->user, gpa, n, writable);
 }
 
@@ -1426,7 +1586,7 @@ static inline uint8_t *vblk__map(vblk_dev *dev, uint64_t gpa, uint64_t *n,
 static inline uint8_t *vblk__whole(vblk_dev *dev, uint64_t gpa, uint64_t n,
                                    bool writable) {
     uint64_t run = n;
-    if (!dev->o.memory.map) {
+    if (!dev->memory.map) {
         return NULL;
     }
     uint8_t *p = vblk__map(dev, gpa, &run, writable);
@@ -1434,14 +1594,14 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, uint64_t gpa, uint64_t n,
 }
 
 static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, uint64_t n) {
-    const vblk_memory *m = &dev->o.memory;
+    const vblk_memory *m = &dev->memory;
     return m->read && !vblk__wraps(gpa, n) &&
            m->read(m->user, gpa, dst, n) == 0;
 }
 
 static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
                         uint64_t n) {
-    const vblk_memory *m = &dev->o.memory;
+    const vblk_memory *m = &dev->memory;
     return m->write && !vblk__wraps(gpa, n) &&
            m->write(m->user, gpa, src, n) == 0;
 }
@@ -1499,11 +1659,11 @@ static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
     return vblk__write(dev, gpa + at, &le, 2);
 }
 
-static void *vblk__ram_map(void *user, uint64_t gpa, uint64_t *n,
+static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
                            bool writable) {
-    const vblk_ram *ram = (const vblk_ram *)user;
-    for (unsigned i = 0; i < ram->regions; i++) {
-        const vblk_region *r = &ram->region[i];
+    const vblk_regions *all = (const vblk_regions *)user;
+    for (unsigned i = 0; i < all->count; i++) {
+        const vblk_region *r = &all->region[i];
         uint64_t at = gpa - r->gpa;
         if (gpa >= r->gpa && at < r->bytes && !(writable && r->read_only)) {
             *n = *n < r->bytes - at ? *n : r->bytes - at;
@@ -1514,11 +1674,11 @@ static void *vblk__ram_map(void *user, uint64_t gpa, uint64_t *n,
 }
 
 // All or nothing: the whole range is looked up before a byte moves.
-static bool vblk__ram_has(void *user, uint64_t gpa, uint64_t n,
+static bool vblk__regions_has(void *user, uint64_t gpa, uint64_t n,
                           bool writable) {
     for (uint64_t run; n > 0; gpa += run, n -= run) {
         run = n;
-        if (!vblk__ram_map(user, gpa, &run, writable)) {
+        if (!vblk__regions_map(user, gpa, &run, writable)) {
             return false;
         }
     }
@@ -1526,19 +1686,19 @@ static bool vblk__ram_has(void *user, uint64_t gpa, uint64_t n,
 }
 
 // Ring indices are single accesses.
-static bool vblk__ram_word(const uint8_t *p, uint64_t n) {
+static bool vblk__regions_word(const uint8_t *p, uint64_t n) {
     return n == 2 && ((uintptr_t)p & 1) == 0;
 }
 
-static int vblk__ram_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
     uint8_t *to = (uint8_t *)dst;
-    if (!vblk__ram_has(user, gpa, n, false)) {
+    if (!vblk__regions_has(user, gpa, n, false)) {
         return -1;
     }
     for (uint64_t run; dst && n > 0; gpa += run, to += run, n -= run) {
         run = n;
-        uint8_t *p = (uint8_t *)vblk__ram_map(user, gpa, &run, false);
-        if (vblk__ram_word(p, run)) {
+        uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa, &run, false);
+        if (vblk__regions_word(p, run)) {
             uint16_t word = VBLK__ACQUIRE(p);
             VBLK_MEMCPY(to, &word, 2);
         } else {
@@ -1548,16 +1708,16 @@ static int vblk__ram_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
     return 0;
 }
 
-static int vblk__ram_write(void *user, uint64_t gpa, const void *src,
+static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
                            uint64_t n) {
     const uint8_t *from = (const uint8_t *)src;
-    if (!vblk__ram_has(user, gpa, n, true)) {
+    if (!vblk__regions_has(user, gpa, n, true)) {
         return -1;
     }
     for (uint64_t run; src && n > 0; gpa += run, from += run, n -= run) {
         run = n;
-        uint8_t *p = (uint8_t *)vblk__ram_map(user, gpa, &run, true);
-        if (vblk__ram_word(p, run)) {
+        uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa, &run, true);
+        if (vblk__regions_word(p, run)) {
             uint16_t word;
             VBLK_MEMCPY(&word, from, 2);
             VBLK__RELEASE(p, word);
@@ -1583,11 +1743,45 @@ static inline bool vblk__has_status(const vblk_dev *dev, uint32_t bit) {
     return (VBLK__LOAD(&dev->state) & bit) != 0;
 }
 
-static void vblk__say(const vblk_dev *dev, int queue, vblk_event_code code,
-                      uint16_t head, uint64_t a, uint64_t b) {
-    if (dev->o.event) {
-        vblk_event event = {code, queue, head, a, b};
-        dev->o.event(dev->o.user, &event);
+// Which fields of an event its two numbers are, and its level.
+enum {
+    VBLK__IS_NONE,
+    VBLK__IS_ADDRESS,
+    VBLK__IS_BYTES,
+    VBLK__IS_SECTOR,
+    VBLK__IS_INDEX,
+    VBLK__IS_VALUE,
+    VBLK__IS_AGAINST,
+    VBLK__IS_ERROR
+};
+
+static const struct vblk__event_shape {
+    uint8_t code, level, a, b;
+} vblk__event_rows[] = {
+#define VBLK_X(name, number, level, a, b, text)                                \
+    {number, VBLK_LEVEL_##level, VBLK__IS_##a, VBLK__IS_##b},
+    VBLK_EVENTS(VBLK_X)
+#undef VBLK_X
+};
+
+static const struct vblk__event_shape *vblk__event_row(vblk_event_code code) {
+    unsigned i = 0;
+    while (vblk__event_rows[i].code != (unsigned)code) {
+        i++;
+    }
+    return &vblk__event_rows[i];
+}
+
+static void vblk__set_field(vblk_event *e, unsigned field, uint64_t n) {
+    switch (field) {
+    case VBLK__IS_ADDRESS: e->address = n;        break;
+    case VBLK__IS_BYTES:   e->bytes = n;          break;
+    case VBLK__IS_SECTOR:  e->sector = n;         break;
+    case VBLK__IS_INDEX:   e->index = n;          break;
+    case VBLK__IS_VALUE:   e->value = n;          break;
+    case VBLK__IS_AGAINST: e->against = n;        break;
+    case VBLK__IS_ERROR:   e->error = (int64_t)n; break;
+    default:               break;
     }
 }
 
@@ -1595,10 +1789,37 @@ static int vblk__index(const vblk_dev *dev, const vblk_queue *q) {
     return (int)(q - dev->queue);
 }
 
-static void vblk__tell(vblk_dev *dev, const vblk_queue *q,
-                       vblk_event_code code, uint16_t head, uint64_t a,
-                       uint64_t b) {
-    vblk__say(dev, vblk__index(dev, q), code, head, a, b);
+// Tell the host: of the device, of a queue, of a chain.
+static void vblk__emit(const vblk_dev *dev, int queue, int head,
+                       vblk_event_code code, uint64_t a, uint64_t b) {
+    if (dev->event) {
+        const struct vblk__event_shape *row = vblk__event_row(code);
+        vblk_event e = {VBLK_EV_NONE, VBLK_LEVEL_NOTE, 0, 0, 0, 0, 0,
+                        0,            0,               0, 0};
+        e.code = code;
+        e.level = (vblk_level)row->level;
+        e.queue = queue;
+        e.head = head;
+        vblk__set_field(&e, row->a, a);
+        vblk__set_field(&e, row->b, b);
+        dev->event(dev->user, &e);
+    }
+}
+
+static void vblk__say(const vblk_dev *dev, vblk_event_code code, uint64_t a,
+                      uint64_t b) {
+    vblk__emit(dev, VBLK_NO_QUEUE, VBLK_NO_HEAD, code, a, b);
+}
+
+static void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
+                            vblk_event_code code, uint64_t a, uint64_t b) {
+    vblk__emit(dev, vblk__index(dev, q), VBLK_NO_HEAD, code, a, b);
+}
+
+static void vblk__say_chain(const vblk_dev *dev, const vblk_queue *q,
+                            uint16_t head, vblk_event_code code, uint64_t a,
+                            uint64_t b) {
+    vblk__emit(dev, vblk__index(dev, q), head, code, a, b);
 }
 
 // One writer, the queue's drainer, so that no locked instruction is needed.
@@ -1623,8 +1844,8 @@ static void vblk__raise(vblk_dev *dev, int queue, bool fire) {
     if ((VBLK__LOAD(&dev->state) & set) != set) {
         VBLK__OR(&dev->state, set);
     }
-    if (fire && dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, queue, true);
+    if (fire && dev->interrupt) {
+        dev->interrupt(dev->user, queue, true);
     }
 }
 
@@ -1638,8 +1859,8 @@ static void vblk__ask_reset(vblk_dev *dev) {
             set |= VBLK__INTERRUPT(VBLK_INTERRUPT_CONFIG) | VBLK__LINE;
         }
     } while (!VBLK__CAS(&dev->state, old, old | set));
-    if (set & VBLK__LINE && dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, true);
+    if (set & VBLK__LINE && dev->interrupt) {
+        dev->interrupt(dev->user, VBLK_NO_QUEUE, true);
     }
 }
 
@@ -1654,19 +1875,21 @@ static void vblk__change_state(vblk_dev *dev, uint32_t keep, uint32_t set) {
     // driver, which looks at the ring after this, sees what it completed.
     VBLK__FENCE();
     if (old & ~now & VBLK__INTERRUPTS && !(now & VBLK__INTERRUPTS) &&
-        dev->o.interrupt) {
-        dev->o.interrupt(dev->o.user, VBLK_NO_QUEUE, false);
+        dev->interrupt) {
+        dev->interrupt(dev->user, VBLK_NO_QUEUE, false);
     }
 }
 
 // `q` had its turn, or gives it up: it goes to the next queue that waits.
 static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
     unsigned me = (unsigned)vblk__index(dev, q);
-    if (dev->turn == 1 + me) {
-        dev->turn = 0;
-        for (unsigned i = 1; i < dev->o.queues && !dev->turn; i++) {
-            unsigned next = (me + i) % dev->o.queues;
-            dev->turn = dev->queue[next].stalled ? 1 + next : 0;
+    if (dev->waits && dev->turn == me) {
+        dev->waits = false;
+        dev->again_ns = 0;
+        for (unsigned i = 1; i < dev->queues && !dev->waits; i++) {
+            unsigned next = (me + i) % dev->queues;
+            dev->waits = dev->queue[next].stalled;
+            dev->turn = (uint16_t)next;
         }
     }
 }
@@ -1688,12 +1911,12 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     if (q->poisoned) {
         return;
     }
-    q->poisoned = true;
-    q->epoch++;
+    VBLK__STORE(&q->poisoned, true);
+    VBLK__STORE(&q->epoch, q->epoch + 1);
     q->under_way = 0;
     vblk__end_stall(dev, q, 0);
     vblk__count(&q->counts.invalid_avail_idx, 1);
-    vblk__tell(dev, q, code, 0, a, b);
+    vblk__say_queue(dev, q, code, a, b);
     vblk__ask_reset(dev);
 }
 
@@ -1863,25 +2086,34 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
     return true;
 }
 
-// EMPTY, MORE (there is an entry) or BROKEN.
-static vblk_state vblk__peek(vblk_dev *dev, vblk_queue *q) {
+// What a look at a queue, or a drain of it, comes to.
+typedef enum vblk__state {
+    VBLK__EMPTY,
+    VBLK__REQUEST, // one was handed out
+    VBLK__STALLED, // a limit holds up the request at the head
+    VBLK__MORE,    // there is an entry in the ring
+    VBLK__BROKEN
+} vblk__state;
+
+// EMPTY, MORE or BROKEN.
+static vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx;
     if (q->poisoned) {
-        return VBLK_BROKEN;
+        return VBLK__BROKEN;
     }
     if (q->avail_next != q->avail_seen) {
-        return VBLK_MORE;
+        return VBLK__MORE;
     }
     if (!vblk__load16(dev, q->avail, q->avail_gpa, 2, &idx)) {
         vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
-        return VBLK_BROKEN;
+        return VBLK__BROKEN;
     }
     if ((uint16_t)(idx - q->avail_next) > q->size) {
         vblk__poison(dev, q, VBLK_EV_AVAIL_JUMP, idx, q->avail_next);
-        return VBLK_BROKEN;
+        return VBLK__BROKEN;
     }
     q->avail_seen = idx;
-    return idx == q->avail_next ? VBLK_EMPTY : VBLK_MORE;
+    return idx == q->avail_next ? VBLK__EMPTY : VBLK__MORE;
 }
 
 // Notifications off: a hint, so a failure does not matter. With EVENT_IDX
@@ -1918,7 +2150,7 @@ static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
                            vblk__used_bytes(q) - 2, q->avail_seen);
     }
     if (!ok && !q->switch_failed) {
-        vblk__tell(dev, q, VBLK_EV_NOTIFY_SWITCH, 0, q->used_gpa, 0);
+        vblk__say_queue(dev, q, VBLK_EV_NOTIFY_SWITCH, q->used_gpa, 0);
     }
     q->switch_failed = !ok;
     VBLK__FENCE();
@@ -1980,7 +2212,7 @@ static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
            !(word & VBLK__NO_INTERRUPT);
 }
 
-static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
+static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
     uint16_t old = q->used_decided;
     if (vblk__halted(dev)) {
         return;
@@ -1997,7 +2229,7 @@ static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
     q->used_decided = q->used_shown;
     bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
     q->undecided = 0;
-    if (fire || dev->o.profile == VBLK_STRICT) { // P7
+    if (fire || dev->strict) { // P7
         vblk__raise(dev, vblk__index(dev, q), fire);
     }
 }
@@ -2005,29 +2237,23 @@ static void vblk__publish(vblk_dev *dev, vblk_queue *q) {
 
 // ---- Chain: descriptors to a list -------------------------------------------
 
-#define VBLK__MAX_DESCS (VBLK_MAX_SEGS + 2)
-#define VBLK__MAX_WALK  32768u // entries of the largest queue
-
-typedef struct vblk__desc {
-    uint64_t gpa;
-    uint32_t n;
-} vblk__desc;
+#define VBLK__MAX_WALK 32768u // entries of the largest queue
 
 // A chain as it was read, each descriptor once. Empty descriptors are not in
 // the list.
 typedef struct vblk__chain {
+    vblk_seg *d;         // room for seg_max + 2
     unsigned descs;      // read so far, the empty ones too
-    unsigned first;      // d[first] to d[count - 1] is what is left of it
-    unsigned count;
+    unsigned begin, end; // d[begin] up to d[end] is what is left of it
     vblk_event_code code; // it has an end, and is refused all the same (P5)
-    vblk__desc end;      // the last writable one
+    uint64_t last_gpa;   // the last writable descriptor
+    uint32_t last_n;
     bool     first_ok;   // the first descriptor holds a header
     bool     last_ok;    // the last descriptor holds a status byte
     bool     mixed;      // a readable one after a writable one
     uint64_t out_bytes;  // in all readable ones
     uint64_t in_bytes;   // in all writable ones
     uint64_t status_gpa;
-    vblk__desc d[VBLK__MAX_DESCS];
 } vblk__chain;
 
 // A descriptor table: the queue's own, or an indirect one.
@@ -2048,16 +2274,17 @@ static void vblk__append(vblk__chain *c, uint64_t gpa, uint32_t n,
     if (n == 0) {
         return;
     }
-    vblk__desc d = {gpa, n};
     if (write) {
         c->in_bytes += n;
-        c->end = d;
+        c->last_gpa = gpa;
+        c->last_n = n;
     } else {
         c->mixed = c->mixed || c->in_bytes > 0;
         c->out_bytes += n;
     }
     if (!c->code) {
-        c->d[c->count++] = d;
+        c->d[c->end].gpa = gpa;
+        c->d[c->end++].n = n;
     }
 }
 
@@ -2079,7 +2306,7 @@ static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
     }
     if (code) {
         uint64_t a = code == VBLK_EV_CHAIN_UNREADABLE ? gpa : n;
-        vblk__tell(dev, q, code, head, a, 0);
+        vblk__say_chain(dev, q, head, code, a, 0);
         return false;
     }
     t->ptr = vblk__whole(dev, gpa, n, false);
@@ -2097,26 +2324,27 @@ static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
 static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
     vblk__table t = {q->desc, q->desc_gpa, q->size, 0, false};
-    unsigned limit = dev->o.seg_max + 2;
+    unsigned limit = dev->seg_max + 2;
     uint32_t i = head;
     for (;;) {
         uint8_t d[VBLK__DESC_BYTES];
         uint64_t at = VBLK__DESC_BYTES * (uint64_t)i;
         if (i >= t.entries) {
-            vblk__tell(dev, q, VBLK_EV_CHAIN_NEXT, head, i, t.entries);
+            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_NEXT, i, t.entries);
             return false;
         }
         if (c->descs == limit) {
             c->code = VBLK_EV_CHAIN_LONG;
         }
         if (t.taken++ == t.entries || c->descs == VBLK__MAX_WALK ||
-            (c->code && dev->o.profile == VBLK_STRICT)) {
-            vblk__tell(dev, q, VBLK_EV_CHAIN_LONG, head,
-                       c->code ? limit : t.entries, 0);
+            (c->code && dev->strict)) {
+            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_LONG,
+                            c->code ? limit : t.entries, 0);
             return false;
         }
         if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
-            vblk__tell(dev, q, VBLK_EV_CHAIN_UNREADABLE, head, t.gpa + at, 0);
+            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_UNREADABLE, t.gpa + at,
+                            0);
             return false;
         }
         uint64_t gpa = vblk__get64(d);
@@ -2139,38 +2367,36 @@ static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
 
 // Find the status byte and take its descriptor off the list (V2, P1).
 static vblk_event_code vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
-    bool strict = dev->o.profile == VBLK_STRICT;
     if (c->in_bytes == 0) {
         return VBLK_EV_STATUS_MISSING;
     }
-    if (strict && (!c->last_ok || c->descs == 1)) {
+    if (dev->strict && (!c->last_ok || c->descs == 1)) {
         return c->mixed ? VBLK_EV_CHAIN_ORDER : VBLK_EV_STATUS_FRAMING;
     }
-    if (vblk__wraps(c->end.gpa, c->end.n)) {
+    if (vblk__wraps(c->last_gpa, c->last_n)) {
         return VBLK_EV_STATUS_WRAPS;
     }
-    c->status_gpa = c->end.gpa + (c->end.n - 1);
-    if (!strict && c->mixed && !c->code) {
+    c->status_gpa = c->last_gpa + (c->last_n - 1);
+    if (!dev->strict && c->mixed && !c->code) {
         c->code = VBLK_EV_CHAIN_ORDER;
     }
     if (c->code) {
         c->in_bytes--;
         return VBLK_EV_NONE;
     }
-    vblk__desc *last = &c->d[c->count - 1];
-    uint32_t cut = strict ? last->n : 1; // V15
+    vblk_seg *last = &c->d[c->end - 1];
+    size_t cut = dev->strict ? last->n : 1; // V15
     c->in_bytes -= cut;
     last->n -= cut;
-    c->count -= last->n == 0;
+    c->end -= last->n == 0;
     return VBLK_EV_NONE;
 }
 
 // Read the header and take its bytes off the list (V3, V4, P1).
 static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
                                         uint8_t *header) {
-    bool strict = dev->o.profile == VBLK_STRICT;
-    uint32_t got = 0;
-    if (strict && !c->first_ok) {
+    size_t got = 0;
+    if (dev->strict && !c->first_ok) {
         return c->mixed || c->out_bytes < VBLK__HEADER_BYTES
                    ? VBLK_EV_HEADER_SHORT
                    : VBLK_EV_HEADER_FRAMING;
@@ -2179,8 +2405,8 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
         return VBLK_EV_HEADER_SHORT;
     }
     while (got < VBLK__HEADER_BYTES) {
-        vblk__desc *d = &c->d[c->first];
-        uint32_t n = VBLK__HEADER_BYTES - got;
+        vblk_seg *d = &c->d[c->begin];
+        size_t n = VBLK__HEADER_BYTES - got;
         n = d->n < n ? d->n : n;
         if (vblk__wraps(d->gpa, d->n)) {
             return VBLK_EV_HEADER_UNREADABLE;
@@ -2192,11 +2418,11 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
             return VBLK_EV_HEADER_UNREADABLE;
         }
         got += n;
-        n = strict ? d->n : n;
+        n = dev->strict ? d->n : n;
         c->out_bytes -= n;
         d->gpa += n;
         d->n -= n;
-        c->first += d->n == 0;
+        c->begin += d->n == 0;
     }
     return VBLK_EV_NONE;
 }
@@ -2225,9 +2451,7 @@ static const struct vblk__kind *vblk__kind_of(const vblk_dev *dev,
                                               uint32_t type) {
     for (size_t i = 0; i < sizeof vblk__kinds / sizeof vblk__kinds[0]; i++) {
         const struct vblk__kind *k = &vblk__kinds[i];
-        bool offered = (dev->offered & k->feature) == k->feature;
-        bool harmless = k->data == VBLK__NO_DATA && dev->o.read_only; // V10
-        if (k->type == type && (offered || harmless)) {
+        if (k->type == type && (dev->offered & k->feature) == k->feature) {
             return k;
         }
     }
@@ -2248,14 +2472,14 @@ static vblk__why vblk__because(vblk_event_code code, uint64_t a, uint64_t b) {
 static vblk__why vblk__check_sizes(const vblk_dev *dev, const vblk__chain *c) {
     bool binds = (dev->accepted & VBLK_F_SIZE_MAX) != 0;
     bool offered = (dev->offered & VBLK_F_SIZE_MAX) != 0;
-    if (!binds && (!offered || dev->o.profile == VBLK_STANDARD)) { // P3
+    if (!binds && (!offered || !dev->strict)) { // P3
         return vblk__because(VBLK_EV_NONE, 0, 0);
     }
-    for (unsigned i = c->first; i < c->count; i++) {
-        if (c->d[i].n > dev->o.size_max) {
+    for (unsigned i = c->begin; i < c->end; i++) {
+        if (c->d[i].n > dev->size_max) {
             return vblk__because(binds ? VBLK_EV_SEGMENT_LONG
                                        : VBLK_EV_SEGMENT_LONG_STRICT,
-                                 c->d[i].n, dev->o.size_max);
+                                 c->d[i].n, dev->size_max);
         }
     }
     return vblk__because(VBLK_EV_NONE, 0, 0);
@@ -2265,10 +2489,9 @@ static vblk__why vblk__check_sizes(const vblk_dev *dev, const vblk__chain *c) {
 // right data, is there enough, may it, is it on the disk.
 static vblk__why vblk__check(const vblk_dev *dev, const vblk__chain *c,
                              const struct vblk__kind *k, uint64_t sector) {
-    bool strict = dev->o.profile == VBLK_STRICT;
     uint64_t bytes = c->in_bytes + c->out_bytes;
     if (k->data == VBLK__NO_DATA) {
-        if (strict && bytes > 0) {
+        if (dev->strict && bytes > 0) {
             return vblk__because(VBLK_EV_DATA_UNWANTED, bytes, 0);
         }
         return vblk__because(VBLK_EV_NONE, 0, 0);
@@ -2280,23 +2503,23 @@ static vblk__why vblk__check(const vblk_dev *dev, const vblk__chain *c,
     if (k->data == VBLK__DATA_IN ? c->out_bytes : c->in_bytes) {
         return vblk__because(VBLK_EV_DATA_DIRECTION, k->type, 0);
     }
-    if (strict && bytes == 0) {
+    if (dev->strict && bytes == 0) {
         return vblk__because(VBLK_EV_DATA_MISSING, k->type, 0);
     }
     if (!k->sectors) {
-        if (strict && c->d[c->first].n < VBLK_ID_BYTES) {
-            return vblk__because(VBLK_EV_ID_SHORT, c->d[c->first].n, 0);
+        if (dev->strict && c->d[c->begin].n < VBLK_ID_BYTES) {
+            return vblk__because(VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
         }
         return vblk__because(VBLK_EV_NONE, 0, 0);
     }
     if (bytes % VBLK_SECTOR) {
         return vblk__because(VBLK_EV_DATA_RAGGED, bytes, 0);
     }
-    if (k->type == VBLK_T_OUT && dev->o.read_only) {
+    if (k->type == VBLK_T_OUT && !dev->backend.write) {
         return vblk__because(VBLK_EV_READ_ONLY, sector, 0);
     }
-    if (sector > dev->o.capacity ||
-        bytes / VBLK_SECTOR > dev->o.capacity - sector) {
+    if (sector > dev->capacity ||
+        bytes / VBLK_SECTOR > dev->capacity - sector) {
         return vblk__because(VBLK_EV_OUT_OF_RANGE, sector, bytes);
     }
     if (bytes >= UINT32_MAX) {
@@ -2314,29 +2537,28 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
     r->direct = r->direct && ptr;
 }
 
-// One descriptor to one segment, or to one for each host region it lies in.
-// `left` descriptors follow and keep their place.
-static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__desc d,
-                           unsigned left, bool in) {
+// One descriptor to one segment, or to one for each host region it lies in, as
+// long as they do not reach `next`, which is still to be read.
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk_seg d,
+                           const vblk_seg *next, bool in) {
     if (vblk__wraps(d.gpa, d.n)) {
         return false;
     }
-    if (!dev->o.memory.map) {
+    if (!dev->memory.map) {
         vblk__add_seg(r, NULL, d.gpa, d.n);
         return in ? vblk__write(dev, d.gpa, NULL, d.n)
                   : vblk__read(dev, d.gpa, NULL, d.n);
     }
-    const unsigned room = sizeof r->seg / sizeof r->seg[0] - left;
     const unsigned start = r->segs;
-    const vblk__desc whole = d;
+    const vblk_seg whole = d;
     bool fits = true;
-    for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (uint32_t)run) {
+    for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
         uint8_t *p = vblk__map(dev, d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
-        fits = fits && r->segs < room;
+        fits = fits && r->seg + r->segs < next;
         if (fits) {
             vblk__add_seg(r, p, d.gpa, run);
         }
@@ -2348,16 +2570,16 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__desc d,
     return true;
 }
 
-// All of the list is guest memory before the backend is asked (X5).
+// All of the list is guest memory before the backend is asked (X5). The list
+// stands at the end of the request's segments, which overtake it never.
 static vblk__why vblk__map_data(vblk_dev *dev, vblk_request *r,
                                 const vblk__chain *c) {
     r->segs = 0;
     r->direct = true;
-    for (unsigned i = c->first; i < c->count; i++) {
-        if (!vblk__map_desc(dev, r, c->d[i], c->count - i - 1,
-                            r->type != VBLK_T_OUT)) {
-            return vblk__because(VBLK_EV_DATA_UNMAPPED, c->d[i].gpa,
-                                 c->d[i].n);
+    for (unsigned i = c->begin; i < c->end; i++) {
+        vblk_seg d = c->d[i];
+        if (!vblk__map_desc(dev, r, d, &c->d[i + 1], r->type != VBLK_T_OUT)) {
+            return vblk__because(VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
     return vblk__because(VBLK_EV_NONE, 0, 0);
@@ -2383,56 +2605,53 @@ static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
 
 // A request of an earlier session, or of a queue that broke.
 static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
-    return dev->queue[r->queue].epoch != r->epoch || vblk__halted(dev);
+    return VBLK__LOAD(&dev->queue[r->queue].epoch) != r->epoch ||
+           vblk__halted(dev);
 }
 
 // Guest memory refuses the data at byte `at`, which it had agreed to (X5).
-static void vblk__refused(vblk_dev *dev, const vblk_request *r, uint64_t at) {
+static int vblk__refused(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     vblk_seg s = vblk__piece(r, at, r->bytes - at);
-    vblk__say(dev, r->queue, VBLK_EV_DATA_UNMAPPED, r->head, s.gpa, s.n);
+    vblk__emit(dev, r->queue, r->head, VBLK_EV_DATA_UNMAPPED, s.gpa, s.n);
+    return VBLK_ERR_REFUSED;
 }
 
-VBLKDEF bool vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                      void *dst, size_t n) {
+VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     void *dst, size_t n) {
     if (vblk__stale(dev, req)) {
-        return false;
+        return VBLK_ERR_STALE;
     }
     for (uint8_t *p = (uint8_t *)dst; n > 0;) {
         vblk_seg s = vblk__piece(req, at, n);
         if (s.ptr) {
             VBLK_MEMCPY(p, s.ptr, s.n);
         } else if (!vblk__read(dev, s.gpa, p, s.n)) {
-            vblk__refused(dev, req, at);
-            return false;
+            return vblk__refused(dev, req, at);
         }
         p += s.n;
         at += s.n;
         n -= s.n;
     }
-    return true;
+    return VBLK_OK;
 }
 
-VBLKDEF bool vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                      const void *src, size_t n) {
-    if (vblk__stale(dev, req)) {
-        return false;
-    }
+VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     const void *src, size_t n) {
     for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
         vblk_seg s = vblk__piece(req, at, n);
-        if (vblk__halted(dev)) {
-            return false;
+        if (vblk__stale(dev, req)) {
+            return VBLK_ERR_STALE;
         }
         if (s.ptr) {
             VBLK_MEMCPY(s.ptr, p, s.n);
         } else if (!vblk__write(dev, s.gpa, p, s.n)) {
-            vblk__refused(dev, req, at);
-            return false;
+            return vblk__refused(dev, req, at);
         }
         p += s.n;
         at += s.n;
         n -= s.n;
     }
-    return true;
+    return vblk__stale(dev, req) ? VBLK_ERR_STALE : VBLK_OK;
 }
 
 // From byte `at` on, the data reads as zeroes (X2).
@@ -2466,14 +2685,17 @@ typedef struct vblk__progress {
 } vblk__progress;
 
 // Guest memory refused, and the event is out.
-#define VBLK__TOLD VBLK_EV_COUNT
+#define VBLK__TOLD VBLK_EV_END
 
-// Call the backend until all is moved, nothing moves, or it fails.
+// Call the backend until all is moved, nothing moves, or it fails. A segment
+// that a short transfer ended in is cut for the next call, and whole again
+// afterwards.
 static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
                                  vblk_seg *seg, unsigned segs,
                                  uint64_t bytes) {
-    const vblk_backend *b = &dev->o.backend;
+    const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
     while (done.bytes < bytes) {
         uint64_t at = offset + done.bytes;
         int64_t n = type == VBLK_T_IN ? b->read(b->user, at, seg, segs)
@@ -2490,14 +2712,23 @@ static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
         done.bytes += (uint64_t)n;
         while (segs > 0 && (uint64_t)n >= seg->n) {
             n -= (int64_t)seg->n;
+            if (cut) {
+                *cut = whole;
+                cut = NULL;
+            }
             seg++;
             segs--;
         }
-        if (segs > 0) {
+        if (segs > 0 && n > 0) {
+            whole = cut ? whole : *seg;
+            cut = seg;
             seg->ptr += n;
             seg->gpa += (uint64_t)n;
             seg->n -= (size_t)n;
         }
+    }
+    if (cut) {
+        *cut = whole;
     }
     return done;
 }
@@ -2511,14 +2742,14 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
         if (r->type == VBLK_T_OUT &&
-            !vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
+            vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
             done.code = VBLK__TOLD;
             break;
         }
         vblk__progress got = vblk__move(dev, r->type, r->offset + done.bytes,
                                         &s, 1, n);
         if (r->type == VBLK_T_IN &&
-            !vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
+            vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
             got.code = VBLK__TOLD;
         }
         bool ends = got.bytes < n;
@@ -2531,18 +2762,88 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     return done;
 }
 
-// vblk__move() eats the segments it is given, and the padding needs the
-// request's.
-static vblk__progress vblk__transfer(vblk_dev *dev, const vblk_request *r) {
-    vblk_seg seg[sizeof r->seg / sizeof r->seg[0]];
-    if (!r->direct) {
-        return vblk__move_copied(dev, r);
+
+// ---- Limits: what must wait, and until when ---------------------------------
+
+// More calls at one moment than a round over all queues has: the clock stands.
+enum { VBLK__CLOCK_NEW, VBLK__CLOCK_SEEN, VBLK__CLOCK_GOES };
+
+static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
+    if (dev->clock == VBLK__CLOCK_NEW) {
+        dev->clock = VBLK__CLOCK_SEEN;
+        dev->clock_ns = now_ns;
+        dev->clock_calls = 0;
+    } else if (now_ns != dev->clock_ns) {
+        dev->clock = VBLK__CLOCK_GOES;
     }
-    for (unsigned i = 0; i < r->segs; i++) {
-        seg[i] = r->seg[i];
-    }
-    return vblk__move(dev, r->type, r->offset, seg, r->segs, r->bytes);
+    dev->clock_calls += calls;
 }
+
+static bool vblk__limited(const vblk_dev *dev) {
+    return dev->ops.rate || dev->bytes.rate;
+}
+
+// Put the head back: it waits.
+static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
+                        uint64_t now_ns) {
+    if (!dev->waits) {
+        dev->waits = true;
+        dev->turn = (uint16_t)vblk__index(dev, q);
+        dev->again_ns = 0;
+    }
+    q->stalled_bytes = cost;
+    q->avail_next--;
+    q->stalled_ns = q->stalled ? q->stalled_ns : now_ns;
+    q->stalled = true;
+    vblk__count(&q->counts.throttled, 1);
+    VBLK__STORE(&q->counts.currently_throttled, 1);
+    if (dev->clock == VBLK__CLOCK_SEEN && dev->clock_calls > dev->queues + 1) {
+        dev->clock = VBLK__CLOCK_GOES; // once will do
+        vblk__say_queue(dev, q, VBLK_EV_CLOCK_STILL, now_ns, 0);
+    }
+}
+
+// Whether `r` fits the limits now; both are looked at before either is
+// charged. If not, its chain goes back to the head of the queue. The queue that
+// stalls first goes first: until its request fits, nothing of another queue
+// passes, or small requests there could keep a large one waiting for ever.
+static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                        uint64_t now_ns) {
+    if (!dev->ops.rate && (!dev->bytes.rate || r->bytes == 0)) {
+        return true; // costs nothing, so it waits for nobody
+    }
+    vblk_bucket_refill(&dev->ops, now_ns);
+    vblk_bucket_refill(&dev->bytes, now_ns);
+    bool its_turn = !dev->waits || dev->turn == vblk__index(dev, q);
+    if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
+        !vblk_bucket_can_take(&dev->bytes, r->bytes)) {
+        vblk__stall(dev, q, r->bytes, now_ns);
+        return false;
+    }
+    vblk_bucket_take(&dev->ops, 1);
+    vblk_bucket_take(&dev->bytes, r->bytes);
+    return true;
+}
+
+// When the request whose turn it is passes.
+static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
+    const vblk_queue *q = &dev->queue[dev->turn];
+    vblk_bucket_refill(&dev->ops, now_ns);
+    vblk_bucket_refill(&dev->bytes, now_ns);
+    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
+    uint64_t b = vblk_bucket_wait(&dev->bytes, q->stalled_bytes, now_ns);
+    uint64_t wait = a > b ? a : b;
+    return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
+}
+
+// When to call again, after a drain that came to `state`.
+static uint64_t vblk__again(vblk_dev *dev, vblk__state state,
+                            uint64_t now_ns) {
+    return state == VBLK__MORE      ? now_ns
+           : state == VBLK__STALLED ? vblk__turn_comes(dev, now_ns)
+                                    : VBLK_NEVER;
+}
+
 
 // ---- Pipeline: next, complete, publish, drain -------------------------------
 
@@ -2563,8 +2864,8 @@ static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
     if (told) {
         vblk__give_back(dev, q, r->head, written);
     } else { // V17
-        vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, r->status_gpa,
-                   0);
+        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
+                        r->status_gpa, 0);
     }
     return told;
 }
@@ -2593,15 +2894,15 @@ static void vblk__count_success(vblk_queue *q, const vblk_request *r,
 
 // `r` has come as far as `done`: the event of a failure, with the sector; then
 // padding, status, used element, counters.
-static bool vblk__end(vblk_dev *dev, const vblk_request *r,
-                      vblk__progress done) {
+static int vblk__end(vblk_dev *dev, const vblk_request *r,
+                     vblk__progress done) {
     vblk_queue *q = &dev->queue[r->queue];
     if (vblk__stale(dev, r)) {
-        return false;
+        return VBLK_ERR_STALE;
     }
     VBLK_ASSERT(q->under_way > 0); // else it was completed before
     if (q->under_way == 0) {
-        return false;
+        return VBLK_ERR_STALE;
     }
     q->under_way--;
     bool in = r->type == VBLK_T_IN;
@@ -2609,10 +2910,10 @@ static bool vblk__end(vblk_dev *dev, const vblk_request *r,
         done.code = VBLK_EV_WRITE_STUCK;
     }
     if (done.code && done.code != VBLK__TOLD) {
-        vblk__tell(dev, q, done.code, r->head,
-                   (r->offset + done.bytes) / VBLK_SECTOR,
-                   done.error ? 0 - (uint64_t)done.error
-                              : r->bytes - done.bytes);
+        vblk__say_chain(dev, q, r->head, done.code,
+                        (r->offset + done.bytes) / VBLK_SECTOR,
+                        done.error ? 0 - (uint64_t)done.error
+                                   : r->bytes - done.bytes);
     }
     bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
     uint32_t written = ok && in ? (uint32_t)r->bytes + 1
@@ -2624,11 +2925,11 @@ static bool vblk__end(vblk_dev *dev, const vblk_request *r,
     if (ok && r->type == VBLK_T_OUT) {
         vblk__raise_to(&dev->backing, r->offset + r->bytes);
     }
-    return true;
+    return VBLK_OK;
 }
 
-VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
-                           int64_t result) {
+VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
+                          int64_t result) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
     if (result < 0) {
@@ -2649,10 +2950,12 @@ VBLKDEF bool vblk_complete(vblk_dev *dev, const vblk_request *req,
 
 // The backend knows itself where it ends.
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
-    const vblk_backend *b = &dev->o.backend;
+    const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     if (r->type != VBLK_T_FLUSH) {
-        done = vblk__transfer(dev, r);
+        done = r->direct ? vblk__move(dev, r->type, r->offset, r->seg, r->segs,
+                                      r->bytes)
+                         : vblk__move_copied(dev, r);
     }
     bool whole = !done.code && done.bytes == r->bytes;
     if (r->type == VBLK_T_FLUSH || (r->durable && whole)) {
@@ -2665,7 +2968,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
 // V1 and V2, and there is no status byte to tell the driver by (P5).
 static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
     vblk__count(&q->counts.io_errors, 1);
-    if (dev->o.profile == VBLK_STANDARD) {
+    if (!dev->strict) {
         vblk__give_back(dev, q, head, 0);
     }
 }
@@ -2673,8 +2976,8 @@ static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
 // GET_ID needs no backend: the id goes out as far as there is space (V16).
 static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                          uint64_t space) {
-    bool to_status = r->bytes == space || dev->o.profile == VBLK_STRICT; // P6
-    if (!vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
+    bool to_status = r->bytes == space || dev->strict; // P6
+    if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
         vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
         return;
     }
@@ -2685,30 +2988,25 @@ static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
 // or can never be returned.
 static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                              vblk__chain *c) {
-    c->descs = c->first = c->count = 0;
-    c->out_bytes = c->in_bytes = 0;
-    c->first_ok = c->last_ok = c->mixed = false;
-    c->code = VBLK_EV_NONE;
-    c->end.gpa = c->end.n = 0;
     if (!vblk__walk(dev, q, r->head, c)) {
         vblk__drop(dev, q, r->head);
         return false;
     }
     vblk_event_code code = vblk__cut_status(dev, c);
     if (code) {
-        vblk__tell(dev, q, code, r->head,
-                   code == VBLK_EV_STATUS_WRAPS ? c->end.gpa : 0, 0);
+        vblk__say_chain(dev, q, r->head, code,
+                        code == VBLK_EV_STATUS_WRAPS ? c->last_gpa : 0, 0);
         vblk__drop(dev, q, r->head);
         return false;
     }
-    r->space = dev->o.profile == VBLK_STANDARD && c->in_bytes > 0;
+    r->space = !dev->strict && c->in_bytes > 0;
     r->status_gpa = c->status_gpa;
     r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
-    if (dev->o.memory.map ? !r->status_ptr
-                          : !vblk__write(dev, c->status_gpa, NULL, 1)) {
+    if (dev->memory.map ? !r->status_ptr
+                        : !vblk__write(dev, c->status_gpa, NULL, 1)) {
         vblk__count(&q->counts.io_errors, 1);
-        vblk__tell(dev, q, VBLK_EV_STATUS_UNWRITABLE, r->head, c->status_gpa,
-                   0);
+        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
+                        c->status_gpa, 0);
         return false;
     }
     return true;
@@ -2716,12 +3014,12 @@ static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 
 // Only the first `bytes` of the list are to be looked up; there are more.
 static void vblk__keep(vblk__chain *c, uint32_t bytes) {
-    unsigned i = c->first;
+    unsigned i = c->begin;
     for (; c->d[i].n < bytes; i++) {
-        bytes -= c->d[i].n;
+        bytes -= (uint32_t)c->d[i].n;
     }
     c->d[i].n = bytes;
-    c->count = i + 1;
+    c->end = i + 1;
 }
 
 // Fill in `r` from its header and the rest of its chain, or say why not.
@@ -2729,12 +3027,12 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     uint8_t header[VBLK__HEADER_BYTES];
     if (c->code) {
         return vblk__because(c->code, c->code == VBLK_EV_CHAIN_LONG
-                                          ? dev->o.seg_max + 2
+                                          ? dev->seg_max + 2
                                           : 0, 0);
     }
     vblk_event_code code = vblk__cut_header(dev, c, header);
     if (code) {
-        uint64_t a = code == VBLK_EV_HEADER_UNREADABLE ? c->d[c->first].gpa
+        uint64_t a = code == VBLK_EV_HEADER_UNREADABLE ? c->d[c->begin].gpa
                                                        : c->out_bytes;
         return vblk__because(code, a, 0);
     }
@@ -2745,7 +3043,7 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     if (!k) {
         return vblk__because(VBLK_EV_TYPE_UNKNOWN, type, 0);
     }
-    if (type != r->type && dev->o.profile == VBLK_STRICT) { // P9
+    if (type != r->type && dev->strict) { // P9
         return vblk__because(VBLK_EV_TYPE_BARRIER, type, 0);
     }
     vblk__why why = vblk__check(dev, c, k, sector);
@@ -2763,217 +3061,221 @@ static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     return vblk__map_data(dev, r, c);
 }
 
-// Until a request of `bytes` fits both limits.
-static uint64_t vblk__wait_for(const vblk_dev *dev, uint64_t bytes,
-                               uint64_t now_ns) {
-    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
-    uint64_t b = vblk_bucket_wait(&dev->bytes, bytes, now_ns);
-    return a > b ? a : b;
-}
-
-// Whether `r` fits the limits now; both are looked at before either is
-// charged. If not, its chain goes back to the head of the queue. The queue that
-// stalls first goes first: until its request fits, nothing of another queue
-// passes, or small requests there could keep a large one waiting for ever.
-static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                        uint64_t now_ns, uint64_t *wait_ns) {
-    if (!dev->ops.rate && (!dev->bytes.rate || r->bytes == 0)) {
-        return true; // costs nothing, so it waits for nobody
-    }
-    vblk_bucket_refill(&dev->ops, now_ns);
-    vblk_bucket_refill(&dev->bytes, now_ns);
-    const vblk_queue *turn = dev->turn ? &dev->queue[dev->turn - 1] : q;
-    uint64_t cost = turn == q ? r->bytes : turn->stalled_bytes;
-    *wait_ns = vblk__wait_for(dev, cost, now_ns);
-    if (*wait_ns > 0 || turn != q) {
-        dev->turn = 1 + (unsigned)vblk__index(dev, turn);
-        q->stalled_bytes = r->bytes;
-        q->avail_next--;
-        q->stalled_ns = q->stalled ? q->stalled_ns : now_ns;
-        q->stalled = true;
-        vblk__count(&q->counts.throttled, 1);
-        VBLK__STORE(&q->counts.currently_throttled, 1);
-        return false;
-    }
-    vblk_bucket_take(&dev->ops, 1);
-    vblk_bucket_take(&dev->bytes, r->bytes);
-    return true;
-}
-
-// Take one chain. REQUEST: it is in `r`. MORE: it was answered here. STALLED:
-// it is back in the ring.
-static vblk_state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              uint64_t now_ns, uint64_t *wait_ns,
-                              uint32_t *budget) {
-    vblk__chain c;
+// Take one chain. REQUEST: it is in `r`, whose segments have place for `room`.
+// MORE: it was answered here. STALLED: it is back in the ring.
+static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                               unsigned room, uint64_t now_ns,
+                               uint32_t *budget) {
+    vblk__chain c = {NULL, 0,     0,     0,     VBLK_EV_NONE, 0, 0,
+                     false, false, false, 0, 0, 0};
     if (q->under_way >= q->size) {
         vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
-        return VBLK_BROKEN;
+        return VBLK__BROKEN;
     }
     if (!vblk__take(dev, q, &r->head)) {
-        return VBLK_BROKEN;
+        return VBLK__BROKEN;
     }
     r->queue = (uint16_t)vblk__index(dev, q);
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
+    c.d = r->seg + (room - (dev->seg_max + 2));
     bool open = vblk__open_chain(dev, q, r, &c);
     uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
     *budget -= length < *budget ? length : *budget;
     if (!open) {
-        return VBLK_MORE;
+        return VBLK__MORE;
     }
     vblk__why why = vblk__parse(dev, r, &c);
     if (why.code) {
         bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN ||
                        why.code == VBLK_EV_TYPE_BARRIER;
-        vblk__tell(dev, q, why.code, r->head, why.a, why.b);
+        vblk__say_chain(dev, q, r->head, why.code, why.a, why.b);
         vblk__finish(dev, q, r, unknown ? VBLK_S_UNSUPP : VBLK_S_IOERR,
                      vblk__only_status(r));
-        return VBLK_MORE;
+        return VBLK__MORE;
     }
     r->durable = r->type == VBLK_T_OUT && dev->write_through;
     // V10, P4: nothing to do, so nothing to pay.
-    bool idle = r->type == VBLK_T_FLUSH ? dev->o.read_only : r->bytes == 0;
-    if (!idle && !vblk__admit(dev, q, r, now_ns, wait_ns)) {
-        return VBLK_STALLED;
+    bool idle = r->type == VBLK_T_FLUSH ? !dev->backend.write : r->bytes == 0;
+    if (!idle && !vblk__admit(dev, q, r, now_ns)) {
+        return VBLK__STALLED;
     }
     if (r->type == VBLK_T_GET_ID) {
         vblk__get_id(dev, q, r, c.in_bytes);
-        return VBLK_MORE;
+        return VBLK__MORE;
     }
     q->under_way++;
     if (idle) {
         vblk_complete(dev, r, 0);
-        return VBLK_MORE;
+        return VBLK__MORE;
     }
-    return VBLK_REQUEST;
+    return VBLK__REQUEST;
 }
 
 // The next request, past all that is answered on the way. Each chain takes one
-// off `budget`, and a very long one more.
-static vblk_outcome vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                               uint64_t now_ns, uint32_t *budget) {
-    vblk_outcome out = {VBLK_EMPTY, 0};
+// off `budget`, and a very long one more. MORE: the budget is spent, or the
+// thread is wanted elsewhere.
+static vblk__state vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                              unsigned room, uint64_t now_ns,
+                              uint32_t *budget) {
     for (;;) {
-        out.state = vblk__peek(dev, q);
-        if (out.state == VBLK_EMPTY && vblk__notify_on(dev, q)) {
-            out.state = vblk__peek(dev, q);
-        }
-        if (out.state != VBLK_MORE) {
-            return out;
-        }
-        if (*budget == 0 || VBLK__LOAD(&dev->yield)) {
-            vblk__notify_on(dev, q);
-            return out;
+        vblk__state state = vblk__peek(dev, q);
+        if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
+            return state;
         }
         --*budget;
         vblk__notify_off(dev, q);
-        out.state = vblk__serve(dev, q, r, now_ns, &out.wait_ns, budget);
-        if (out.state == VBLK_STALLED) {
-            vblk__notify_on(dev, q);
-        } else if (q->stalled) {
+        state = vblk__serve(dev, q, r, room, now_ns, budget);
+        if (state != VBLK__STALLED && q->stalled) {
             vblk__end_stall(dev, q, now_ns);
         }
-        if (out.state != VBLK_MORE) {
-            return out;
+        if (state != VBLK__MORE) {
+            return state;
         }
     }
 }
 
 static unsigned vblk__queue_count(const vblk_dev *dev) {
     bool negotiated = vblk__has_status(dev, VBLK_STATUS_FEATURES_OK);
-    return negotiated && !(vblk_accepted(dev) & VBLK_F_MQ) ? 1 : dev->o.queues;
+    return negotiated && !(vblk_driver_features(dev) & VBLK_F_MQ)
+               ? 1
+               : dev->queues;
 }
 
-// The queue if it may be drained now, else NULL and the reason.
-static vblk_queue *vblk__live(vblk_dev *dev, int queue, vblk_outcome *why) {
-    why->state = VBLK_EMPTY;
-    why->wait_ns = 0;
+// The queue if it may be drained now, else NULL: what was completed before it
+// broke is published.
+static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
     if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
-        queue < 0 || (unsigned)queue >= vblk__queue_count(dev)) {
+        queue >= vblk__queue_count(dev)) {
         return NULL;
     }
     vblk_queue *q = &dev->queue[queue];
-    if (!VBLK__LOAD(&q->ready)) {
+    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
         return NULL;
     }
-    if (!dev->o.memory.read) {
+    if (!dev->memory.read) {
         bool said = VBLK__LOAD(&dev->no_memory_said);
         if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
-            vblk__tell(dev, q, VBLK_EV_NO_MEMORY, 0, 0, 0);
+            vblk__say_queue(dev, q, VBLK_EV_NO_MEMORY, 0, 0);
         }
         return NULL;
     }
     if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
-        vblk__publish(dev, q); // what was completed before it broke
-        why->state = VBLK_BROKEN;
+        vblk__publish_queue(dev, q);
         return NULL;
     }
     return q;
 }
 
-// The end of a round: completions out, and what that did to the queue.
-static vblk_outcome vblk__settle(vblk_dev *dev, vblk_queue *q,
-                                 vblk_outcome out) {
-    vblk_outcome broken = {VBLK_BROKEN, 0};
-    vblk__publish(dev, q);
-    return q->poisoned ? broken : out;
+// Before the thread turns away from `q`: completions out, notifications on, and
+// one more look. A request that waits for a limit is no news.
+static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
+    bool on = !q->poisoned && vblk__notify_on(dev, q);
+    return q->poisoned  ? VBLK__BROKEN
+           : q->stalled ? VBLK__STALLED
+           : on         ? vblk__peek(dev, q)
+                        : VBLK__EMPTY;
 }
 
-VBLKDEF vblk_outcome vblk_next(vblk_dev *dev, int queue, uint64_t now_ns,
-                               vblk_request *req) {
-    vblk_outcome out;
-    VBLK_ASSERT(queue >= VBLK_NO_QUEUE && queue < (int)dev->o.queues);
-    vblk_queue *q = vblk__live(dev, queue, &out);
-    if (q) {
-        uint32_t budget = q->size;
-        out = vblk__pull(dev, q, req, now_ns, &budget);
-        if (out.state != VBLK_REQUEST) {
-            out = vblk__settle(dev, q, out);
+static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
+                                     uint64_t now_ns) {
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q) {
+        return VBLK__EMPTY;
+    }
+    vblk_seg seg[VBLK__SEGS];
+    vblk_request r;
+    uint32_t budget = q->size;
+    vblk__state state;
+    r.seg = seg;
+    do {
+        while ((state = vblk__pull(dev, q, &r, VBLK__SEGS, now_ns, &budget)) ==
+               VBLK__REQUEST) {
+            vblk_execute(dev, &r);
+        }
+        state = vblk__arm_queue(dev, q);
+    } while (state == VBLK__MORE && budget > 0 && !VBLK__LOAD(&dev->yield));
+    vblk__publish_queue(dev, q);
+    return q->poisoned ? VBLK__BROKEN : state;
+}
+
+VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
+    VBLK_ASSERT(queue < dev->queues);
+    if (vblk__limited(dev)) {
+        vblk__watch_clock(dev, now_ns, 1);
+    }
+    return vblk__again(dev, vblk__drain_queue(dev, queue, now_ns), now_ns);
+}
+
+// Whether `q` was notified since it was last asked.
+static bool vblk__take_due(vblk_queue *q) {
+    bool due = VBLK__LOAD(&q->due);
+    return due && VBLK__CAS(&q->due, due, false);
+}
+
+static void vblk__set_due(vblk_dev *dev, vblk_queue *q) {
+    VBLK__STORE_RELEASE(&q->due, true);
+    VBLK__OR(&dev->due, 1u);
+}
+
+VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
+    uint32_t due = VBLK__LOAD(&dev->due);
+    bool timed = now_ns >= dev->again_ns;
+    bool more = false;
+    if (due) {
+        (void)VBLK__CAS(&dev->due, due, 0);
+    } else if (!timed) {
+        return dev->again_ns;
+    }
+    if (vblk__limited(dev)) {
+        vblk__watch_clock(dev, now_ns, dev->queues + 1);
+    }
+    unsigned first = dev->waits ? dev->turn : 0;
+    for (unsigned i = 0; i < dev->queues; i++) {
+        unsigned n = (first + i) % dev->queues;
+        vblk_queue *q = &dev->queue[n];
+        bool look = vblk__take_due(q);
+        if (q->stalled ? timed : look) { // a stall ends by time alone
+            if (vblk__drain_queue(dev, n, now_ns) == VBLK__MORE) {
+                vblk__set_due(dev, q);
+                more = true;
+            }
         }
     }
-    return out;
+    dev->again_ns = dev->waits ? vblk__turn_comes(dev, now_ns) : VBLK_NEVER;
+    return more ? now_ns : dev->again_ns;
 }
 
-VBLKDEF void vblk_publish(vblk_dev *dev, int queue) {
-    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
-    vblk__publish(dev, &dev->queue[queue]);
+VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
+                       vblk_request *req, vblk_seg *seg, unsigned room) {
+    VBLK_ASSERT(queue < dev->queues);
+    VBLK_ASSERT(room >= dev->seg_max + 2);
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q || room < dev->seg_max + 2) {
+        return false;
+    }
+    uint32_t budget = q->size;
+    req->seg = seg;
+    return vblk__pull(dev, q, req, room, now_ns, &budget) == VBLK__REQUEST;
 }
 
-static vblk_outcome vblk__drain_one(vblk_dev *dev, int queue,
-                                    uint64_t now_ns) {
-    vblk_outcome out;
-    vblk_queue *q = vblk__live(dev, queue, &out);
-    if (q) {
-        vblk_request req;
-        uint32_t budget = q->size;
-        while ((out = vblk__pull(dev, q, &req, now_ns, &budget)).state ==
-               VBLK_REQUEST) {
-            vblk_execute(dev, &req);
-        }
-        out = vblk__settle(dev, q, out);
-    }
-    return out;
+VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue) {
+    VBLK_ASSERT(queue < dev->queues);
+    vblk__publish_queue(dev, &dev->queue[queue]);
 }
 
-VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
-    static const uint8_t urgency[] = {0, 0, 2, 3, 1}; // by vblk_state
-    vblk_outcome most = {VBLK_EMPTY, 0};
-    VBLK_ASSERT(queue >= VBLK_ALL_QUEUES && queue < (int)dev->o.queues);
-    if (queue != VBLK_ALL_QUEUES) {
-        return vblk__drain_one(dev, queue, now_ns);
+VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
+    VBLK_ASSERT(queue < dev->queues);
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q) {
+        return VBLK_NEVER;
     }
-    unsigned first = dev->turn ? dev->turn - 1 : 0;
-    for (unsigned i = 0; i < dev->o.queues; i++) {
-        int turn = (int)((first + i) % dev->o.queues);
-        vblk_outcome out = vblk__drain_one(dev, turn, now_ns);
-        most = urgency[out.state] > urgency[most.state] ? out : most;
+    if (vblk__limited(dev)) {
+        vblk__watch_clock(dev, now_ns, 1);
     }
-    if (most.state == VBLK_STALLED) { // whose turn it is may have changed
-        const vblk_queue *q = &dev->queue[dev->turn - 1];
-        most.wait_ns = vblk__wait_for(dev, q->stalled_bytes, now_ns);
-    }
-    return most;
+    vblk__state state = vblk__arm_queue(dev, q);
+    vblk__publish_queue(dev, q);
+    return vblk__again(dev, q->poisoned ? VBLK__BROKEN : state, now_ns);
 }
 
 
@@ -2984,15 +3286,19 @@ VBLKDEF vblk_outcome vblk_drain(vblk_dev *dev, int queue, uint64_t now_ns) {
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__end_stall(dev, q, 0);
     VBLK__STORE(&q->ready, false);
-    q->epoch++;
-    VBLK_MEMSET(&q->resolved, 0, offsetof(vblk_queue, counts) -
-                                     offsetof(vblk_queue, resolved));
+    VBLK__STORE(&q->due, false);
+    VBLK__STORE(&q->epoch, q->epoch + 1);
+    q->resolved = q->notify_off = q->switch_failed = q->adopt_used = false;
+    q->avail_next = q->avail_seen = 0;
+    q->used_next = q->used_shown = q->used_decided = 0;
+    q->undecided = q->under_way = 0;
+    q->desc = q->avail = q->used = NULL;
 }
 
 // The same, and forget what the driver said of it.
 static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__stop_queue(dev, q);
-    q->poisoned = false;
+    VBLK__STORE(&q->poisoned, false);
     q->size = 0;
     q->desc_gpa = q->avail_gpa = q->used_gpa = 0;
 }
@@ -3002,9 +3308,9 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
     vblk__change_state(dev, ~VBLK__INTERRUPT(bits & 0xff), 0);
 }
 
-// Back to where the device was after power-on, but for `status`.
-static void vblk__reset(vblk_dev *dev, uint32_t status) {
-    for (unsigned i = 0; i < dev->o.queues; i++) {
+// Back to where the device was after power-on. No thread drains a queue.
+static void vblk__reset(vblk_dev *dev) {
+    for (unsigned i = 0; i < dev->queues; i++) {
         vblk__forget_queue(dev, &dev->queue[i]);
     }
     VBLK__STORE(&dev->accepted, 0);
@@ -3015,24 +3321,53 @@ static void vblk__reset(vblk_dev *dev, uint32_t status) {
     VBLK__STORE(&dev->driver_features_sel, 0);
     VBLK__STORE(&dev->queue_sel, 0);
     VBLK__STORE(&dev->generation, dev->generation + 1);
-    vblk__change_state(dev, 0, status);
+    VBLK__STORE(&dev->yield, 0);
+    vblk__change_state(dev, 0, 0);
 }
 
-VBLKDEF uint64_t vblk_features(const vblk_dev *dev) {
+// Whether the host says that nothing of `queue`, or of all, is under way.
+static bool vblk__quiet(vblk_dev *dev, int queue) {
+    return !dev->quiesce || dev->quiesce(dev->user, queue) == 0;
+}
+
+// What Status of 0 does. If the host cannot let go, its threads are told to
+// write nothing more, and the queues stay in their hands.
+static void vblk__ask_for_reset(vblk_dev *dev) {
+    if (vblk__quiet(dev, VBLK_ALL_QUEUES)) {
+        vblk__reset(dev);
+    } else {
+        VBLK__STORE(&dev->yield, VBLK__HALT);
+        vblk__change_state(dev, 0, VBLK_STATUS_NEEDS_RESET);
+    }
+}
+
+VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
+    VBLK_ASSERT(queue == VBLK_ALL_QUEUES ||
+                (queue >= 0 && (unsigned)queue < dev->queues));
+    for (unsigned i = 0; i < dev->queues; i++) {
+        if (queue == VBLK_ALL_QUEUES || (unsigned)queue == i) {
+            vblk__set_due(dev, &dev->queue[i]);
+        }
+    }
+    if (dev->notify) {
+        dev->notify(dev->user, queue);
+    }
+}
+
+VBLKDEF uint64_t vblk_device_features(const vblk_dev *dev) {
     return dev->offered;
 }
 
-VBLKDEF uint64_t vblk_accepted(const vblk_dev *dev) {
+VBLKDEF uint64_t vblk_driver_features(const vblk_dev *dev) {
     return VBLK__LOAD(&dev->accepted);
 }
 
-VBLKDEF void vblk_accept(vblk_dev *dev, uint64_t features) {
+VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features) {
     uint32_t status = vblk_status(dev);
     if (status & VBLK_STATUS_DRIVER && !(status & VBLK_STATUS_FEATURES_OK)) {
         VBLK__STORE(&dev->accepted, features);
     } else { // M5
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_FEATURES_WINDOW, 0, status,
-                  features);
+        vblk__say(dev, VBLK_EV_REG_FEATURES_WINDOW, features, status);
     }
 }
 
@@ -3047,7 +3382,7 @@ VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
 
 // What stands against FEATURES_OK (F3).
 static vblk_event_code vblk__check_features(const vblk_dev *dev) {
-    if (dev->o.profile == VBLK_STRICT &&
+    if (dev->strict &&
         !(dev->accepted & VBLK_F_VERSION_1)) { // P10
         return VBLK_EV_FEATURES_VERSION;
     }
@@ -3061,13 +3396,12 @@ static vblk_event_code vblk__check_features(const vblk_dev *dev) {
 static vblk_event_code vblk__check_step(const vblk_dev *dev, uint32_t old,
                                         uint32_t bit) {
     const uint32_t driver = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER;
-    bool standard = dev->o.profile == VBLK_STANDARD;
-    uint32_t base = old | (standard ? VBLK_STATUS_ACKNOWLEDGE : 0);
+    uint32_t base = old | (dev->strict ? 0 : VBLK_STATUS_ACKNOWLEDGE);
     bool in_turn = false;
     switch (bit) {
     case VBLK_STATUS_ACKNOWLEDGE: in_turn = old == 0; break;
     case VBLK_STATUS_DRIVER:
-        if (old == 0 && !standard) {
+        if (old == 0 && dev->strict) {
             return VBLK_EV_STATUS_NO_ACK;
         }
         in_turn = base == VBLK_STATUS_ACKNOWLEDGE;
@@ -3103,7 +3437,7 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
         return VBLK_EV_STATUS_CLEARS;
     }
     if (add & ~VBLK__DRIVERS_BITS ||
-        (dev->o.profile == VBLK_STRICT && add & (add - 1))) {
+        (dev->strict && add & (add - 1))) {
         return VBLK_EV_STATUS_BITS;
     }
     for (unsigned i = 0; i < sizeof steps && !code; i++) {
@@ -3115,30 +3449,29 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
     return code;
 }
 
-VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
+VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
     if (written == 0) {
-        vblk__reset(dev, 0);
-        return VBLK_NO_QUEUE;
+        vblk__ask_for_reset(dev);
+        return;
     }
     // A drainer may add NEEDS_RESET or an interrupt meanwhile: look again.
     uint32_t state = VBLK__LOAD(&dev->state);
     for (int tries = 0; tries < 100; tries++) {
         uint32_t old = state & VBLK__STATUS;
-        uint32_t value = dev->o.profile == VBLK_STRICT
+        uint32_t value = dev->strict
                              ? written
                              : old | (written & VBLK__DRIVERS_BITS); // P2
         uint32_t add = value & ~old;
         if (value == old) { // F4
-            break;
+            return;
         }
         vblk_event_code code = vblk__check_status(dev, old, value);
         if (code) {
             bool features = code == VBLK_EV_FEATURES_VERSION ||
                             code == VBLK_EV_FEATURES_UNOFFERED;
-            vblk__say(dev, VBLK_NO_QUEUE, code, 0,
-                      features ? dev->accepted : old,
-                      features ? dev->offered : written);
-            return VBLK_NO_QUEUE;
+            vblk__say(dev, code, features ? dev->accepted : written,
+                      features ? dev->offered : old);
+            return;
         }
         if (add & VBLK_STATUS_FEATURES_OK) {
             dev->event_idx = dev->accepted & VBLK_F_EVENT_IDX;
@@ -3148,14 +3481,14 @@ VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
         }
         if (VBLK__CAS(&dev->state, state, (state & ~VBLK__STATUS) | value)) {
             if (add & VBLK_STATUS_FAILED) {
-                vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_STATUS_FAILED, 0, old,
-                          written);
+                vblk__say(dev, VBLK_EV_STATUS_FAILED, written, old);
             }
-            return add & VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
-                                               : VBLK_NO_QUEUE;
+            if (add & VBLK_STATUS_DRIVER_OK) { // Q10
+                vblk_notify(dev, VBLK_ALL_QUEUES);
+            }
+            return;
         }
     }
-    return VBLK_NO_QUEUE;
 }
 
 
@@ -3164,11 +3497,11 @@ VBLKDEF int vblk_set_status(vblk_dev *dev, uint32_t written) {
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
                               size_t n) {
     uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
-    vblk__put(b, dev->o.capacity, 8);
-    vblk__put(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->o.size_max : 0, 4);
-    vblk__put(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->o.seg_max : 0, 4);
+    vblk__put(b, dev->capacity, 8);
+    vblk__put(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
+    vblk__put(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
     vblk__put(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
-    vblk__put(b + 34, dev->offered & VBLK_F_MQ ? dev->o.queues : 0, 2);
+    vblk__put(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
     for (size_t i = 0; i < n; i++) {
         bool there = offset < sizeof b && i < sizeof b - offset;
         ((uint8_t *)dst)[i] = there ? b[offset + i] : 0;
@@ -3196,18 +3529,18 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
         return vblk__get64(b);
     }
     if (bytes != 4) { // M2
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_WIDTH, 0, offset, bytes);
+        vblk__say(dev, VBLK_EV_REG_WIDTH, offset, bytes);
         return UINT64_MAX >> 8 * (8 - bytes);
     }
     switch (offset) {
     case VBLK_REG_MAGIC_VALUE:       return 0x74726976;
     case VBLK_REG_VERSION:           return 2;
     case VBLK_REG_DEVICE_ID:         return 2;
-    case VBLK_REG_VENDOR_ID:         return dev->o.vendor_id;
+    case VBLK_REG_VENDOR_ID:         return dev->vendor_id;
     case VBLK_REG_DEVICE_FEATURES:
         return vblk__window(dev->offered,
                             VBLK__LOAD(&dev->device_features_sel));
-    case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->o.queue_size : 0;
+    case VBLK_REG_QUEUE_NUM_MAX:     return q ? dev->queue_size : 0;
     case VBLK_REG_QUEUE_READY:       return q ? VBLK__LOAD(&q->ready) : 0;
     case VBLK_REG_INTERRUPT_STATUS:
         return (VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__INTERRUPTS) >> 8;
@@ -3225,7 +3558,7 @@ static void vblk__write_features(vblk_dev *dev, uint32_t value) {
     uint32_t sel = dev->driver_features_sel;
     if (sel < 2) {
         uint64_t other = dev->accepted & ~((uint64_t)UINT32_MAX << 32 * sel);
-        vblk_accept(dev, other | (uint64_t)value << 32 * sel);
+        vblk_set_driver_features(dev, other | (uint64_t)value << 32 * sel);
     }
 }
 
@@ -3257,7 +3590,7 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
                                           const vblk_queue *q,
                                           uint64_t offset, uint32_t value) {
     uint32_t status = vblk_status(dev);
-    uint32_t from = dev->o.profile == VBLK_STRICT ? VBLK_STATUS_FEATURES_OK
+    uint32_t from = dev->strict ? VBLK_STATUS_FEATURES_OK
                                                   : VBLK_STATUS_DRIVER; // P13
     if (!(status & from)) {
         return VBLK_EV_REG_QUEUE_WINDOW;
@@ -3266,63 +3599,76 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
         return VBLK_EV_NONE;
     }
     if (offset == VBLK_REG_QUEUE_READY) {
-        return dev->o.profile == VBLK_STANDARD ? VBLK_EV_NONE
-               : value == 0                    ? VBLK_EV_REG_QUEUE_FROZEN
-                                               : VBLK_EV_REG_QUEUE_WINDOW;
+        return !dev->strict ? VBLK_EV_NONE
+               : value == 0 ? VBLK_EV_REG_QUEUE_FROZEN
+                            : VBLK_EV_REG_QUEUE_WINDOW;
     }
-    return dev->o.profile == VBLK_STANDARD && !q->ready
-               ? VBLK_EV_NONE
-               : VBLK_EV_REG_QUEUE_WINDOW;
+    return !dev->strict && !q->ready ? VBLK_EV_NONE
+                                     : VBLK_EV_REG_QUEUE_WINDOW;
 }
 
 static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
-    return size > 0 && size <= dev->o.queue_size && !(size & (size - 1));
+    return size > 0 && size <= dev->queue_size && !(size & (size - 1));
 }
 
-static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
+// Queues that have waited for one that is gone are looked at.
+static void vblk__take_queue_away(vblk_dev *dev, vblk_queue *q,
+                                  void (*take)(vblk_dev *, vblk_queue *)) {
+    bool held_up = dev->waits && dev->turn == vblk__index(dev, q);
+    take(dev, q);
+    if (held_up && dev->waits) {
+        vblk_notify(dev, VBLK_ALL_QUEUES);
+    }
+}
+
+// P8: on a live device, after the window was checked.
+static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
+                                   uint32_t value) {
+    int index = vblk__index(dev, q);
+    if (value == 1 && !q->ready) {
+        VBLK__STORE_RELEASE(&q->ready, true);
+        vblk_notify(dev, index);
+    } else if (value != 1 && !vblk__quiet(dev, index)) {
+        vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
+        vblk__ask_reset(dev);
+    } else if (value != 1) {
+        vblk__take_queue_away(dev, q, vblk__stop_queue);
+    }
+}
+
+static void vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     if (!vblk__selected(dev)) {
-        return VBLK_NO_QUEUE;
+        return;
     }
     vblk_queue *q = &dev->queue[dev->queue_sel];
     vblk_event_code code = vblk__check_window(dev, q, offset, value);
     if (code) {
         if (vblk__would_change(q, offset, value)) {
-            vblk__tell(dev, q, code, 0, offset, value);
+            vblk__say_queue(dev, q, code, offset, value);
         }
-        return VBLK_NO_QUEUE;
+        return;
     }
+    uint64_t *address, changed;
     switch (offset) {
     case VBLK_REG_QUEUE_NUM:
         if (vblk__valid_size(dev, value)) {
             q->size = value;
         } else if (value > 0 || q->ready) {
-            vblk__tell(dev, q, VBLK_EV_REG_QUEUE_SIZE, 0, offset, value);
+            vblk__say_queue(dev, q, VBLK_EV_REG_QUEUE_SIZE, offset, value);
         }
         break;
     case VBLK_REG_QUEUE_READY:
         if (vblk__has_status(dev, VBLK_STATUS_DRIVER_OK)) {
-            if (value == 1 && !q->ready) {
-                VBLK__STORE(&q->ready, true);
-                return vblk__index(dev, q);
-            }
-            if (value != 1) {
-                unsigned turn = dev->turn;
-                vblk__stop_queue(dev, q);
-                return dev->turn && dev->turn != turn ? VBLK_ALL_QUEUES
-                                                      : VBLK_NO_QUEUE;
-            }
+            vblk__write_live_ready(dev, q, value);
         } else {
             VBLK__STORE(&q->ready, value == 1);
         }
         break;
-    default: {
-        uint64_t changed;
-        uint64_t *address = vblk__half(q, offset, value, &changed);
+    default:
+        address = vblk__half(q, offset, value, &changed);
         *address = changed;
         break;
     }
-    }
-    return VBLK_NO_QUEUE;
 }
 
 // Of version 1 [4.2.4], which is told from nothing at all.
@@ -3330,29 +3676,29 @@ static int vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
 #define VBLK__REG_QUEUE_ALIGN     0x03cu
 #define VBLK__REG_QUEUE_PFN       0x040u
 
-static int vblk__write_notify(vblk_dev *dev, uint32_t queue) {
+// Any thread.
+static void vblk__write_notify(vblk_dev *dev, uint32_t queue) {
     uint32_t status = vblk_status(dev);
     if (queue >= vblk__queue_count(dev)) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NO_QUEUE, 0, queue, 0);
+        vblk__say(dev, VBLK_EV_NOTIFY_NO_QUEUE, queue, 0);
     } else if (!(status & VBLK_STATUS_DRIVER_OK)) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_EARLY, 0, queue, status);
-    } else if (!dev->queue[queue].ready) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NOT_READY, 0, queue, 0);
+        vblk__say(dev, VBLK_EV_NOTIFY_EARLY, queue, status);
+    } else if (!VBLK__LOAD(&dev->queue[queue].ready)) {
+        vblk__say(dev, VBLK_EV_NOTIFY_NOT_READY, queue, 0);
     } else {
-        return (int)queue;
+        vblk_notify(dev, (int)queue);
     }
-    return VBLK_NO_QUEUE;
 }
 
-VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
-                            uint64_t value) {
+VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
+                             uint64_t value) {
     uint32_t v = (uint32_t)value;
     if (offset >= VBLK_REG_CONFIG) {
-        return VBLK_NO_QUEUE;
+        return;
     }
     if (bytes != 4) { // M2
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_WIDTH, 0, offset, bytes);
-        return VBLK_NO_QUEUE;
+        vblk__say(dev, VBLK_EV_REG_WIDTH, offset, bytes);
+        return;
     }
     switch (offset) {
     case VBLK_REG_DEVICE_FEATURES_SEL:
@@ -3364,8 +3710,8 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_QUEUE_SEL:       VBLK__STORE(&dev->queue_sel, v); break;
     case VBLK_REG_DRIVER_FEATURES: vblk__write_features(dev, v);    break;
     case VBLK_REG_INTERRUPT_ACK:   vblk_interrupt_ack(dev, v);      break;
-    case VBLK_REG_QUEUE_NOTIFY:    return vblk__write_notify(dev, v);
-    case VBLK_REG_STATUS:          return vblk_set_status(dev, v);
+    case VBLK_REG_QUEUE_NOTIFY:    vblk__write_notify(dev, v);      break;
+    case VBLK_REG_STATUS:          vblk_set_status(dev, v);         break;
     case VBLK_REG_QUEUE_NUM:
     case VBLK_REG_QUEUE_READY:
     case VBLK_REG_QUEUE_DESC_LOW:
@@ -3374,29 +3720,30 @@ VBLKDEF int vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_QUEUE_DRIVER_HIGH:
     case VBLK_REG_QUEUE_DEVICE_LOW:
     case VBLK_REG_QUEUE_DEVICE_HIGH:
-        return vblk__write_queue(dev, offset, v);
+        vblk__write_queue(dev, offset, v);
+        break;
     case VBLK__REG_GUEST_PAGE_SIZE:
     case VBLK__REG_QUEUE_ALIGN:
     case VBLK__REG_QUEUE_PFN:
         if (!dev->legacy_said) {
             dev->legacy_said = true;
-            vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_REG_LEGACY, 0, offset, v);
+            vblk__say(dev, VBLK_EV_REG_LEGACY, offset, v);
         }
         break;
     default:
         break;
     }
-    return VBLK_NO_QUEUE;
 }
 
-VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
-    if (queue < 0 || (unsigned)queue >= vblk__queue_count(dev) ||
+VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
+                             const vblk_ring *ring) {
+    if (queue >= vblk__queue_count(dev) ||
         !(vblk_status(dev) & VBLK_STATUS_FEATURES_OK)) {
-        return VBLK_NO_QUEUE;
+        return VBLK_ERR_RING;
     }
     vblk_queue *q = &dev->queue[queue];
     if (q->ready || !vblk__valid_size(dev, ring->size)) {
-        return VBLK_NO_QUEUE;
+        return VBLK_ERR_RING;
     }
     q->size = ring->size;
     q->desc_gpa = ring->desc;
@@ -3407,16 +3754,20 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, int queue, const vblk_ring *ring) {
     q->adopt_used = q->used_gpa % 4 ||
                     !vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
     q->used_shown = q->used_decided = q->used_next;
-    VBLK__STORE(&q->ready, true);
-    return queue;
+    VBLK__STORE_RELEASE(&q->ready, true);
+    vblk_notify(dev, (int)queue);
+    return VBLK_OK;
 }
 
-VBLKDEF uint16_t vblk_queue_stop(vblk_dev *dev, int queue) {
-    VBLK_ASSERT(queue >= 0 && (unsigned)queue < dev->o.queues);
+VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
+    VBLK_ASSERT(queue < dev->queues);
     vblk_queue *q = &dev->queue[queue];
-    uint16_t position = q->avail_next;
-    vblk__publish(dev, q); // what is completed is not lost
-    vblk__forget_queue(dev, q);
+    if (!vblk__quiet(dev, (int)queue)) {
+        return VBLK_ERR_BUSY;
+    }
+    int position = q->avail_next;
+    vblk__publish_queue(dev, q); // what is completed is not lost
+    vblk__take_queue_away(dev, q, vblk__forget_queue);
     return position;
 }
 
@@ -3425,7 +3776,7 @@ VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
 }
 
 VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
-    vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_HOST_RESET, 0, 0, 0);
+    vblk__say(dev, VBLK_EV_HOST_RESET, 0, 0);
     vblk__ask_reset(dev);
 }
 
@@ -3449,7 +3800,7 @@ static bool vblk__is_memory(const vblk_memory *m) {
 }
 
 static uint32_t vblk__queue_size(const vblk_options *o) {
-    return o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    return o->queue_size ? o->queue_size : 256;
 }
 
 static uint32_t vblk__seg_max(const vblk_options *o) {
@@ -3474,13 +3825,10 @@ static int vblk__check_options(const vblk_options *o) {
         o->capacity > INT64_MAX / VBLK_SECTOR) {
         return VBLK_ERR_CAPACITY;
     }
-    if ((unsigned)o->cache > VBLK_CACHE_UNSAFE) {
-        return VBLK_ERR_CACHE;
-    }
-    if ((unsigned)o->profile > VBLK_STANDARD) {
+    if ((unsigned)o->profile > VBLK_STRICT) {
         return VBLK_ERR_PROFILE;
     }
-    if (o->queues > VBLK_MAX_QUEUES) {
+    if (o->queues > 65535 || (o->queues > 1 && !o->queue)) {
         return VBLK_ERR_QUEUES;
     }
     if (o->queue_size > 32768 || o->queue_size & (o->queue_size - 1)) {
@@ -3505,36 +3853,18 @@ static int vblk__check_options(const vblk_options *o) {
 
 static uint64_t vblk__offer(const vblk_options *o) {
     uint64_t f = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
-                 VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
-    f |= o->read_only ? VBLK_F_RO : 0;
+                 VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+    f |= o->backend.write ? 0 : VBLK_F_RO;
     f |= o->queues > 1 ? VBLK_F_MQ : 0;
-    if (o->profile == VBLK_STANDARD && !o->size_max) {
-        f &= ~VBLK_F_SIZE_MAX; // P12
-    }
+    f |= o->profile == VBLK_STRICT || o->size_max ? VBLK_F_SIZE_MAX : 0; // P12
     // Nothing to flush on a read-only disk, so it can be offered (V10).
-    f |= o->cache == VBLK_CACHE_WRITEBACK && (o->backend.flush || o->read_only)
-             ? VBLK_F_FLUSH
-             : 0;
+    f |= o->backend.flush || !o->backend.write ? VBLK_F_FLUSH : 0;
     return f & ~o->features_off;
 }
 
 static void vblk__set_bursts(vblk_limits *l) {
     l->iops_burst = l->iops_burst ? l->iops_burst : l->iops;
     l->bps_burst = l->bps_burst ? l->bps_burst : l->bps;
-}
-
-static void vblk__set_defaults(vblk_options *o) {
-    vblk__set_bursts(&o->limits);
-    o->read_only = o->read_only || o->backend.read_only || !o->backend.write;
-    o->queues = o->queues ? o->queues : 1;
-    o->seg_max = vblk__seg_max(o);
-    o->queue_size = vblk__queue_size(o);
-    if (o->profile == VBLK_STRICT && !o->size_max) {
-        o->size_max = 1u << 20;
-    }
-    if (o->profile == VBLK_STANDARD && !o->vendor_id) {
-        o->vendor_id = 0x554d4551; // P11
-    }
 }
 
 // Each device begins elsewhere: a request of what was here before is stale.
@@ -3546,8 +3876,47 @@ static uint64_t vblk__first_epoch(void) {
     return (uint64_t)old << 32;
 }
 
-VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
+static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
+                         uint64_t capacity, uint64_t backing) {
+    bool strict = o->profile == VBLK_STRICT;
+    vblk_limits l = o->limits;
+    VBLK_MEMSET(dev, 0, sizeof *dev);
+    dev->memory = o->memory;
+    dev->backend = o->backend;
+    dev->interrupt = o->interrupt;
+    dev->event = o->event;
+    dev->notify = o->notify;
+    dev->quiesce = o->quiesce;
+    dev->user = o->user;
+    dev->capacity = capacity;
+    dev->backing = backing;
+    dev->offered = vblk__offer(o);
+    dev->queues = o->queues ? o->queues : 1;
+    dev->queue = o->queue ? o->queue : &dev->built_in;
+    dev->queue_size = vblk__queue_size(o);
+    dev->seg_max = vblk__seg_max(o);
+    dev->size_max = o->size_max ? o->size_max : 1u << 20;
+    dev->vendor_id = o->vendor_id || strict ? o->vendor_id : 0x554d4551; // P11
+    dev->strict = strict;
+    dev->again_ns = VBLK_NEVER;
+    vblk__set_bursts(&l);
+    vblk_bucket_init(&dev->ops, l.iops, l.iops_burst);
+    vblk_bucket_init(&dev->bytes, l.bps, l.bps_burst);
+    for (unsigned i = 0; i < dev->queues; i++) {
+        VBLK_MEMSET(&dev->queue[i], 0, sizeof dev->queue[i]);
+        dev->queue[i].epoch = vblk__first_epoch();
+    }
+    for (unsigned i = 0; o->id && i < VBLK_ID_BYTES && o->id[i]; i++) {
+        dev->id[i] = (uint8_t)o->id[i];
+    }
+}
+
+VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
+                              int version, size_t size) {
     VBLK_ASSERT(dev && o);
+    if (version / 100 != VBLK_VERSION / 100 || size != sizeof *dev) {
+        return VBLK_ERR_LAYOUT;
+    }
     int err = vblk__check_options(o);
     uint64_t bytes = 0;
     uint64_t capacity = o->capacity;
@@ -3563,31 +3932,16 @@ VBLKDEF int vblk_init(vblk_dev *dev, const vblk_options *o) {
             return VBLK_ERR_CAPACITY;
         }
     }
-    VBLK_MEMSET(dev, 0, sizeof *dev);
-    dev->o = *o;
-    dev->o.capacity = capacity;
-    dev->backing = o->backend.size ? bytes : capacity * VBLK_SECTOR;
-    vblk__set_defaults(&dev->o);
-    dev->offered = vblk__offer(&dev->o);
-    vblk_bucket_init(&dev->ops, dev->o.limits.iops, dev->o.limits.iops_burst);
-    vblk_bucket_init(&dev->bytes, dev->o.limits.bps, dev->o.limits.bps_burst);
-    for (unsigned i = 0; i < dev->o.queues; i++) {
-        dev->queue[i].epoch = vblk__first_epoch();
-    }
-    for (unsigned i = 0; o->id && i < VBLK_ID_BYTES && o->id[i]; i++) {
-        dev->id[i] = (uint8_t)o->id[i];
-    }
-    dev->o.id = NULL; // copied; the caller's may go
+    vblk__set_up(dev, o, capacity,
+                 o->backend.size ? bytes : capacity * VBLK_SECTOR);
     if (o->backend.size && capacity > bytes / VBLK_SECTOR) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_LARGE, 0, bytes,
-                  capacity * VBLK_SECTOR);
+        vblk__say(dev, VBLK_EV_CAPACITY_LARGE, bytes, capacity * VBLK_SECTOR);
     }
     if (!o->capacity && capacity > 0 && bytes % VBLK_SECTOR) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ROUNDED, 0,
-                  bytes % VBLK_SECTOR, 0);
+        vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED, bytes % VBLK_SECTOR, 0);
     }
     if (capacity == 0) {
-        vblk__say(dev, VBLK_NO_QUEUE, VBLK_EV_CAPACITY_ZERO, 0, bytes, 0);
+        vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
     }
     return VBLK_OK;
 }
@@ -3599,16 +3953,18 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
         return VBLK_ERR_LIMITS;
     }
     vblk__set_bursts(&l);
-    dev->o.limits = l;
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
+    dev->clock = VBLK__CLOCK_NEW;
+    dev->again_ns = 0;
     // Only a limited device has a turn: without limits its queues may be
     // drained by several threads, and none of them could pass it on.
-    for (unsigned i = 0; !l.iops && !l.bps && i < dev->o.queues; i++) {
+    for (unsigned i = 0; !vblk__limited(dev) && i < dev->queues; i++) {
         if (dev->queue[i].stalled) {
             vblk__end_stall(dev, &dev->queue[i], now_ns);
         }
     }
+    vblk_notify(dev, VBLK_ALL_QUEUES);
     return VBLK_OK;
 }
 
@@ -3616,19 +3972,29 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
     if (!vblk__is_memory(&memory)) {
         return VBLK_ERR_MEMORY;
     }
-    dev->o.memory = memory;
-    for (unsigned i = 0; i < dev->o.queues; i++) {
+    for (unsigned i = 0; i < dev->queues; i++) {
+        if (dev->queue[i].under_way > 0) {
+            return VBLK_ERR_BUSY;
+        }
+    }
+    dev->memory = memory;
+    for (unsigned i = 0; i < dev->queues; i++) {
         vblk_queue *q = &dev->queue[i];
-        VBLK_ASSERT(q->under_way == 0);
         q->resolved = false;
         q->desc = q->avail = q->used = NULL;
     }
+    vblk_notify(dev, VBLK_ALL_QUEUES);
     return VBLK_OK;
+}
+
+VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue) {
+    VBLK_ASSERT(queue < dev->queues);
+    return VBLK__LOAD(&dev->queue[queue].poisoned);
 }
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
     vblk_counts sum = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
-    for (unsigned i = 0; i < dev->o.queues; i++) {
+    for (unsigned i = 0; i < dev->queues; i++) {
         const vblk_counts *c = &dev->queue[i].counts;
         sum.reads += VBLK__LOAD(&c->reads);
         sum.writes += VBLK__LOAD(&c->writes);
@@ -3653,30 +4019,103 @@ VBLKDEF const char *vblk_strerror(int err) {
     }
 }
 
-VBLKDEF const char *vblk_event_text(vblk_event_code code) {
+static const char *vblk__event_text(vblk_event_code code) {
     switch ((int)code) {
-#define VBLK_X(name, text) case VBLK_EV_##name: return text;
+#define VBLK_X(name, number, level, a, b, text)                                \
+    case VBLK_EV_##name: return text;
     VBLK_EVENTS(VBLK_X)
 #undef VBLK_X
     default: return "unknown event code";
     }
 }
 
+// A line that is being written; what does not fit is left out.
+typedef struct vblk__line {
+    char  *at;
+    size_t left; // the NUL at the end included
+} vblk__line;
+
+static void vblk__print(vblk__line *l, const char *text) {
+    for (; *text && l->left > 1; text++, l->left--) {
+        *l->at++ = *text;
+    }
+    if (l->left > 0) {
+        *l->at = 0;
+    }
+}
+
+static void vblk__print_number(vblk__line *l, const char *name, uint64_t n,
+                               unsigned base) {
+    char digits[24];
+    unsigned i = sizeof digits - 1;
+    digits[i] = 0;
+    do {
+        digits[--i] = "0123456789abcdef"[n % base];
+        n /= base;
+    } while (n > 0);
+    vblk__print(l, name);
+    vblk__print(l, base == 16 ? " 0x" : " ");
+    vblk__print(l, &digits[i]);
+}
+
+static void vblk__print_field(vblk__line *l, const char *before,
+                              const vblk_event *e, unsigned field) {
+    if (field != VBLK__IS_NONE) {
+        vblk__print(l, before);
+    }
+    switch (field) {
+    case VBLK__IS_ADDRESS:
+        vblk__print_number(l, "address", e->address, 16);
+        break;
+    case VBLK__IS_BYTES:  vblk__print_number(l, "bytes", e->bytes, 10);   break;
+    case VBLK__IS_SECTOR: vblk__print_number(l, "sector", e->sector, 10); break;
+    case VBLK__IS_INDEX:  vblk__print_number(l, "index", e->index, 10);   break;
+    case VBLK__IS_VALUE:  vblk__print_number(l, "value", e->value, 16);   break;
+    case VBLK__IS_AGAINST: // of a value, bits; of a number, a number
+        vblk__print_number(l, "against", e->against, e->value ? 16 : 10);
+        break;
+    case VBLK__IS_ERROR:
+        vblk__print_number(l, "error", (uint64_t)e->error, 10);
+        break;
+    default: break;
+    }
+}
+
+VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
+                                    size_t n) {
+    vblk__line l = {buf, n};
+    const struct vblk__event_shape *row = vblk__event_row(event->code);
+    vblk__print(&l, "");
+    if (event->queue >= 0) {
+        vblk__print_number(&l, "queue", (uint64_t)event->queue, 10);
+        if (event->head >= 0) {
+            vblk__print_number(&l, ", head", (uint64_t)event->head, 10);
+        }
+        vblk__print(&l, ": ");
+    }
+    vblk__print(&l, vblk__event_text(event->code));
+    vblk__print_field(&l, " [", event, row->a);
+    vblk__print_field(&l, ", ", event, row->b);
+    vblk__print(&l, row->a == VBLK__IS_NONE ? "" : "]");
+    return buf;
+}
+
 
 // ---- Memory and memory disk -------------------------------------------------
 
-VBLKDEF vblk_memory vblk_ram_memory(const vblk_ram *ram) {
-    for (unsigned i = 0; i < ram->regions; i++) {
-        VBLK_ASSERT((size_t)ram->region[i].bytes == ram->region[i].bytes);
+VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
+    for (unsigned i = 0; i < regions->count; i++) {
+        VBLK_ASSERT((size_t)regions->region[i].bytes ==
+                    regions->region[i].bytes);
     }
-    vblk_memory memory = {vblk__ram_read, vblk__ram_write, vblk__ram_map,
-                          NULL};
-    memory.user = (void *)(uintptr_t)ram;
+    vblk_memory memory = {vblk__regions_read, vblk__regions_write,
+                          vblk__regions_map, NULL};
+    memory.user = (void *)(uintptr_t)regions;
     return memory;
 }
 
 // How many of the segments' bytes the disk has from `offset` on.
-static int64_t vblk__memdisk_copy(vblk_memdisk *d, uint64_t offset,
+static int64_t vblk__ramdisk_copy(vblk_ramdisk *d, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs,
                                   bool in) {
     uint64_t left = offset < d->bytes ? d->bytes - offset : 0;
@@ -3692,31 +4131,28 @@ static int64_t vblk__memdisk_copy(vblk_memdisk *d, uint64_t offset,
     return done;
 }
 
-static int64_t vblk__memdisk_read(void *user, uint64_t offset,
+static int64_t vblk__ramdisk_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
-    return vblk__memdisk_copy((vblk_memdisk *)user, offset, seg, segs, true);
+    return vblk__ramdisk_copy((vblk_ramdisk *)user, offset, seg, segs, true);
 }
 
-static int64_t vblk__memdisk_write(void *user, uint64_t offset,
+static int64_t vblk__ramdisk_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
-    vblk_memdisk *d = (vblk_memdisk *)user;
-    return d->read_only ? -1
-                        : vblk__memdisk_copy(d, offset, seg, segs, false);
+    return vblk__ramdisk_copy((vblk_ramdisk *)user, offset, seg, segs, false);
 }
 
-static int vblk__memdisk_flush(void *user) {
+static int vblk__ramdisk_flush(void *user) {
     (void)user;
     return 0;
 }
 
-static uint64_t vblk__memdisk_size(void *user) {
-    return ((vblk_memdisk *)user)->bytes;
+static uint64_t vblk__ramdisk_size(void *user) {
+    return ((vblk_ramdisk *)user)->bytes;
 }
 
-VBLKDEF vblk_backend vblk_memdisk_backend(vblk_memdisk *disk) {
-    vblk_backend b = {vblk__memdisk_read, vblk__memdisk_write,
-                      vblk__memdisk_flush, vblk__memdisk_size,
-                      disk->read_only, NULL};
+VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
+    vblk_backend b = {vblk__ramdisk_read, vblk__ramdisk_write,
+                      vblk__ramdisk_flush, vblk__ramdisk_size, NULL};
     b.user = disk;
     return b;
 }
@@ -3821,7 +4257,7 @@ VBLKDEF void vblk_file_close(vblk_file *file) {
 static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
                                  unsigned segs, bool in) {
 #ifdef VBLK__VECTORS
-    struct iovec iov[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+    struct iovec iov[VBLK__SEGS];
     unsigned most = sizeof iov / sizeof iov[0];
 #ifdef IOV_MAX
     most = most < IOV_MAX ? most : IOV_MAX;
@@ -3874,9 +4310,7 @@ static int64_t vblk__file_read(void *user, uint64_t offset,
 
 static int64_t vblk__file_write(void *user, uint64_t offset,
                                 const vblk_seg *seg, unsigned segs) {
-    vblk_file *f = (vblk_file *)user;
-    return f->read_only ? -EROFS
-                        : vblk__file_move(f, offset, seg, segs, false);
+    return vblk__file_move((vblk_file *)user, offset, seg, segs, false);
 }
 
 static off_t vblk__file_end(vblk_file *f) {
@@ -3912,73 +4346,15 @@ static int vblk__file_flush(void *user) {
 }
 
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
-    vblk_backend b = {vblk__file_read, vblk__file_write, vblk__file_flush,
-                      vblk__file_size, file->read_only, NULL};
+    vblk_backend b = {vblk__file_read, NULL, vblk__file_flush, vblk__file_size,
+                      NULL};
+    b.write = file->read_only ? NULL : vblk__file_write;
     b.user = file;
     return b;
 }
 
 
-// ---- Lock -------------------------------------------------------------------
-
-VBLKDEF int vblk_locked_init(vblk_locked *locked, vblk_backend inner) {
-    int err = pthread_mutex_init(&locked->mutex, NULL);
-    locked->inner = inner;
-    errno = err ? err : errno;
-    return err ? VBLK_ERR_LOCK : VBLK_OK;
-}
-
-VBLKDEF void vblk_locked_end(vblk_locked *locked) {
-    pthread_mutex_destroy(&locked->mutex);
-}
-
-static int64_t vblk__locked_read(void *user, uint64_t offset,
-                                 const vblk_seg *seg, unsigned segs) {
-    vblk_locked *l = (vblk_locked *)user;
-    pthread_mutex_lock(&l->mutex);
-    int64_t n = l->inner.read(l->inner.user, offset, seg, segs);
-    pthread_mutex_unlock(&l->mutex);
-    return n;
-}
-
-static int64_t vblk__locked_write(void *user, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    vblk_locked *l = (vblk_locked *)user;
-    pthread_mutex_lock(&l->mutex);
-    int64_t n = l->inner.write(l->inner.user, offset, seg, segs);
-    pthread_mutex_unlock(&l->mutex);
-    return n;
-}
-
-static int vblk__locked_flush(void *user) {
-    vblk_locked *l = (vblk_locked *)user;
-    pthread_mutex_lock(&l->mutex);
-    int err = l->inner.flush(l->inner.user);
-    pthread_mutex_unlock(&l->mutex);
-    return err;
-}
-
-static uint64_t vblk__locked_size(void *user) {
-    vblk_locked *l = (vblk_locked *)user;
-    pthread_mutex_lock(&l->mutex);
-    uint64_t bytes = l->inner.size(l->inner.user);
-    pthread_mutex_unlock(&l->mutex);
-    return bytes;
-}
-
-VBLKDEF vblk_backend vblk_locked_backend(vblk_locked *locked) {
-    const vblk_backend *inner = &locked->inner;
-    vblk_backend b = {vblk__locked_read, NULL, NULL, NULL, inner->read_only,
-                      NULL};
-    b.write = inner->write ? vblk__locked_write : NULL;
-    b.flush = inner->flush ? vblk__locked_flush : NULL;
-    b.size = inner->size ? vblk__locked_size : NULL;
-    b.user = locked;
-    return b;
-}
-
-
-// ---- Blocking limiter -------------------------------------------------------
+// ---- Pacer -------------------------------------------------------
 
 static uint64_t vblk__clock(void) {
     struct timespec t;
@@ -3998,7 +4374,7 @@ static uint64_t vblk__steady(uint64_t rate, uint64_t burst) {
     return burst ? burst : rate < 10 ? 1 : rate / 10;
 }
 
-VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
+VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
                               const vblk_limits *limits) {
     vblk_limits l = *limits;
     uint64_t tenth = l.bps / 10;
@@ -4006,26 +4382,26 @@ VBLKDEF int vblk_limiter_init(vblk_limiter *limiter, vblk_backend inner,
         (l.iops | l.iops_burst | l.bps | l.bps_burst) > INT64_MAX) {
         return VBLK_ERR_LIMITS;
     }
-    VBLK_MEMSET(limiter, 0, sizeof *limiter);
-    int err = pthread_mutex_init(&limiter->mutex, NULL);
+    VBLK_MEMSET(pacer, 0, sizeof *pacer);
+    int err = pthread_mutex_init(&pacer->mutex, NULL);
     errno = err ? err : errno;
-    limiter->inner = inner;
-    limiter->now = vblk__clock;
-    limiter->sleep = vblk__sleep;
+    pacer->inner = inner;
+    pacer->now = vblk__clock;
+    pacer->sleep = vblk__sleep;
     // Whole pages suit direct I/O.
-    limiter->share = !l.bps                ? UINT64_MAX
+    pacer->share = !l.bps                ? UINT64_MAX
                      : tenth < VBLK_SECTOR ? VBLK_SECTOR
                      : tenth < 4096        ? tenth - tenth % VBLK_SECTOR
                                            : tenth - tenth % 4096;
-    vblk_bucket_init(&limiter->ops, l.iops,
+    vblk_bucket_init(&pacer->ops, l.iops,
                      vblk__steady(l.iops, l.iops_burst));
-    vblk_bucket_init(&limiter->bytes, l.bps,
+    vblk_bucket_init(&pacer->bytes, l.bps,
                      vblk__steady(l.bps, l.bps_burst));
     return err ? VBLK_ERR_LOCK : VBLK_OK;
 }
 
-VBLKDEF void vblk_limiter_end(vblk_limiter *limiter) {
-    pthread_mutex_destroy(&limiter->mutex);
+VBLKDEF void vblk_pacer_close(vblk_pacer *pacer) {
+    pthread_mutex_destroy(&pacer->mutex);
 }
 
 // Take `n` tokens, which may be yet to come; until when, from now.
@@ -4037,7 +4413,7 @@ static uint64_t vblk__promise(vblk_bucket *b, uint64_t n, uint64_t now_ns) {
 }
 
 // Pay and wait for it. The lock makes the order of arrival.
-static void vblk__limiter_pay(vblk_limiter *l, uint64_t ops, uint64_t bytes) {
+static void vblk__pacer_pay(vblk_pacer *l, uint64_t ops, uint64_t bytes) {
     pthread_mutex_lock(&l->mutex);
     uint64_t now = l->ops.rate || l->bytes.rate ? l->now() : 0;
     uint64_t a = vblk__promise(&l->ops, ops, now);
@@ -4050,7 +4426,7 @@ static void vblk__limiter_pay(vblk_limiter *l, uint64_t ops, uint64_t bytes) {
 
 // Whether a call at `offset` goes on with a request that was cut there, and
 // how many bytes that has paid for.
-static bool vblk__limiter_goes_on(vblk_limiter *l, uint64_t offset,
+static bool vblk__pacer_goes_on(vblk_pacer *l, uint64_t offset,
                                   uint64_t *paid) {
     const unsigned room = sizeof l->rest / sizeof l->rest[0];
     bool found = false;
@@ -4067,7 +4443,7 @@ static bool vblk__limiter_goes_on(vblk_limiter *l, uint64_t offset,
     return found;
 }
 
-static void vblk__limiter_cut(vblk_limiter *l, uint64_t at, uint64_t paid) {
+static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
     const unsigned room = sizeof l->rest / sizeof l->rest[0];
     pthread_mutex_lock(&l->mutex);
     l->rest[l->rests % room].at = at;
@@ -4076,13 +4452,13 @@ static void vblk__limiter_cut(vblk_limiter *l, uint64_t at, uint64_t paid) {
     pthread_mutex_unlock(&l->mutex);
 }
 
-static int64_t vblk__limiter_move(vblk_limiter *l, uint64_t offset,
+static int64_t vblk__pacer_move(vblk_pacer *l, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs,
                                   bool in) {
-    vblk_seg part[VBLK_MAX_SEGS + 2 + VBLK__SPLITS];
+    vblk_seg part[VBLK__SEGS];
     const unsigned room = sizeof part / sizeof part[0];
     uint64_t paid, n = 0;
-    bool goes_on = vblk__limiter_goes_on(l, offset, &paid);
+    bool goes_on = vblk__pacer_goes_on(l, offset, &paid);
     uint64_t most = paid ? paid : l->share;
     unsigned parts = 0;
     while (parts < segs && parts < room && n < most) {
@@ -4094,47 +4470,46 @@ static int64_t vblk__limiter_move(vblk_limiter *l, uint64_t offset,
     }
     bool cut = parts < segs || part[parts - 1].n < seg[parts - 1].n;
     if (!paid) {
-        vblk__limiter_pay(l, !goes_on, n);
+        vblk__pacer_pay(l, !goes_on, n);
         paid = n;
     }
     int64_t moved = in ? l->inner.read(l->inner.user, offset, part, parts)
                        : l->inner.write(l->inner.user, offset, part, parts);
     if (moved > 0 && (cut || (uint64_t)moved < n)) {
-        vblk__limiter_cut(l, offset + (uint64_t)moved,
+        vblk__pacer_cut(l, offset + (uint64_t)moved,
                           paid - (uint64_t)moved);
     }
     return moved;
 }
 
-static int64_t vblk__limiter_read(void *user, uint64_t offset,
+static int64_t vblk__pacer_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
-    return vblk__limiter_move((vblk_limiter *)user, offset, seg, segs, true);
+    return vblk__pacer_move((vblk_pacer *)user, offset, seg, segs, true);
 }
 
-static int64_t vblk__limiter_write(void *user, uint64_t offset,
+static int64_t vblk__pacer_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
-    return vblk__limiter_move((vblk_limiter *)user, offset, seg, segs, false);
+    return vblk__pacer_move((vblk_pacer *)user, offset, seg, segs, false);
 }
 
-static int vblk__limiter_flush(void *user) {
-    vblk_limiter *l = (vblk_limiter *)user;
-    vblk__limiter_pay(l, 1, 0);
+static int vblk__pacer_flush(void *user) {
+    vblk_pacer *l = (vblk_pacer *)user;
+    vblk__pacer_pay(l, 1, 0);
     return l->inner.flush(l->inner.user);
 }
 
-static uint64_t vblk__limiter_size(void *user) {
-    vblk_limiter *l = (vblk_limiter *)user;
+static uint64_t vblk__pacer_size(void *user) {
+    vblk_pacer *l = (vblk_pacer *)user;
     return l->inner.size(l->inner.user);
 }
 
-VBLKDEF vblk_backend vblk_limiter_backend(vblk_limiter *limiter) {
-    const vblk_backend *inner = &limiter->inner;
-    vblk_backend b = {vblk__limiter_read, NULL, NULL, NULL, inner->read_only,
-                      NULL};
-    b.write = inner->write ? vblk__limiter_write : NULL;
-    b.flush = inner->flush ? vblk__limiter_flush : NULL;
-    b.size = inner->size ? vblk__limiter_size : NULL;
-    b.user = limiter;
+VBLKDEF vblk_backend vblk_pacer_backend(vblk_pacer *pacer) {
+    const vblk_backend *inner = &pacer->inner;
+    vblk_backend b = {vblk__pacer_read, NULL, NULL, NULL, NULL};
+    b.write = inner->write ? vblk__pacer_write : NULL;
+    b.flush = inner->flush ? vblk__pacer_flush : NULL;
+    b.size = inner->size ? vblk__pacer_size : NULL;
+    b.user = pacer;
     return b;
 }
 
@@ -4152,7 +4527,6 @@ header in this unit, or compile with -D_GNU_SOURCE"
 #endif
 #include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -4162,7 +4536,7 @@ header in this unit, or compile with -D_GNU_SOURCE"
 #include <sys/timerfd.h>
 
 
-// ---- Worker: policy ---------------------------------------------------------
+// ---- Worker: the thread's own -----------------------------------------------
 
 #define VBLK__MAX_WAIT VBLK__SECOND // the timer is set to no more
 
@@ -4180,51 +4554,23 @@ static int vblk__meaning(uint64_t token) {
     return token < VBLK__TOKENS ? (int)token : VBLK__TOKENS;
 }
 
-// What a drain's outcome means: look at the events and drain again, or wait
-// for one; and the timer's setting, 0 for none.
-typedef struct vblk__plan {
-    bool     again;
-    uint64_t timer_ns;
-} vblk__plan;
-
-// A wait of 0 would disarm the timer: drain again at once, but only once.
-static vblk__plan vblk__plan_after(vblk_outcome out, bool again_already) {
-    vblk__plan plan = {false, 0};
-    if (out.state == VBLK_MORE) {
-        plan.again = true;
-    } else if (out.state == VBLK_STALLED && out.wait_ns == 0) {
-        plan.again = !again_already;
-        plan.timer_ns = again_already ? 1 : 0;
-    } else if (out.state == VBLK_STALLED) {
-        plan.timer_ns = out.wait_ns < VBLK__MAX_WAIT ? out.wait_ns
-                                                     : VBLK__MAX_WAIT;
-    }
-    return plan;
-}
-
-
-// ---- Worker: the thread's own -----------------------------------------------
-
 // Where the thread is. AWAY: in a callback of the host, which may take
 // forever; WORKING may take as long, on a page of guest memory.
 //
 //     thread      WORKING <-> AWAY, WORKING -> ENDED
 //     the rest    AWAY, WORKING -> LEFT when the bound is over
-//     thread      LEFT -> GONE, under `parking`: whoever finds it so frees
+//     thread      LEFT -> GONE, under `registers`: whoever finds it so frees
 //                 this; or the thread itself, if `orphaned` was set before
 enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__GONE };
 
 struct vblk__thread {
-    uint32_t     state;   // atomic
-    uint32_t     stop;    // atomic: leave at the next opportunity
-    uint32_t     logging; // atomic: away in the log
-    bool         stuck;   // left while WORKING: the device is in its hands
-    bool         told;    // under `parking`: somebody waits for released()
-    bool         inside;  // the thread's own: it is in a callback
+    uint32_t     state;    // atomic
+    uint32_t     stop;     // atomic: leave at the next opportunity
+    uint32_t     speaking; // atomic: away with an event
+    bool         inside;   // the thread's own: it is in a callback
     struct vblk__thread *next;
     pthread_t    id;
     vblk_worker *w;
-    vblk_backend inner;
     jmp_buf      leave;
 };
 
@@ -4240,14 +4586,24 @@ static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
 // Around every callback of the host that the thread makes. The thread leaves
 // by a jump if it was left behind, when the device is not its own any more, or
 // if it is to stop: what it was at is thrown away by the reset that follows.
-static void vblk__away(struct vblk__thread *t) {
+// Other threads make callbacks too, and so does the thread of another device
+// from inside its backend: nothing to do for them, and NULL.
+static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
+    struct vblk__thread *t = vblk__self;
+    if (!t || t->w != w || t->inside) {
+        return NULL;
+    }
     if (!vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)) {
         longjmp(t->leave, 1);
     }
     t->inside = true;
+    return t;
 }
 
-static void vblk__back(struct vblk__thread *t) {
+static void vblk__return(struct vblk__thread *t) {
+    if (!t) {
+        return;
+    }
     t->inside = false;
     if (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
         __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
@@ -4255,130 +4611,73 @@ static void vblk__back(struct vblk__thread *t) {
     }
 }
 
-// For callbacks that other threads make too, and the thread of another device
-// from inside its backend. NULL if this is not the thread of `w` at work; else
-// it is for vblk__return().
-static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
-    struct vblk__thread *t = vblk__self;
-    if (!t || t->w != w || t->inside) {
-        return NULL;
-    }
-    vblk__away(t);
-    return t;
+static int64_t vblk__worker_read(void *user, uint64_t offset,
+                                 const vblk_seg *seg, unsigned segs) {
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__leave_for(w);
+    int64_t n = w->backend.read(w->backend.user, offset, seg, segs);
+    vblk__return(t);
+    return n;
 }
 
-static void vblk__return(struct vblk__thread *t) {
-    if (t) {
-        vblk__back(t);
-    }
-}
-
-static int64_t vblk__guarded_read(void *user, uint64_t offset,
+static int64_t vblk__worker_write(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
-    struct vblk__thread *t = (struct vblk__thread *)user;
-    vblk__away(t);
-    int64_t n = t->inner.read(t->inner.user, offset, seg, segs);
-    vblk__back(t);
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__leave_for(w);
+    int64_t n = w->backend.write(w->backend.user, offset, seg, segs);
+    vblk__return(t);
     return n;
 }
 
-static int64_t vblk__guarded_write(void *user, uint64_t offset,
-                                   const vblk_seg *seg, unsigned segs) {
-    struct vblk__thread *t = (struct vblk__thread *)user;
-    vblk__away(t);
-    int64_t n = t->inner.write(t->inner.user, offset, seg, segs);
-    vblk__back(t);
-    return n;
-}
-
-static int vblk__guarded_flush(void *user) {
-    struct vblk__thread *t = (struct vblk__thread *)user;
-    vblk__away(t);
-    int err = t->inner.flush(t->inner.user);
-    vblk__back(t);
+static int vblk__worker_flush(void *user) {
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__leave_for(w);
+    int err = w->backend.flush(w->backend.user);
+    vblk__return(t);
     return err;
 }
 
 
-// ---- Worker: log, descriptors, interrupt ------------------------------------
+// ---- Worker: events, descriptors, interrupt ---------------------------------
 
-// A hostile guest can make events at will: the default printer lets some lines
-// a second through and counts the rest. `left_out` are those before this one.
-static bool vblk__may_print(vblk_worker *w, uint64_t *left_out) {
-    pthread_mutex_lock(&w->logging);
+// A hostile guest can make events at will: some lines a second are let through
+// and the rest counted.
+static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
+    char line[400];
+    pthread_mutex_lock(&w->printing);
     vblk_bucket_refill(&w->lines, vblk__clock());
     bool may = vblk_bucket_can_take(&w->lines, 1);
+    uint64_t left_out = w->left_out;
     vblk_bucket_take(&w->lines, may);
-    *left_out = w->left_out;
     w->left_out = may ? 0 : w->left_out + 1;
-    pthread_mutex_unlock(&w->logging);
-    return may;
-}
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 3, 4)))
-#endif
-static void vblk__log(vblk_worker *w, vblk_level level, const char *format,
-                      ...) {
-    char line[320];
-    uint64_t left_out = 0;
-    va_list args;
-    int n = snprintf(line, sizeof line, "vblk%d: ", w->number);
-    va_start(args, format);
-    vsnprintf(line + n, sizeof line - (size_t)n, format, args);
-    va_end(args);
-    if (!w->wo.log && !vblk__may_print(w, &left_out)) {
+    pthread_mutex_unlock(&w->printing);
+    if (!may) {
         return;
     }
-    // No lock is held from here on: a log may block like any callback.
-    struct vblk__thread *t = vblk__leave_for(w);
-    if (t) {
-        __atomic_store_n(&t->logging, 1, __ATOMIC_RELEASE);
+    // No lock is held from here on: stderr may block like any callback.
+    if (left_out) {
+        fprintf(stderr, "(%llu lines left out)\n",
+                (unsigned long long)left_out);
     }
-    if (w->wo.log) {
-        w->wo.log(w->wo.user, level, line);
-    } else if (left_out) {
-        fprintf(stderr, "(%llu lines left out)\n%s\n",
-                (unsigned long long)left_out, line);
-    } else {
-        fprintf(stderr, "%s\n", line);
-    }
-    if (t) {
-        __atomic_store_n(&t->logging, 0, __ATOMIC_RELEASE);
-    }
-    vblk__return(t);
-}
-
-static vblk_level vblk__level(vblk_event_code code) {
-    switch ((int)code) {
-    case VBLK_EV_CAPACITY_ZERO:
-    case VBLK_EV_READ_FAILED:
-    case VBLK_EV_WRITE_FAILED:
-    case VBLK_EV_WRITE_STUCK:
-    case VBLK_EV_FLUSH_FAILED:   return VBLK_LEVEL_ERROR;
-    case VBLK_EV_CAPACITY_LARGE:
-    case VBLK_EV_HOST_RESET:
-    case VBLK_EV_NO_MEMORY:      return VBLK_LEVEL_NOTE;
-    default:                     return VBLK_LEVEL_WARNING;
-    }
+    fprintf(stderr, "vblk%d: %s\n", w->number,
+            vblk_event_line(e, line, sizeof line));
 }
 
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
-    if (w->o.event) {
-        struct vblk__thread *t = vblk__leave_for(w);
-        w->o.event(w->o.user, e);
-        vblk__return(t);
-    } else if (e->queue == VBLK_NO_QUEUE) {
-        vblk__log(w, vblk__level(e->code), "%s [%#llx, %#llx]",
-                  vblk_event_text(e->code), (unsigned long long)e->a,
-                  (unsigned long long)e->b);
-    } else {
-        vblk__log(w, vblk__level(e->code),
-                  "queue %d, head %u: %s [%#llx, %#llx]", e->queue,
-                  (unsigned)e->head, vblk_event_text(e->code),
-                  (unsigned long long)e->a, (unsigned long long)e->b);
+    struct vblk__thread *t = vblk__leave_for(w);
+    if (t) {
+        __atomic_store_n(&t->speaking, 1, __ATOMIC_RELEASE);
     }
+    if (w->event) {
+        w->event(w->user, e);
+    } else {
+        vblk__print_event(w, e);
+    }
+    if (t) {
+        __atomic_store_n(&t->speaking, 0, __ATOMIC_RELEASE);
+    }
+    vblk__return(t);
 }
 
 // Add 1 to an eventfd. A full counter is as good; other failures are not to be
@@ -4402,10 +4701,15 @@ static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     if (fire) {
         vblk__signal(w->irq_fd);
     }
-    if (w->o.interrupt) {
-        w->o.interrupt(w->o.user, queue, fire);
+    if (w->interrupt) {
+        w->interrupt(w->user, queue, fire);
     }
     vblk__return(t);
+}
+
+static void vblk__worker_notify(void *user, int queue) {
+    (void)queue;
+    vblk_worker_kick((vblk_worker *)user);
 }
 
 // To a moment on the clock; one that has passed fires at once.
@@ -4458,8 +4762,7 @@ static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
     memcpy(&set, w->cpu_set, sizeof set);
     pthread_mutex_unlock(&w->parking);
     if (move && sched_setaffinity(0, sizeof set, &set)) {
-        vblk__log(w, VBLK_LEVEL_WARNING, "cannot run on the given cpus (errno "
-                  "%d); going on where the kernel likes", errno);
+        vblk__say(&w->dev, VBLK_EV_WORKER_CPUS, (uint64_t)errno, 0);
     }
 }
 
@@ -4478,12 +4781,11 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
     for (int i = 0; i < n; i++) {
         int token = vblk__meaning(events[i].data.u64);
         if (events[i].events & ~(uint32_t)EPOLLIN) {
-            vblk__log(w, VBLK_LEVEL_ERROR, "descriptor %d: events %#x", token,
-                      (unsigned)events[i].events);
+            vblk__say(&w->dev, VBLK_EV_WORKER_DESCRIPTOR, (uint64_t)token,
+                      events[i].events);
         }
         if (token == VBLK__TOKENS) {
-            vblk__log(w, VBLK_LEVEL_ERROR,
-                      "an event of no descriptor of ours is skipped");
+            vblk__say(&w->dev, VBLK_EV_WORKER_TOKEN, 0, 0);
             continue;
         }
         came[token] = true;
@@ -4494,59 +4796,39 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
     return true;
 }
 
-// A kick while a queue is stalled, and its timer set: the others are looked at,
-// so that what costs nothing waits for nobody. What comes faster than that is
-// a kick again.
-static void vblk__drain_others(vblk_worker *w, uint64_t now_ns) {
-    for (unsigned i = 0; i < w->dev.o.queues; i++) {
-        if (!w->dev.queue[i].stalled &&
-            vblk__drain_one(&w->dev, (int)i, now_ns).state == VBLK_MORE) {
-            vblk_worker_kick(w);
-        }
-    }
+// What the thread cannot work without is broken.
+static void vblk__give_up(vblk_worker *w, vblk_event_code code) {
+    vblk__say(&w->dev, code, (uint64_t)errno, 0);
+    vblk_needs_reset(&w->dev);
 }
 
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     bool came[VBLK__TOKENS];
-    bool stalled = false; // the timer is set, and kicks can wait for it
-    bool again = true;    // the first time for what waits already (Q10)
-    bool retried = false;
+    uint64_t now = 0, next = 0; // at first for what waits already (Q10)
     for (;;) {
         vblk__rest(w, t);
-        if (!vblk__wait(w, again, came)) {
-            vblk__log(w, VBLK_LEVEL_ERROR, "waiting for events failed (errno "
-                      "%d): the device needs a reset", errno);
-            vblk_needs_reset(&w->dev);
+        if (!vblk__wait(w, next <= now, came)) {
+            vblk__give_up(w, VBLK_EV_WORKER_WAIT);
             return;
         }
         if (__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
             return;
         }
-        if (came[VBLK__TIMER]) {
-            stalled = false;
-            again = true;
+        if (came[VBLK__KICK]) { // it may have come by the descriptor alone
+            for (unsigned i = 0; i < w->dev.queues; i++) {
+                vblk__set_due(&w->dev, &w->dev.queue[i]);
+            }
         }
-        again = again || (came[VBLK__KICK] && !stalled);
-        bool limited = w->dev.ops.rate || w->dev.bytes.rate;
-        uint64_t now = limited ? vblk__clock() : 0;
-        if (came[VBLK__KICK] && stalled && came[VBLK__PAUSE]) {
-            vblk_worker_kick(w); // for after the rest
-        } else if (came[VBLK__KICK] && stalled) {
-            vblk__drain_others(w, now);
-        }
-        if (came[VBLK__PAUSE] || !again) {
+        if (came[VBLK__PAUSE]) {
+            next = now;
             continue;
         }
-        // All: the kick may have come by the descriptor alone.
-        vblk_outcome out = vblk_drain(&w->dev, VBLK_ALL_QUEUES, now);
-        vblk__plan plan = vblk__plan_after(out, retried);
-        retried = plan.again && out.state == VBLK_STALLED;
-        again = plan.again;
-        stalled = plan.timer_ns > 0;
-        if (stalled && !vblk__set_timer(w, now + plan.timer_ns)) {
-            vblk__log(w, VBLK_LEVEL_ERROR, "the timer cannot be set (errno "
-                      "%d): the device needs a reset", errno);
-            vblk_needs_reset(&w->dev);
+        now = vblk__limited(&w->dev) ? vblk__clock() : 0;
+        next = vblk_poll(&w->dev, now);
+        uint64_t most = now + VBLK__MAX_WAIT;
+        if (next > now && next != VBLK_NEVER &&
+            !vblk__set_timer(w, next < most ? next : most)) {
+            vblk__give_up(w, VBLK_EV_WORKER_TIMER);
             return;
         }
     }
@@ -4555,7 +4837,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
 static void vblk__dispose(vblk_worker *w) {
     const int fds[] = {w->epoll_fd, w->stop_fd, w->timer_fd, w->pause_fd,
                        w->done_fd,  w->irq_fd,  w->kick_fd};
-    for (unsigned i = 0; i < w->dev.o.queues; i++) {
+    for (unsigned i = 0; i < w->dev.queues; i++) {
         vblk__end_stall(&w->dev, &w->dev.queue[i], 0); // T5
     }
     for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
@@ -4566,30 +4848,35 @@ static void vblk__dispose(vblk_worker *w) {
     pthread_cond_destroy(&w->changed);
     pthread_mutex_destroy(&w->registers);
     pthread_mutex_destroy(&w->parking);
-    pthread_mutex_destroy(&w->logging);
+    pthread_mutex_destroy(&w->printing);
 }
 
-// Back, after it was left behind: first the state that released() speaks of.
+// Back, after it was left behind: the reset that left it is made whole, then
+// released() is told.
 static void vblk__come_back(struct vblk__thread *t) {
     vblk_worker *w = t->w;
     void (*released)(void *) = w->wo.released;
     void *user = w->wo.user;
-    pthread_mutex_lock(&w->parking);
+    pthread_mutex_lock(&w->registers);
     bool orphaned = w->orphaned;
-    bool told = t->told;
+    if (!orphaned) {
+        vblk__reset(&w->dev);
+    }
+    pthread_mutex_lock(&w->parking);
     __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
     __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
     if (!orphaned) {
         vblk__now_parked(w);
     }
     pthread_mutex_unlock(&w->parking);
+    pthread_mutex_unlock(&w->registers);
     if (orphaned) {
         vblk__dispose(w);
         free(t);
     } else {
         vblk__releasing = t;
     }
-    if (told && released) {
+    if (released) {
         released(user);
     }
 }
@@ -4645,8 +4932,6 @@ static void vblk__start(vblk_worker *w) {
     int err = ENOMEM;
     if (t) {
         t->w = w;
-        t->inner = w->o.backend;
-        w->dev.o.backend.user = t;
         vblk__drain_fd(w->stop_fd);
         vblk__drain_fd(w->done_fd);
         pthread_mutex_lock(&w->parking);
@@ -4659,8 +4944,7 @@ static void vblk__start(vblk_worker *w) {
     if (err) {
         free(t);
         vblk__at_rest(w);
-        vblk__log(w, VBLK_LEVEL_ERROR, "the thread cannot be started (error "
-                  "%d): the device needs a reset", err);
+        vblk__say(&w->dev, VBLK_EV_WORKER_START, (uint64_t)err, 0);
         vblk_needs_reset(&w->dev);
         return;
     }
@@ -4682,24 +4966,28 @@ static bool vblk__ends_within(vblk_worker *w, unsigned ms) {
     }
 }
 
-// The bound is over. True: the thread is left behind, in a callback of the host
+// The bound is over. How the thread was left behind: in a callback of the host
 // or, as it does not come out of the device's own code either, within that.
-static bool vblk__leave_behind(vblk_worker *w, struct vblk__thread *t) {
+// NONE: it has ended after all.
+static vblk_event_code vblk__leave_behind(vblk_worker *w,
+                                          struct vblk__thread *t) {
     for (unsigned ms = 0; ms < VBLK__AT_WORK_MS; ms++) {
         if (vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
-            return true;
+            return VBLK_EV_WORKER_LEFT;
         }
         if (vblk__ends_within(w, 1)) {
-            return false;
+            return VBLK_EV_NONE;
         }
     }
-    t->stuck = vblk__move_state(t, VBLK__WORKING, VBLK__LEFT);
-    return t->stuck || vblk__move_state(t, VBLK__AWAY, VBLK__LEFT);
+    return vblk__move_state(t, VBLK__WORKING, VBLK__LEFT) ? VBLK_EV_WORKER_STUCK
+           : vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)  ? VBLK_EV_WORKER_LEFT
+                                                          : VBLK_EV_NONE;
 }
 
-// Stop and join the thread, or leave it behind.
+// Stop and join the thread, or leave it behind. With `registers` held.
 static void vblk__stop(vblk_worker *w) {
     struct vblk__thread *t = w->thread;
+    vblk_event_code how = VBLK_EV_NONE;
     if (!t) {
         return;
     }
@@ -4711,28 +4999,25 @@ static void vblk__stop(vblk_worker *w) {
     pthread_mutex_unlock(&w->parking);
     vblk__signal(w->stop_fd);
     vblk__signal(w->pause_fd); // wakes it too
-    if (vblk__ends_within(w, w->wo.stop_ms) || !vblk__leave_behind(w, t)) {
+    if (!vblk__ends_within(w, w->wo.stop_ms)) {
+        how = vblk__leave_behind(w, t);
+    }
+    if (!how) {
         vblk__at_rest(w);
         pthread_join(t->id, NULL);
         free(t);
         return;
     }
-    // A log that the thread is stuck in would stop this one too.
-    bool log = !__atomic_load_n(&t->logging, __ATOMIC_ACQUIRE);
+    // An event that the thread is stuck with would stop this one too.
+    bool speak = !__atomic_load_n(&t->speaking, __ATOMIC_ACQUIRE);
     pthread_mutex_lock(&w->parking);
     VBLK__STORE(&w->dev.yield, VBLK__HALT);
-    // It may be back already.
-    bool gone = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE;
-    __atomic_store_n(&w->left, !gone, __ATOMIC_RELEASE);
-    t->told = !gone;
+    __atomic_store_n(&w->left, 1, __ATOMIC_RELEASE);
     vblk__now_parked(w);
     pthread_mutex_unlock(&w->parking);
-    w->left_behind = t;
-    if (log) {
-        vblk__log(w, VBLK_LEVEL_ERROR, "the %s within %u ms: the thread is "
-                  "left behind, the device needs a reset once it has ended",
-                  t->stuck ? "device got no page of guest memory"
-                           : "backend did not return", w->wo.stop_ms);
+    w->left_behind = t; // which needs `registers` to come back
+    if (speak) {
+        vblk__say(&w->dev, how, w->wo.stop_ms, 0);
     }
 }
 
@@ -4754,22 +5039,6 @@ static bool vblk__collect(vblk_worker *w) {
             free(t);
         }
     }
-    return !w->left_behind;
-}
-
-// With `registers` held.
-static bool vblk__worker_reset(vblk_worker *w) {
-    vblk__stop(w);
-    if (vblk__collect(w)) {
-        vblk__reset(&w->dev, 0);
-    } else if (!w->left_behind->stuck) {
-        vblk__reset(&w->dev, VBLK_STATUS_NEEDS_RESET);
-    } else { // the queues are in its hands
-        vblk__change_state(&w->dev, 0, VBLK_STATUS_NEEDS_RESET);
-    }
-    vblk__drain_fd(w->irq_fd);
-    vblk__drain_fd(w->kick_fd);
-    vblk__drain_fd(w->pause_fd);
     return !w->left_behind;
 }
 
@@ -4797,14 +5066,27 @@ static bool vblk__hold_still(vblk_worker *w) {
     return true;
 }
 
-// Whatever was changed, the queues are looked at once more, stalled or not.
 static void vblk__let_go(vblk_worker *w) {
-    vblk__set_timer(w, 1);
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
 }
 
-VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
+// The device takes a queue away, or all. With `registers` held.
+static int vblk__worker_quiesce(void *user, int queue) {
+    vblk_worker *w = (vblk_worker *)user;
+    if (queue != VBLK_ALL_QUEUES) {
+        w->held = w->thread && vblk__hold_still(w);
+        return w->held || !w->thread ? 0 : -1;
+    }
+    vblk__stop(w);
+    bool quiet = vblk__collect(w);
+    vblk__drain_fd(w->irq_fd);
+    vblk__drain_fd(w->kick_fd);
+    vblk__drain_fd(w->pause_fd);
+    return quiet ? 0 : -1;
+}
+
+VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms) {
     struct timespec at;
     vblk__deadline(ms, &at);
     pthread_mutex_lock(&w->parking);
@@ -4825,16 +5107,14 @@ VBLKDEF bool vblk_worker_pause(vblk_worker *w, unsigned ms) {
     }
     bool parked = w->pause && vblk_worker_paused(w);
     pthread_mutex_unlock(&w->parking);
-    return parked;
+    return parked ? VBLK_OK : VBLK_ERR_BUSY;
 }
 
-VBLKDEF bool vblk_worker_resume(vblk_worker *w) {
+VBLKDEF void vblk_worker_resume(vblk_worker *w) {
     pthread_mutex_lock(&w->parking);
-    bool was = w->pause;
     w->pause = false;
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
-    return was;
 }
 
 VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd) {
@@ -4851,62 +5131,39 @@ VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
 
 // ---- Worker: what the host calls --------------------------------------------
 
+VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w) {
+    return &w->dev;
+}
+
 VBLKDEF void vblk_worker_kick(vblk_worker *w) {
     vblk__signal(w->kick_fd);
 }
 
-// The register calls that are not instant: 0 to Status, and starting or
-// stopping a live queue. With `registers` held.
-static void vblk__worker_store(vblk_worker *w, uint64_t offset,
-                               unsigned bytes, uint64_t value) {
-    bool ready = offset == VBLK_REG_QUEUE_READY && bytes == 4 && w->thread &&
-                 w->o.profile == VBLK_STANDARD;
-    if (offset == VBLK_REG_STATUS && bytes == 4 && (uint32_t)value == 0) {
-        vblk__worker_reset(w);
-        return;
+VBLKDEF void vblk_worker_needs_reset(vblk_worker *w) {
+    vblk_needs_reset(&w->dev);
+}
+
+VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
+                                   unsigned bytes, uint64_t value) {
+    bool waits = offset != VBLK_REG_QUEUE_NOTIFY &&
+                 offset != VBLK_REG_INTERRUPT_ACK;
+    if (!waits || bytes != 4) {
+        vblk_mmio_write(&w->dev, offset, bytes, value);
+        return VBLK_OK;
     }
-    if (ready && !vblk__hold_still(w)) {
-        vblk__log(w, VBLK_LEVEL_ERROR, "the backend did not return within %u "
-                  "ms: a queue could not be started or stopped",
-                  w->wo.stop_ms);
-        vblk_needs_reset(&w->dev);
-        return;
-    }
-    int queue = vblk_mmio_write(&w->dev, offset, bytes, value);
-    if (ready) {
+    pthread_mutex_lock(&w->registers);
+    uint32_t before = vblk_status(&w->dev);
+    vblk_mmio_write(&w->dev, offset, bytes, value);
+    uint32_t after = vblk_status(&w->dev);
+    if (w->held) {
+        w->held = false;
         vblk__let_go(w);
-    } else if (queue == VBLK_ALL_QUEUES) {
+    } else if (after & ~before & VBLK_STATUS_DRIVER_OK) {
         vblk__start(w);
     }
-}
-
-VBLKDEF void vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
-                                    unsigned bytes, uint64_t value) {
-    if (offset == VBLK_REG_QUEUE_NOTIFY && bytes == 4) {
-        // The thread looks whether the queue is live.
-        if ((uint32_t)value < w->dev.o.queues) {
-            vblk_worker_kick(w);
-        } else {
-            vblk__say(&w->dev, VBLK_NO_QUEUE, VBLK_EV_NOTIFY_NO_QUEUE, 0,
-                      (uint32_t)value, 0);
-        }
-    } else if (offset == VBLK_REG_INTERRUPT_ACK && bytes == 4) {
-        vblk_interrupt_ack(&w->dev, (uint32_t)value);
-    } else {
-        pthread_mutex_lock(&w->registers);
-        vblk__worker_store(w, offset, bytes, value);
-        pthread_mutex_unlock(&w->registers);
-    }
-}
-
-VBLKDEF bool vblk_worker_reset(vblk_worker *w) {
-    pthread_mutex_lock(&w->registers);
-    // From released(): the guest may have reset the device before.
-    struct vblk__thread *t = vblk__releasing;
-    bool late = t && t->w == w && t != w->left_behind;
-    bool usable = late || vblk__worker_reset(w);
+    int err = w->left_behind && !vblk__collect(w) ? VBLK_ERR_BUSY : VBLK_OK;
     pthread_mutex_unlock(&w->registers);
-    return usable;
+    return err;
 }
 
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
@@ -4961,7 +5218,7 @@ static int vblk__make_condition(pthread_cond_t *c) {
 }
 
 static int vblk__make_locks(vblk_worker *w) {
-    pthread_mutex_t *lock[] = {&w->registers, &w->parking, &w->logging};
+    pthread_mutex_t *lock[] = {&w->registers, &w->parking, &w->printing};
     unsigned made = 0;
     int err = 0;
     while (!err && made < 3) {
@@ -5001,25 +5258,37 @@ static bool vblk__open_all(vblk_worker *w) {
     return w->done_fd >= 0 && w->irq_fd >= 0;
 }
 
-VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
-                             const vblk_worker_options *wo) {
+VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
+                                     const vblk_worker_options *wo,
+                                     int version, size_t bytes) {
     static int numbers;
     vblk_options mine = *o;
+    if (version / 100 != VBLK_VERSION / 100 || bytes != sizeof *w) {
+        return VBLK_ERR_LAYOUT;
+    }
+    if (o->notify || o->quiesce) {
+        return VBLK_ERR_HOOKS;
+    }
+    if (wo && wo->stop_ms > INT_MAX) {
+        return VBLK_ERR_STOP_MS;
+    }
     memset(w, 0, sizeof *w);
-    w->o = *o;
     if (wo) {
         w->wo = *wo;
     }
     w->wo.stop_ms = w->wo.stop_ms ? w->wo.stop_ms : 1000;
-    if (w->wo.stop_ms > INT_MAX) {
-        return VBLK_ERR_STOP_MS;
-    }
+    w->backend = o->backend;
+    w->interrupt = o->interrupt;
+    w->event = o->event;
+    w->user = o->user;
     w->parked = 1;
     w->parked_fd = -1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
     mine.event = vblk__worker_event;
     mine.interrupt = vblk__worker_interrupt;
+    mine.notify = vblk__worker_notify;
+    mine.quiesce = vblk__worker_quiesce;
     mine.user = w;
     cpu_set_t any;
     CPU_ZERO(&any);
@@ -5043,31 +5312,26 @@ VBLKDEF int vblk_worker_init(vblk_worker *w, const vblk_options *o,
         vblk__dispose(w);
         return err;
     }
-    vblk_backend *b = &w->dev.o.backend;
-    b->read = vblk__guarded_read;
-    b->write = b->write ? vblk__guarded_write : NULL;
-    b->flush = b->flush ? vblk__guarded_flush : NULL;
+    vblk_backend *b = &w->dev.backend;
+    b->read = vblk__worker_read;
+    b->write = b->write ? vblk__worker_write : NULL;
+    b->flush = b->flush ? vblk__worker_flush : NULL;
     b->size = NULL; // asked once
+    b->user = w;
     return VBLK_OK;
 }
 
-VBLKDEF bool vblk_worker_end(vblk_worker *w) {
+VBLKDEF int vblk_worker_close(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
     vblk__stop(w);
     bool left = !vblk__collect(w);
     struct vblk__thread *t = w->returned;
     w->returned = NULL;
-    pthread_mutex_lock(&w->parking);
-    pthread_mutex_unlock(&w->registers);
-    if (left && __atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
+    if (left) { // it disposes of all when it comes back
         w->orphaned = true;
         pthread_detach(w->left_behind->id);
-    } else if (left) { // it came back just now
-        w->left_behind->next = t;
-        t = w->left_behind;
-        left = false;
     }
-    pthread_mutex_unlock(&w->parking);
+    pthread_mutex_unlock(&w->registers);
     while (t) { // released() is to return, unless this is called by it
         struct vblk__thread *next = t->next;
         if (t == vblk__releasing) {
@@ -5082,7 +5346,7 @@ VBLKDEF bool vblk_worker_end(vblk_worker *w) {
     if (!left) {
         vblk__dispose(w);
     }
-    return !left;
+    return left ? VBLK_ERR_BUSY : VBLK_OK;
 }
 
 #endif // VBLK_IMPLEMENTATION_THREADED

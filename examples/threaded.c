@@ -113,27 +113,26 @@ int main(void) {
         return 1;
     }
     vblk_region region = {0, sizeof ram_words, ram, false};
-    vblk_ram guest = {&region, 1};
+    vblk_regions guest = {&region, 1};
     vblk_file file;
     vblk_options o = {0};
-    vblk_worker_options wo = {0};
     int err = vblk_file_open(&file, path, false);
-    o.memory = vblk_ram_memory(&guest);
+    o.memory = vblk_regions_memory(&guest);
     o.backend = vblk_file_backend(&file);
-    err = err ? err : vblk_worker_init(&w, &o, &wo);
+    err = err ? err : vblk_worker_init(&w, &o, NULL);
     if (err) {
         perror(err == VBLK_ERR_FILE ? path : "threaded");
         fprintf(stderr, "threaded: %s\n", vblk_strerror(err));
         return 1;
     }
     uint64_t done = drive(clock_ns() + SECONDS * SECOND);
-    vblk_counts c = vblk_counters(&w.dev);
+    vblk_counts c = vblk_counters(vblk_worker_dev(&w));
     printf("\r%" PRIu64 " reads of 4 KiB in %d s: %" PRIu64 " a second; the "
            "device counted %" PRIu64 "\n", done, SECONDS, done / SECONDS,
            c.reads);
-    bool ended = vblk_worker_end(&w);
+    err = vblk_worker_close(&w);
     vblk_file_close(&file);
     close(fd);
     remove(path);
-    return !ended || done == 0 || c.reads < done || c.io_errors;
+    return err || done == 0 || c.reads < done || c.io_errors;
 }

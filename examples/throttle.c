@@ -94,15 +94,14 @@ static void bar(double share) {
 
 int main(void) {
     vblk_region region = {0, sizeof ram_words, ram, false};
-    vblk_ram guest = {&region, 1};
-    vblk_memdisk image = {disk, sizeof disk, false};
+    vblk_regions guest = {&region, 1};
+    vblk_ramdisk image = {disk, sizeof disk};
     vblk_options o = {0};
-    vblk_worker_options wo = {0};
-    o.memory = vblk_ram_memory(&guest);
-    o.backend = vblk_memdisk_backend(&image);
+    o.memory = vblk_regions_memory(&guest);
+    o.backend = vblk_ramdisk_backend(&image);
     o.limits.iops = IOPS;
     o.limits.bps = BPS;
-    int err = vblk_worker_init(&w, &o, &wo);
+    int err = vblk_worker_init(&w, &o, NULL);
     if (err) {
         perror("throttle");
         fprintf(stderr, "throttle: %s\n", vblk_strerror(err));
@@ -116,7 +115,8 @@ int main(void) {
            "saved up\n%4s %6s %8s %10s %9s\n", IOPS, BPS, "s", "asked",
            "passed", "bytes", "waited ms");
     uint64_t start = clock_ns();
-    vblk_counts last = vblk_counters(&w.dev), settled = last;
+    const vblk_dev *dev = vblk_worker_dev(&w);
+    vblk_counts last = vblk_counters(dev), settled = last;
     for (int s = 0; s < SECONDS; s++) {
         unsigned asked = 0;
         uint64_t count, end = start + (uint64_t)(s + 1) * SECOND, now;
@@ -128,7 +128,7 @@ int main(void) {
                 vblk_worker_mmio_write(&w, VBLK_REG_INTERRUPT_ACK, 4, 3);
             }
         }
-        vblk_counts c = vblk_counters(&w.dev);
+        vblk_counts c = vblk_counters(dev);
         uint64_t ops = c.reads - last.reads;
         uint64_t moved = c.bytes_read - last.bytes_read;
         double by_ops = (double)ops / IOPS, by_bytes = (double)moved / BPS;
@@ -152,5 +152,5 @@ int main(void) {
     double rate = (double)(last.bytes_read - settled.bytes_read) /
                   (SECONDS / 2 - 2);
     printf("     measured %.0f bytes/s, limit %d\n", rate, BPS);
-    return !vblk_worker_end(&w);
+    return vblk_worker_close(&w) != VBLK_OK;
 }

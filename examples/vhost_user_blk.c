@@ -24,10 +24,8 @@
 // ends its connection, with a line that says why; where what makes no sense is
 // the guest's, it is that ring alone that does not run. Nothing that either of
 // them does holds the daemon for long: between two requests it looks at the
-// socket, the signals and the clock. The profile is the standard one, because
-// the guest may be firmware.
-#define VBLK_MAX_QUEUES 64   // QEMU asks for one for each vCPU
-#define VBLK_MAX_SEGS   1022 // its own back end takes chains of 1024
+// socket, the signals and the clock.
+#define VBLK_MAX_SEGS 1022 // QEMU's own back end takes chains of 1024
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -114,6 +112,7 @@ enum request { REQUESTS(X) REQUEST_END };
 #define FLAGS_NEED_REPLY 8u
 
 #define MAX_REGIONS   32u
+#define MAX_QUEUES 64 // QEMU asks for one for each vCPU
 #define MAX_RING      4096u
 #define CONFIG_SPACE  256u
 #define CONFIG_HEADER 12u    // bytes in front of the data
@@ -181,15 +180,17 @@ static struct {
     bool        read_only, unsafe, stats, no_lock;
     unsigned    queues;
     vblk_limits limits;
-} option = {.queues = VBLK_MAX_QUEUES};
+} option = {.queues = MAX_QUEUES};
 
 static vblk_dev   device;
 static vblk_file  file;
 static vblk_region region[MAX_REGIONS];
 static mapping    map[MAX_REGIONS];
 static mem_region slot[MAX_REGIONS]; // as it was told
-static vblk_ram   ram = {region, 0};
-static ring       rings[VBLK_MAX_QUEUES];
+static vblk_regions ram = {region, 0};
+static vblk_queue queues[MAX_QUEUES];
+static vblk_seg   seg[VBLK_MAX_SEGS + 18]; // of the request under way
+static ring       rings[MAX_QUEUES];
 static uint64_t   pending; // rings to look at, a bit for each
 static unsigned   rings_up; // none above this one ran since the front end came
 static uint64_t   work_ends_ns, work_bytes; // of this turn, see over()
@@ -279,33 +280,13 @@ static void interrupt(void *user, int queue, bool fire) {
     }
 }
 
-// A number of an event as its text names it, "a = address"; nothing if it does
-// not.
-static const char *named(char *buffer, size_t n, const char *text,
-                         const char *name, uint64_t value) {
-    static const char *const in_hex[] = {"address", "type", "features",
-                                         "Status"};
-    const char *what = strstr(text, name);
-    bool        hex = false;
-    for (size_t i = 0; what && i < sizeof in_hex / sizeof in_hex[0]; i++) {
-        hex |= !strncmp(what + strlen(name), in_hex[i], strlen(in_hex[i]));
-    }
-    snprintf(buffer, n, !what ? "" : hex ? ", %s%#" PRIx64 : ", %s%" PRIu64,
-             name, value);
-    return buffer;
-}
-
 static void event(void *user, const vblk_event *e) {
-    const char *text = vblk_event_text(e->code);
-    char        a[40], b[40];
+    char line[400];
     (void)user;
     if (e->queue == VBLK_NO_QUEUE) {
-        say("the disk%s%s: %s", named(a, sizeof a, text, "a = ", e->a),
-            named(b, sizeof b, text, "b = ", e->b), text);
+        say("the disk: %s", vblk_event_line(e, line, sizeof line));
     } else if (++events <= 20) {
-        say("ring %d, head %u%s%s: %s%s", e->queue, e->head,
-            named(a, sizeof a, text, "a = ", e->a),
-            named(b, sizeof b, text, "b = ", e->b), text,
+        say("%s%s", vblk_event_line(e, line, sizeof line),
             events == 20 ? "; no more until the next front end" : "");
     }
 }
@@ -314,12 +295,12 @@ static void event(void *user, const vblk_event *e) {
 // ---- Guest memory ----------------------------------------------------------
 
 static void forget_memory(void) {
-    for (unsigned i = 0; i < ram.regions; i++) {
+    for (unsigned i = 0; i < ram.count; i++) {
         munmap(map[i].base, map[i].bytes);
         map[i].base = NULL;
     }
-    ram.regions = 0;
-    vblk_set_memory(&device, vblk_ram_memory(&ram));
+    ram.count = 0;
+    vblk_set_memory(&device, vblk_regions_memory(&ram));
     for (unsigned i = 0; i < option.queues; i++) {
         rings[i].avail_idx = NULL;
     }
@@ -328,7 +309,7 @@ static void forget_memory(void) {
 // Where the front end's address `user` is in the guest; false unless the four
 // bytes there, which every part of a ring has, are guest memory.
 static bool find(uint64_t user, uint64_t *gpa, uint8_t **host) {
-    for (unsigned i = 0; i < ram.regions; i++) {
+    for (unsigned i = 0; i < ram.count; i++) {
         uint64_t at = user - map[i].user;
         if (user >= map[i].user && at < region[i].bytes &&
             region[i].bytes - at >= 4) {
@@ -348,7 +329,7 @@ static void find_avail_idx(ring *r) {
 }
 
 static bool check_region(const mem_region *r, const struct stat *st) {
-    unsigned i = ram.regions;
+    unsigned i = ram.count;
     if (r->bytes == 0 || r->bytes > INT64_MAX / 2 ||
         r->offset > INT64_MAX / 2 || r->bytes - 1 > UINT64_MAX - r->gpa ||
         r->bytes - 1 > UINT64_MAX - r->user) {
@@ -373,7 +354,7 @@ static bool check_region(const mem_region *r, const struct stat *st) {
 
 // One more. Mapped in whole blocks of the file, as huge pages ask for.
 static bool map_region(const mem_region *r, int fd) {
-    unsigned    i = ram.regions;
+    unsigned    i = ram.count;
     struct stat st;
     if (fstat(fd, &st) < 0 || !check_region(r, &st)) {
         return false;
@@ -393,12 +374,12 @@ static bool map_region(const mem_region *r, int fd) {
     region[i] = (vblk_region){r->gpa, r->bytes, (uint8_t *)base + before,
                               false};
     slot[i] = *r;
-    ram.regions = i + 1;
+    ram.count = i + 1;
     return true;
 }
 
 static void look_again(void) {
-    vblk_set_memory(&device, vblk_ram_memory(&ram));
+    vblk_set_memory(&device, vblk_regions_memory(&ram));
     for (unsigned i = 0; i < option.queues; i++) {
         if (rings[i].running) {
             find_avail_idx(&rings[i]);
@@ -407,9 +388,9 @@ static void look_again(void) {
 }
 
 static bool add_memory(void) {
-    if (nfds != 1 || ram.regions == MAX_REGIONS) {
+    if (nfds != 1 || ram.count == MAX_REGIONS) {
         return refuse("a memory region with %u descriptors beside %u others; "
-                      "the most is %u regions", nfds, ram.regions,
+                      "the most is %u regions", nfds, ram.count,
                       MAX_REGIONS);
     }
     mem_region r = body.slot.region;
@@ -420,15 +401,15 @@ static bool add_memory(void) {
 
 static bool remove_memory(void) {
     const mem_region *r = &body.slot.region;
-    for (unsigned i = 0; i < ram.regions; i++) {
+    for (unsigned i = 0; i < ram.count; i++) {
         if (r->gpa == slot[i].gpa && r->bytes == slot[i].bytes &&
             r->user == slot[i].user) {
             mapping gone = map[i];
-            ram.regions--;
-            slot[i] = slot[ram.regions];
-            region[i] = region[ram.regions];
-            map[i] = map[ram.regions];
-            map[ram.regions].base = NULL;
+            ram.count--;
+            slot[i] = slot[ram.count];
+            region[i] = region[ram.count];
+            map[i] = map[ram.count];
+            map[ram.count].base = NULL;
             look_again();
             munmap(gone.base, gone.bytes);
             return true;
@@ -486,7 +467,7 @@ static uint64_t all_rings(void) {
 
 static void stop_ring(ring *r) {
     if (r->running) {
-        r->base = vblk_queue_stop(&device, (int)(r - rings));
+        r->base = (uint16_t)vblk_queue_stop(&device, (unsigned)(r - rings));
         pending |= all_rings(); // who waited behind it need not any more
     }
     r->running = r->broken = false;
@@ -513,7 +494,7 @@ static void start_ring(ring *r) {
         grumble("ring %d does not run, it is outside guest memory: %#" PRIx64
                 ", %#" PRIx64 ", %#" PRIx64, index, r->desc, r->avail,
                 r->used);
-    } else if (vblk_queue_start(&device, index, &v) == VBLK_NO_QUEUE) {
+    } else if (vblk_queue_start(&device, (unsigned)index, &v)) {
         grumble("ring %d does not run: the driver did not accept "
                 "VIRTIO_BLK_F_MQ", index);
     } else {
@@ -528,7 +509,7 @@ static void start_ring(ring *r) {
 }
 
 static void start_what_is_ready(void) {
-    if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) || !ram.regions) {
+    if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) || !ram.count) {
         return;
     }
     for (unsigned i = 0; i < option.queues; i++) {
@@ -572,7 +553,7 @@ static bool set_features(uint64_t features) {
     stop_device();
     vblk_set_status(&device, VBLK_STATUS_ACKNOWLEDGE);
     vblk_set_status(&device, VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER);
-    vblk_accept(&device, features & ~F_PROTOCOL_FEATURES);
+    vblk_set_driver_features(&device, features & ~F_PROTOCOL_FEATURES);
     vblk_set_status(&device, ok & ~VBLK_STATUS_DRIVER_OK);
     if (vblk_status(&device) & VBLK_STATUS_FEATURES_OK) {
         vblk_set_status(&device, ok);
@@ -764,7 +745,7 @@ static bool act(bool *replied) {
     case RESET_OWNER: // deprecated, and best ignored
         return true;
     case GET_FEATURES:
-        return reply_u64(serve_features(vblk_features(&device)) |
+        return reply_u64(serve_features(vblk_device_features(&device)) |
                          F_PROTOCOL_FEATURES);
     case SET_FEATURES:          return set_features(body.u64);
     case GET_PROTOCOL_FEATURES: return reply_u64(PROTOCOL_OFFERED);
@@ -1004,28 +985,30 @@ static bool over(uint64_t bytes) {
 }
 
 static void serve(ring *r, uint64_t now) {
-    int          index = (int)(r - rings);
+    unsigned     index = (unsigned)(r - rings);
+    const unsigned room = sizeof seg / sizeof seg[0];
     vblk_request req;
-    vblk_outcome out;
     if (!r->running || r->broken) {
         return;
     }
     if (r->avail_idx) {
         r->seen = __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED);
     }
-    while ((out = vblk_next(&device, index, now, &req)).state ==
-           VBLK_REQUEST) {
+    r->wake_ns = 0;
+    while (vblk_next(&device, index, now, &req, seg, room)) {
         vblk_execute(&device, &req);
         if (over(req.bytes)) {
             vblk_publish(&device, index);
-            out.state = VBLK_MORE;
-            break;
+            pending |= ring_bit(index);
+            return;
         }
     }
-    r->wake_ns = out.state == VBLK_STALLED ? now + out.wait_ns : 0;
-    if (out.state == VBLK_MORE) {
-        pending |= ring_bit((unsigned)index);
-    } else if (out.state == VBLK_BROKEN) {
+    uint64_t again = vblk_arm(&device, index, now);
+    if (again == now) {
+        pending |= ring_bit(index);
+    } else if (again != VBLK_NEVER) {
+        r->wake_ns = again;
+    } else if (vblk_queue_broken(&device, index)) {
         break_ring(r);
     }
 }
@@ -1161,9 +1144,9 @@ static void on_alarm(int number) {
 }
 
 static void turn(void) {
-    struct epoll_event e[VBLK_MAX_QUEUES + TAG_RING];
+    struct epoll_event e[MAX_QUEUES + TAG_RING];
     set_timer();
-    int n = epoll_wait(epoll_fd, e, VBLK_MAX_QUEUES + TAG_RING,
+    int n = epoll_wait(epoll_fd, e, MAX_QUEUES + TAG_RING,
                        pending ? 0 : -1);
     watch_ourselves(n >= 0);
     may_escape = 1;
@@ -1242,7 +1225,7 @@ static void parse(int argc, char **argv) {
         {"stats", 0, 0, 't'},  {"no-lock", 0, 0, 'l'}, {"help", 0, 0, 'h'},
         {0, 0, 0, 0}};
     int      c, which;
-    uint64_t queues;
+    uint64_t n;
     while ((c = getopt_long(argc, argv, "", longs, &which)) != -1) {
         switch (c) {
         case 's': option.socket = optarg;                        break;
@@ -1255,12 +1238,12 @@ static void parse(int argc, char **argv) {
         case 't': option.stats = true;                           break;
         case 'l': option.no_lock = true;                         break;
         case 'q':
-            queues = number("queues", optarg);
-            if (queues > VBLK_MAX_QUEUES) {
+            n = number("queues", optarg);
+            if (n > MAX_QUEUES) {
                 die("--queues %s: up to %d are possible", optarg,
-                    VBLK_MAX_QUEUES);
+                    MAX_QUEUES);
             }
-            option.queues = (unsigned)queues;
+            option.queues = (unsigned)n;
             break;
         case 'c':
             option.unsafe = strcmp(optarg, "unsafe") == 0;
@@ -1269,7 +1252,7 @@ static void parse(int argc, char **argv) {
             }
             break;
         case 'h':
-            printf(usage, VBLK_MAX_QUEUES);
+            printf(usage, MAX_QUEUES);
             exit(0);
         default: die("--help lists the options");
         }
@@ -1361,10 +1344,9 @@ static void make_device(void) {
     vblk_options o = {0};
     o.backend = serve_backend(&file);
     o.id = option.id;
-    o.read_only = option.read_only;
-    o.cache = option.unsafe ? VBLK_CACHE_UNSAFE : VBLK_CACHE_WRITEBACK;
-    o.profile = VBLK_STANDARD;
+    o.backend.flush = option.unsafe ? NULL : o.backend.flush;
     o.queues = option.queues;
+    o.queue = queues;
     o.queue_size = MAX_RING;
     o.seg_max = VBLK_MAX_SEGS; // of what is told see put_seg_max()
     o.limits = option.limits;

@@ -65,14 +65,14 @@ static void lay_out(uint32_t type, uint32_t bytes, bool indirect) {
 
 static void up(vblk_backend backend) {
     static vblk_region region;
-    static vblk_ram guest;
+    static vblk_regions guest;
     vblk_options o;
     region.bytes = RAM_BYTES;
     region.host = ram;
     guest.region = &region;
     guest.regions = 1;
     memset(&o, 0, sizeof o);
-    o.memory = vblk_ram_memory(&guest);
+    o.memory = vblk_regions_memory(&guest);
     o.backend = backend;
     if (vblk_init(&dev, &o)) {
         abort();
@@ -80,7 +80,7 @@ static void up(vblk_backend backend) {
     vblk_ring ring = {QUEUE, DESC, AVAIL, USED, 0};
     vblk_set_status(&dev, 1);
     vblk_set_status(&dev, 3);
-    vblk_accept(&dev, vblk_features(&dev));
+    vblk_set_driver_features(&dev, vblk_device_features(&dev));
     vblk_set_status(&dev, 0xb);
     vblk_queue_start(&dev, 0, &ring);
     vblk_set_status(&dev, 0xf);
@@ -191,8 +191,8 @@ int main(void) {
         return 1;
     }
     unlink(path);
-    vblk_memdisk disk = {image, DISK, false};
-    vblk_backend memory = vblk_memdisk_backend(&disk);
+    vblk_ramdisk disk = {image, DISK};
+    vblk_backend memory = vblk_ramdisk_backend(&disk);
     vblk_backend shm = vblk_file_backend(&file);
     printf("%-22s %5s  %-8s %9s  %-7s %8s %7s\n", "request", "batch",
            "chain", "ns", "limit", "ns", "ratio");

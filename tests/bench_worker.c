@@ -175,7 +175,7 @@ int main(void) {
     int fd = mkstemp(path);
     vblk_file file;
     vblk_region region = {0, sizeof ram_words, ram, false};
-    vblk_ram guest = {&region, 1};
+    vblk_regions guest = {&region, 1};
     vblk_options o = {0};
     vblk_worker_options wo = {0};
     for (int i = 0; i < DISK / 65536; i++) {
@@ -186,7 +186,7 @@ int main(void) {
     }
     int err = vblk_file_open(&file, path, false);
     unlink(path);
-    o.memory = vblk_ram_memory(&guest);
+    o.memory = vblk_regions_memory(&guest);
     o.backend = vblk_file_backend(&file);
     o.queue_size = QUEUE;
     err = err ? err : vblk_worker_init(&w, &o, &wo);
@@ -219,7 +219,7 @@ int main(void) {
     }
     printf("latency at depth 1: %.1f us; eventfd ping-pong: %.1f us; "
            "ratio %.2f\n", median(mine), median(bare), median(ratio));
-    vblk_worker_end(&w);
+    vblk_worker_close(&w);
     vblk_file_close(&file);
     close(fd);
     return 0;

@@ -10,6 +10,7 @@
 #define _FILE_OFFSET_BITS 64
 #ifdef FUZZ_IN_TESTS
 #include "test.h"
+const char *event_text(int code); // of guest.h
 #include "tests.h"
 #endif
 #ifdef FUZZ_REPLAY
@@ -28,7 +29,8 @@
 #define HIGH     0xfffffffffffff000u
 #define BYTES    0x5000u // of all three
 #define MOVED    0xdd    // what an old mapping holds
-#define QUEUES   VBLK_MAX_QUEUES
+#define QUEUES   8
+#define SEGS     (128 + 2 + 16)
 #define MAX_SIZE 256u // entries of a queue that the rules are checked for
 #define SLOTS    24
 #define COUNT_OF(array) (sizeof(array) / sizeof(array)[0])
@@ -84,8 +86,9 @@ typedef struct slot { // a request in the hands of the host
     bool         used, tangled;
     unsigned     session;
     unsigned     ranges;
-    range        range[VBLK_MAX_SEGS + 2];
+    range        range[SEGS];
     vblk_request req;
+    vblk_seg     seg[SEGS];
 } slot;
 
 typedef struct seen { // what is known of a queue
@@ -108,9 +111,10 @@ static struct fuzz {
     size_t         left;
 
     vblk_dev      dev;
+    vblk_queue    vq[QUEUES];
     vblk_options  o;
     vblk_region   region[3];
-    vblk_ram      vram;
+    vblk_regions  vram;
     unsigned      bank; // which of two mappings guest memory is at
     bool          moved;
     uint64_t      hole, hole_bytes;
@@ -126,6 +130,7 @@ static struct fuzz {
     uint64_t   last_end; // where a call stopped inside a segment
     const void *last_ptr;
 
+    bool     busy;   // what is under way cannot be ended
     bool     async;  // drain by next, complete and publish
     unsigned ambush; // memory accesses until the guest strikes
     uint8_t  ambush_how;
@@ -167,7 +172,7 @@ static uint8_t     truth[BYTES]; // what the guest wrote, or let be written
 #if defined(__clang__) && defined(__linux__)
 __attribute__((section("__libfuzzer_extra_counters")))
 #endif
-static uint8_t events[VBLK_EV_COUNT][2][2];
+static uint8_t events[VBLK_EV_END][2][2];
 static const char *current = "";
 
 static void die(const char *rule) {
@@ -292,7 +297,7 @@ static bool refused(uint64_t gpa, uint64_t n) {
 }
 
 static int mem_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     if (refused(gpa, n) || m.read(m.user, gpa, dst, n)) {
         s.refusals++;
         return -1;
@@ -310,7 +315,7 @@ static unsigned covered(uint64_t gpa) {
 }
 
 static int mem_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     if (refused(gpa, n) || m.write(m.user, gpa, src, n)) {
         s.refusals++;
         return -1;
@@ -328,7 +333,7 @@ static int mem_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
 }
 
 static void *mem_map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     rule(*n > 0, "map is asked for nothing");
     if (f.hole_bytes && gpa < f.hole && f.hole - gpa < *n) {
         *n = f.hole - gpa;
@@ -346,7 +351,7 @@ static void set_regions(unsigned regions) {
         f.region[i].host = at(gpa[i]);
     }
     f.vram.region = f.region;
-    f.vram.regions = regions;
+    f.vram.count = regions;
 }
 
 static vblk_memory memory(bool map) {
@@ -359,7 +364,7 @@ static vblk_memory memory(bool map) {
 
 static bool call_fails(uint64_t offset, const vblk_seg *seg, unsigned segs) {
     uint64_t bytes = 0;
-    uint64_t end = f.dev.o.capacity * 512;
+    uint64_t end = f.dev.capacity * 512;
     for (unsigned i = 0; i < segs; i++) {
         rule(seg[i].n > 0, "the backend gets an empty segment");
         rule(seg[i].ptr != NULL, "the backend gets a segment without pointer");
@@ -414,7 +419,7 @@ static int64_t disk_write(void *user, uint64_t offset, const vblk_seg *seg,
                           unsigned segs) {
     static uint8_t sink[512];
     (void)user;
-    rule(!f.dev.o.read_only, "a read-only disk is written");
+    rule(f.dev.backend.write != NULL, "a read-only disk is written");
     if (call_fails(offset, seg, segs)) {
         return -28;
     }
@@ -450,7 +455,7 @@ static void on_interrupt(void *user, int queue, bool fire) {
     bool line = vblk_interrupt_line(&f.dev);
     rule(line == fire, "the line is not what the interrupt says");
     rule(queue == VBLK_NO_QUEUE ||
-             (queue >= 0 && queue < (int)f.dev.o.queues),
+             (queue >= 0 && queue < (int)f.dev.queues),
          "an interrupt for no queue");
     if (fire && queue >= 0) {
         f.queue[queue].fired++;
@@ -460,21 +465,28 @@ static void on_interrupt(void *user, int queue, bool fire) {
 
 static void on_event(void *user, const vblk_event *e) {
     (void)user;
-    rule(e->code > VBLK_EV_NONE && e->code < VBLK_EV_COUNT,
+    rule(e->code > VBLK_EV_NONE && e->code < VBLK_EV_END,
          "an event without a code");
     rule(e->queue >= VBLK_NO_QUEUE && e->queue < QUEUES,
          "an event of no queue");
     f.said++;
-    events[e->code][f.o.profile == VBLK_STANDARD][!f.dev.o.memory.map] = 1;
+    events[e->code][f.o.profile == VBLK_STANDARD][!f.dev.memory.map] = 1;
+}
+
+static int on_quiesce(void *user, int queue) {
+    (void)user;
+    rule(queue == VBLK_ALL_QUEUES || (queue >= 0 && queue < (int)f.dev.queues),
+         "no queue is to be quiet");
+    return f.busy ? -1 : 0;
 }
 
 
 // ---- What waits in the rings -----------------------------------------------
 
 static bool live(unsigned queue) {
-    bool mq = vblk_accepted(&f.dev) & VBLK_F_MQ;
+    bool mq = vblk_driver_features(&f.dev) & VBLK_F_MQ;
     return vblk_status(&f.dev) & VBLK_STATUS_DRIVER_OK &&
-           queue < (mq ? f.dev.o.queues : 1) && f.dev.queue[queue].ready &&
+           queue < (mq ? f.dev.queues : 1) && f.dev.queue[queue].ready &&
            f.dev.queue[queue].size;
 }
 
@@ -515,7 +527,7 @@ static void walk(unsigned queue, uint16_t head) {
     w->head = head;
     w->first = s.ranges;
     w->in_bytes = 0;
-    uint64_t most = f.dev.o.profile == VBLK_STRICT ? f.dev.o.seg_max + 2
+    uint64_t most = f.dev.strict ? f.dev.seg_max + 2
                                                    : 32768;
     for (uint64_t n = 0, taken = 0; n < most && taken < entries; taken++) {
         uint64_t gpa, len, flags, next, d = table + 16 * i;
@@ -525,7 +537,7 @@ static void walk(unsigned queue, uint16_t head) {
         }
         if (flags & 4) {
             if (indirect || flags & 1 || len % 16 ||
-                !(vblk_accepted(&f.dev) & VBLK_F_INDIRECT_DESC)) {
+                !(vblk_driver_features(&f.dev) & VBLK_F_INDIRECT_DESC)) {
                 break;
             }
             indirect = true;
@@ -603,7 +615,7 @@ static void strike(void) {
         uint64_t at_idx = q->avail_gpa + 4 +
                           2 * (uint64_t)(idx & (q->size - 1));
         s.tangled |= (uint16_t)(idx + 1 - q->avail_next) > q->size;
-        s.notified = vblk_accepted(&f.dev) & VBLK_F_EVENT_IDX
+        s.notified = vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX
                          ? peek16(q->used_gpa + used_bytes(q) - 2) == idx
                          : !(peek16(q->used_gpa) & 1);
         poke_le(at_idx, head, 2);
@@ -719,7 +731,7 @@ static void check_counters(void) {
         stalled += f.dev.queue[i].stalled;
     }
     rule(c.currently_throttled == stalled, "the gauge is wrong");
-    rule(f.dev.turn ? f.dev.queue[f.dev.turn - 1].stalled : !stalled,
+    rule(f.dev.waits ? f.dev.queue[f.dev.turn].stalled : !stalled,
          "a turn without a stall, or a stall without a turn");
     f.counts = c;
 }
@@ -819,7 +831,7 @@ static void check_wanted(unsigned queue, bool published) {
     uint16_t now = q->used_shown, event = peek16(q->avail_gpa + 4 +
                                                  2 * (uint64_t)q->size);
     bool wanted = now != k->decided && !(peek16(q->avail_gpa) & 1);
-    if (vblk_accepted(&f.dev) & VBLK_F_EVENT_IDX) {
+    if (vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX) {
         wanted = (uint16_t)(now - event - 1) < (uint16_t)(now - k->decided);
     }
     k->decided = now;
@@ -862,7 +874,7 @@ static void end(int queue, bool published) {
         take_back(i); // when all are seen: they may share a status byte
     }
     if (!s.tangled && s.takes) {
-        uint64_t descs = f.dev.o.seg_max + 4;
+        uint64_t descs = f.dev.seg_max + 4;
         rule(s.accesses <= 400 + (taken + 1) * (32 + 8 * descs) +
                                s.payload / 32,
              "more memory accesses than the work is worth");
@@ -877,29 +889,52 @@ static void end(int queue, bool published) {
 
 // ---- Calls -----------------------------------------------------------------
 
+static int notified;
+
+static void on_notify(void *user, int queue) {
+    (void)user;
+    notified = queue;
+    rule(queue >= VBLK_ALL_QUEUES && queue < (int)f.dev.queues,
+         "a queue that is not there is notified");
+}
+
+static void check_reset(void) {
+    for (unsigned i = 0; i < QUEUES; i++) {
+        if (f.busy) { // in the hands of the host still
+            f.queue[i].session++;
+            f.queue[i].tangled = true;
+        } else {
+            forget(i);
+        }
+    }
+    rule(vblk_status(&f.dev) == (f.busy ? VBLK_STATUS_NEEDS_RESET : 0) &&
+             !vblk_interrupt_line(&f.dev) &&
+             !vblk_mmio_read(&f.dev, VBLK_REG_INTERRUPT_STATUS, 4) &&
+             (f.busy || !vblk_mmio_read(&f.dev, VBLK_REG_QUEUE_READY, 4)),
+         "a reset leaves something behind");
+}
+
+// Returns the queue that was notified, VBLK_ALL_QUEUES or VBLK_NO_QUEUE.
 static int reg_write(uint64_t offset, unsigned bytes, uint64_t value) {
     uint32_t v = (uint32_t)value, sel = f.dev.queue_sel;
     bool running = vblk_status(&f.dev) & VBLK_STATUS_DRIVER_OK;
     begin(VBLK_NO_QUEUE, false);
-    int queue = vblk_mmio_write(&f.dev, offset, bytes, value);
+    notified = VBLK_NO_QUEUE;
+    vblk_mmio_write(&f.dev, offset, bytes, value);
     if (bytes == 4 && offset == VBLK_REG_STATUS && v == 0) {
-        for (unsigned i = 0; i < QUEUES; i++) {
-            forget(i);
-        }
-        rule(!vblk_status(&f.dev) && !vblk_interrupt_line(&f.dev) &&
-                 !vblk_mmio_read(&f.dev, VBLK_REG_INTERRUPT_STATUS, 4) &&
-                 !vblk_mmio_read(&f.dev, VBLK_REG_QUEUE_READY, 4),
-             "a reset leaves something behind");
+        check_reset();
     }
     if (bytes == 4 && offset == VBLK_REG_QUEUE_READY && running &&
         f.o.profile == VBLK_STANDARD && v != 1 &&
-        sel < (vblk_accepted(&f.dev) & VBLK_F_MQ ? f.dev.o.queues : 1)) {
-        forget(sel);
+        sel < (vblk_driver_features(&f.dev) & VBLK_F_MQ ? f.dev.queues : 1)) {
+        rule(!f.busy || vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
+             "a queue that is not quiet is stopped");
+        if (!f.busy) {
+            forget(sel);
+        }
     }
     end(VBLK_NO_QUEUE, false);
-    rule(queue >= VBLK_ALL_QUEUES && queue < (int)f.dev.o.queues,
-         "a register write names no queue");
-    return queue;
+    return notified;
 }
 
 static int wr(uint32_t offset, uint32_t value) {
@@ -910,30 +945,50 @@ static int wr(uint32_t offset, uint32_t value) {
 static void check_armed(unsigned queue) {
     const vblk_queue *q = &f.dev.queue[queue];
     if (!live(queue) || f.queue[queue].tangled || s.tangled || s.refusals ||
-        !f.dev.o.memory.read) {
+        !f.dev.memory.read) {
         return;
     }
     uint16_t idx = peek16(q->avail_gpa + 2);
     rule(idx == q->avail_next || s.notified, "EMPTY, but there is an entry");
-    rule(vblk_accepted(&f.dev) & VBLK_F_EVENT_IDX
+    rule(vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX
              ? peek16(q->used_gpa + used_bytes(q) - 2) == q->avail_next
              : !(peek16(q->used_gpa) & 1),
          "EMPTY, but the driver will not notify");
 }
 
-static void check_outcome(int queue, vblk_outcome out) {
+// What the answer of a drain says: the driver will notify; a limit holds the
+// head up, for so long; there is more.
+typedef enum { IDLE, HELD, MORE } came_to;
+typedef struct answer {
+    came_to  state;
+    uint64_t wait;
+} answer;
+
+static answer answer_of(int queue, uint64_t again) {
+    answer out = {IDLE, 0};
+    bool   held = f.dev.waits;
+    if (queue >= 0) {
+        held = f.dev.queue[queue].stalled;
+    }
+    for (unsigned i = 0; queue == VBLK_ALL_QUEUES && i < f.dev.queues; i++) {
+        held = held && !f.dev.queue[i].due;
+    }
+    rule(again >= f.now, "an answer from the past");
+    if (again != VBLK_NEVER) {
+        out.state = again > f.now || held ? HELD : MORE;
+        out.wait = again - f.now;
+    }
     // A queue waits behind another that stalled first and could pass now.
-    rule(out.state != VBLK_STALLED || out.wait_ns > 0 ||
-             f.dev.turn != 1 + (unsigned)queue,
+    rule(out.state != HELD || out.wait > 0 ||
+             (queue >= 0 && f.dev.turn != (unsigned)queue),
          "a stall of no time");
-    rule(out.state == VBLK_STALLED || out.wait_ns == 0,
-         "a wait without a stall");
-    rule(out.state != VBLK_BROKEN ||
-             vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
-         "BROKEN, and Status does not say so");
-    if (out.state == VBLK_EMPTY && queue >= 0 && queue < QUEUES) {
+    bool limited = f.dev.ops.rate || f.dev.bytes.rate;
+    rule(out.state != HELD || limited, "a stall without a limit");
+    if (out.state == IDLE && queue >= 0 &&
+        !vblk_queue_broken(&f.dev, (unsigned)queue)) {
         check_armed((unsigned)queue);
     }
+    return out;
 }
 
 static unsigned taken_in(int queue) {
@@ -946,30 +1001,34 @@ static unsigned taken_in(int queue) {
     return n;
 }
 
-static vblk_outcome drain_once(int queue) {
+static answer drain_once(int queue) {
+    uint64_t again;
+    if (queue == VBLK_ALL_QUEUES) {
+        vblk_notify(&f.dev, queue);
+    }
     begin(queue, true);
-    vblk_outcome out = vblk_drain(&f.dev, queue, f.now);
-    rule(out.state != VBLK_REQUEST, "a drain hands out a request");
-    check_outcome(queue, out);
+    again = queue == VBLK_ALL_QUEUES
+                ? vblk_poll(&f.dev, f.now)
+                : vblk_drain(&f.dev, (unsigned)queue, f.now);
+    answer out = answer_of(queue, again);
     end(queue, true);
     return out;
 }
 
 // A stall ends when it was said to, and not before.
 static void sit_out(int queue, uint64_t wait) {
-    bool others = queue != VBLK_ALL_QUEUES && f.dev.turn != 1 + (unsigned)queue;
+    bool others = queue != VBLK_ALL_QUEUES && f.dev.turn != (unsigned)queue;
     if (wait > UINT64_MAX - f.now || wait == 0 || others) {
         return;
     }
     f.now += wait - 1;
     if (wait > 1) {
         unsigned said = f.said;
-        vblk_outcome out = drain_once(queue);
+        answer out = drain_once(queue);
         if (f.said != said || s.tangled) {
             return; // the request is another, or none: that costs nothing
         }
-        rule(out.state == VBLK_STALLED && out.wait_ns == 1 &&
-                 taken_in(queue) == 0,
+        rule(out.state == HELD && out.wait == 1 && taken_in(queue) == 0,
              "a stalled queue passes before its time");
     }
     f.now++;
@@ -991,12 +1050,13 @@ static const range *range_of(const slot *t, const vblk_seg *seg, bool write) {
 
 static void check_request(const slot *t) {
     const vblk_request *r = &t->req;
-    uint64_t bytes = 0, end_bytes = f.dev.o.capacity * 512;
+    uint64_t bytes = 0, end_bytes = f.dev.capacity * 512;
     bool direct = true;
     rule(r->type == VBLK_T_IN || r->type == VBLK_T_OUT ||
              r->type == VBLK_T_FLUSH,
          "a request of no type");
-    rule(r->segs <= COUNT_OF(r->seg), "a request has too many segments");
+    rule(r->seg == t->seg && r->segs <= SEGS,
+         "a request has too many segments");
     for (unsigned i = 0; i < r->segs; i++) {
         const vblk_seg *seg = &r->seg[i];
         rule(seg->n > 0, "a request has an empty segment");
@@ -1017,19 +1077,21 @@ static void check_request(const slot *t) {
              r->offset <= end_bytes && r->bytes <= end_bytes - r->offset,
          "a request beyond the end of the disk");
     rule(r->type == VBLK_T_FLUSH || r->bytes > 0, "a request without data");
-    rule(r->type != VBLK_T_OUT || !f.dev.o.read_only,
+    rule(r->type != VBLK_T_OUT || f.dev.backend.write,
          "a write to a read-only disk");
-    bool through = vblk_features(&f.dev) & ~vblk_accepted(&f.dev) &
-                   VBLK_F_FLUSH;
+    bool through = vblk_device_features(&f.dev) &
+                   ~vblk_driver_features(&f.dev) & VBLK_F_FLUSH;
     rule(r->durable == (through && r->type == VBLK_T_OUT),
          "durable is wrong");
 }
 
-static vblk_outcome next(int queue, slot *t) {
+// False: there is none, and the queue is armed.
+static bool next(int queue, slot *t) {
     begin(queue, true);
-    vblk_outcome out = vblk_next(&f.dev, queue, f.now, &t->req);
-    check_outcome(queue, out);
-    if (out.state == VBLK_REQUEST) {
+    bool got = vblk_next(&f.dev, (unsigned)queue, f.now, &t->req, t->seg, SEGS);
+    if (!got) {
+        answer_of(queue, vblk_arm(&f.dev, (unsigned)queue, f.now));
+    } else {
         unsigned q = (unsigned)queue;
         unsigned n = taken_in(queue);
         rule(t->req.queue == q && n > 0, "a request of another queue");
@@ -1053,15 +1115,14 @@ static vblk_outcome next(int queue, slot *t) {
         }
         check_request(t);
     }
-    end(queue, out.state != VBLK_REQUEST);
-    return out;
+    end(queue, !got);
+    return got;
 }
 
 static void host_next(int queue, uint8_t how) {
     for (unsigned i = 0; i < SLOTS; i++) {
         if (!f.slot[i].used) {
-            vblk_outcome out = next(queue, &f.slot[i]);
-            if (out.state != VBLK_REQUEST || !(how & 1)) {
+            if (!next(queue, &f.slot[i]) || !(how & 1)) {
                 return;
             }
         }
@@ -1136,7 +1197,7 @@ static void host_complete(slot *t, uint8_t how, uint8_t part) {
         r->offset + bytes < r->backing) {
         status = VBLK_S_IOERR; // short, and not at the end
     }
-    bool taken = vblk_complete(&f.dev, r, result);
+    bool taken = vblk_complete(&f.dev, r, result) == VBLK_OK;
     rule(ended() - before == !stale || s.refusals,
          "a completion is not counted once");
     rule(taken == !stale, stale ? "a stale request is completed"
@@ -1149,7 +1210,7 @@ static void host_complete(slot *t, uint8_t how, uint8_t part) {
 
 static void publish(int queue) {
     begin(queue, false);
-    vblk_publish(&f.dev, queue);
+    vblk_publish(&f.dev, (unsigned)queue);
     end(queue, true);
 }
 
@@ -1174,9 +1235,10 @@ static void serve(int queue) {
 }
 
 static void drain(int queue, uint8_t how) {
-    vblk_outcome out;
+    answer out;
     unsigned rounds = 0;
-    if (queue < VBLK_ALL_QUEUES || queue >= (int)f.dev.o.queues) {
+    if (queue < VBLK_ALL_QUEUES || queue == VBLK_NO_QUEUE ||
+        queue >= (int)f.dev.queues) {
         return; // would be asserted
     }
     if (f.async && queue >= 0 && queue < QUEUES) {
@@ -1185,10 +1247,9 @@ static void drain(int queue, uint8_t how) {
     }
     do {
         out = drain_once(queue);
-    } while (out.state == VBLK_MORE && ++rounds < 3);
-    if (out.state == VBLK_STALLED && how & 1 && !s.refusals &&
-        !f.fail_access) {
-        sit_out(queue, out.wait_ns);
+    } while (out.state == MORE && ++rounds < 3);
+    if (out.state == HELD && how & 1 && !s.refusals && !f.fail_access) {
+        sit_out(queue, out.wait);
     }
 }
 
@@ -1264,7 +1325,7 @@ static void bring_up(uint8_t declined, uint8_t sizes, uint8_t place) {
         VBLK_F_EVENT_IDX, VBLK_F_INDIRECT_DESC, VBLK_F_FLUSH, VBLK_F_SIZE_MAX,
         VBLK_F_SEG_MAX, VBLK_F_MQ, VBLK_F_VERSION_1, 0,
     };
-    uint64_t features = vblk_features(&f.dev);
+    uint64_t features = vblk_device_features(&f.dev);
     for (unsigned i = 0; i < 8; i++) {
         features &= declined >> i & 1 ? ~bit[i] : ~UINT64_C(0);
     }
@@ -1279,8 +1340,8 @@ static void bring_up(uint8_t declined, uint8_t sizes, uint8_t place) {
     }
     wr(VBLK_REG_STATUS, declined & 0x80 ? 10 : 11);
     f.rings = 0x100;
-    for (unsigned i = 0; i < f.dev.o.queues; i++) {
-        uint32_t size = f.dev.o.queue_size >> (sizes & 7);
+    for (unsigned i = 0; i < f.dev.queues; i++) {
+        uint32_t size = f.dev.queue_size >> (sizes & 7);
         size = size > MAX_SIZE ? MAX_SIZE : size ? size : 1;
         queue_up(i, size, i == 0 ? place : 0);
     }
@@ -1289,7 +1350,7 @@ static void bring_up(uint8_t declined, uint8_t sizes, uint8_t place) {
 }
 
 static unsigned a_queue(uint8_t b) {
-    return b % 4u < f.dev.o.queues ? b % 4u : 0;
+    return b % 4u < f.dev.queues ? b % 4u : 0;
 }
 
 static void put_desc(uint64_t gpa, uint64_t to, uint64_t n, unsigned flags,
@@ -1478,19 +1539,19 @@ static void frame(parts *c, uint8_t framing, uint8_t place, uint64_t header,
         break;
     case 17: // many that cross the seam
         add(c, header, 16, false);
-        for (unsigned i = 0; i < f.dev.o.seg_max; i++) {
+        for (unsigned i = 0; i < f.dev.seg_max; i++) {
             add(c, SEAM - 256, 512, in);
         }
         break;
     case 18: // more than 4 GiB
         add(c, header, 16, false);
-        for (unsigned i = 0; i < f.dev.o.seg_max; i++) {
+        for (unsigned i = 0; i < f.dev.seg_max; i++) {
             add(c, 0x1000, 0xfffffe00, in);
         }
         break;
     case 19:
         add(c, header, 16, false);
-        for (unsigned i = 0; i < f.dev.o.seg_max; i++) {
+        for (unsigned i = 0; i < f.dev.seg_max; i++) {
             add(c, 0x1000, 512, in);
         }
         add(c, 0x1000, framing & 32 ? 512 : 0, in);
@@ -1546,7 +1607,7 @@ static void request(uint8_t what) {
     };
     uint8_t type = byte(), where = byte(), framing = byte(), place = byte();
     unsigned queue = a_queue(what);
-    uint64_t n = sizes[where >> 4], capacity = f.dev.o.capacity;
+    uint64_t n = sizes[where >> 4], capacity = f.dev.capacity;
     uint64_t sector[8] = {
         0, 1, capacity - n / 512, capacity, capacity - 1, UINT64_MAX,
         UINT64_C(1) << 55, 7,
@@ -1583,7 +1644,7 @@ static uint64_t an_offset(uint8_t b) {
 }
 
 static void set_remap(uint8_t how) {
-    for (unsigned i = 0; i < f.dev.o.queues; i++) {
+    for (unsigned i = 0; i < f.dev.queues; i++) {
         if (f.dev.queue[i].under_way > 0) {
             return; // would be asserted
         }
@@ -1640,13 +1701,14 @@ static void host(uint8_t what) {
         vblk_needs_reset(&f.dev);
         break;
     case 1:
-        vblk_accept(&f.dev, vblk_features(&f.dev) ^ number(byte()));
+        vblk_set_driver_features(&f.dev, vblk_device_features(&f.dev) ^
+                                             number(byte()));
         break;
     case 2: {
         uint32_t status = byte() & 0xcf;
         vblk_set_status(&f.dev, status);
-        for (unsigned i = 0; status == 0 && i < QUEUES; i++) {
-            forget(i);
+        if (status == 0) {
+            check_reset();
         }
         break;
     }
@@ -1655,10 +1717,11 @@ static void host(uint8_t what) {
         vblk_read_config(&f.dev, number(byte()), config, byte() % 41);
         break;
     }
+    case 4:
+        f.busy = !f.busy;
+        break;
     default:
-        rule(vblk_event_text((vblk_event_code)what) &&
-                 vblk_strerror(-(int)what),
-             "a code without text");
+        rule(vblk_strerror(-(int)what) != NULL, "a code without text");
         break;
     }
     end(VBLK_NO_QUEUE, false);
@@ -1685,24 +1748,28 @@ static void start(uint8_t queue, uint8_t size, uint8_t position) {
         poke_le(r.used + 2, idx, 2);
     }
     begin(VBLK_NO_QUEUE, false);
-    int which = vblk_queue_start(&f.dev, i, &r);
-    rule(which == i || which == VBLK_NO_QUEUE, "another queue is started");
-    if (which == i) {
+    notified = VBLK_NO_QUEUE;
+    int err = vblk_queue_start(&f.dev, (unsigned)i, &r);
+    rule((notified == i) == (err == VBLK_OK), "another queue is started");
+    if (err == VBLK_OK) {
         rule(!was, "a queue is started twice");
         forget((unsigned)i);
         f.queue[i].used = f.queue[i].decided = f.dev.queue[i].used_shown;
         f.queue[i].tangled = f.dev.queue[i].adopt_used; // known later
     }
     end(VBLK_NO_QUEUE, false);
-    drain(which, 0);
+    drain(notified, 0);
 }
 
 static void stop(uint8_t queue) {
     int i = (int)a_queue(queue);
     begin(i, false); // it publishes what is completed
-    uint16_t position = vblk_queue_stop(&f.dev, i);
-    rule(position == s.from[i], "a queue stops where it was not");
-    forget((unsigned)i);
+    int position = vblk_queue_stop(&f.dev, (unsigned)i);
+    rule(position == (f.busy ? VBLK_ERR_BUSY : s.from[i]),
+         "a queue stops where it was not");
+    if (!f.busy) {
+        forget((unsigned)i);
+    }
     end(VBLK_NO_QUEUE, false);
 }
 
@@ -1846,11 +1913,9 @@ static void make(void) {
     uint8_t a = byte(), b = byte(), c = byte(), d = byte();
     vblk_options *o = &f.o;
     o->profile = a & 1 ? VBLK_STANDARD : VBLK_STRICT;
-    o->read_only = a & 4;
-    o->cache = a & 8 ? VBLK_CACHE_UNSAFE : VBLK_CACHE_WRITEBACK;
     o->backend.read = disk_read;
-    o->backend.write = a & 16 ? NULL : disk_write;
-    o->backend.flush = a & 32 ? NULL : disk_flush;
+    o->backend.write = a & (4 | 16) ? NULL : disk_write;
+    o->backend.flush = a & (8 | 32) ? NULL : disk_flush;
     o->backend.size = disk_size;
     if (!(a & 64)) {
         o->memory = memory(a & 2);
@@ -1876,6 +1941,9 @@ static void make(void) {
     f.backing = d & 8 ? (uint64_t)(d >> 4) * 100 : UINT64_MAX >> 1;
     o->interrupt = d >> 4 == 15 ? NULL : on_interrupt;
     o->event = on_event;
+    o->notify = on_notify;
+    o->quiesce = on_quiesce;
+    o->queue = f.vq;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
@@ -1962,11 +2030,11 @@ bool fuzz_replay_dir(const char *dir) {
 // Every file, and every event in both profiles where both have it.
 void fuzz_corpus_replays(void) {
     CHECK(fuzz_replay_dir("tests/corpus"));
-    for (unsigned i = VBLK_EV_NONE + 1; i < VBLK_EV_COUNT; i++) {
+    for (int i = 1; i < VBLK_EV_WORKER_LEFT; i++) {
         ROW_BEGIN();
-        CHECK(events[i][0][0] || events[i][0][1] || events[i][1][0] ||
-              events[i][1][1]);
-        ROW("%s", vblk_event_text((vblk_event_code)i));
+        CHECK(!event_text(i) || events[i][0][0] || events[i][0][1] ||
+              events[i][1][0] || events[i][1][1]);
+        ROW("%s", event_text(i));
     }
 }
 #endif
@@ -2141,6 +2209,9 @@ static const struct {
          REQUEST, 4, 0, 0, 0, 0, AMBUSH, 7, 1, KICK, 0),
     SEED("moved_unpublished", UP_AND, REQUEST, 0, 0, 0, 0, 0, NEXT, 0, 0,
          COMPLETE, 0, 0, 0, REMAP, 3, PUBLISH, 0),
+    SEED("not_quiet", UP_AND, RW(0, 0), MANY, 2, 0, 0, 0, 0, 0, NEXT, 0, 0,
+         HOST, 4, STOP, 0, TO(VBLK_REG_QUEUE_READY), 0, TO(0x70), 0, COMPLETE,
+         0, 0, 0, RW(0, 0), HOST, 4, TO(0x70), 0, UP, 0, 0, 0, RW(0, 0)),
     SEED("rewritten", UP_AND, REQUEST, 0, 0, 0, 0, 0, DESC, 0, 1, 11, 200, 3,
          0, POKE, 14, 0x11, 0, 3, 4, AVAIL, 0, 1, 1, KICK, 0),
 };
@@ -2174,11 +2245,12 @@ int main(int argc, char **argv) {
             return 1;
         }
     }
-    for (unsigned i = VBLK_EV_NONE + 1; i < VBLK_EV_COUNT; i++) {
-        if (!memchr(events[i], 1, sizeof events[i])) {
-            printf("not reached: %s\n", vblk_event_text((vblk_event_code)i));
-        }
+#define VBLK_X(name, number, level, a, b, text)                                \
+    if (!memchr(events[number], 1, sizeof events[number])) {                   \
+        printf("not reached: %s\n", #name);                                    \
     }
+    VBLK_EVENTS(VBLK_X)
+#undef VBLK_X
     return 0;
 #endif
 }

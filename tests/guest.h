@@ -20,6 +20,10 @@
 
 enum { OFFERED = 1, RING = 2, READABLE = 4 }; // guest.mark bits
 
+// The implementation has its defaults.
+#define MAX_SEGS 128
+#define SCRATCH  4096
+
 typedef struct guest_op {
     char     what; // 'r', 'w', 'f'
     uint64_t offset, bytes;
@@ -40,6 +44,7 @@ typedef struct guest_queue {
 
 typedef struct guest {
     vblk_dev     dev;
+    vblk_queue   vq[16]; // where there is more than one
     vblk_options o; // what the device was made from
     bool         mapped;
     uint64_t     features; // accepted
@@ -51,7 +56,7 @@ typedef struct guest {
     uint8_t     offers[RAM_END + HIGH_SIZE + 2 * GAP];
     uint8_t     writes[RAM_END + HIGH_SIZE + 2 * GAP]; // without map
     vblk_region region[3];
-    vblk_ram    vram;
+    vblk_regions    vram;
     uint64_t    bump;              // next free guest address
     uint64_t    hole, hole_bytes;  // refused from now on
     int         fail_access;       // the nth access from now is refused
@@ -77,7 +82,8 @@ typedef struct guest {
     unsigned    fired;      // interrupt(true)
     int         fired_queue;
     unsigned    lowered;    // interrupt(false)
-    unsigned    events[VBLK_EV_COUNT];
+    int         notified;   // by the last store
+    unsigned    events[VBLK_EV_END];
     vblk_event  last;
     bool        broken_rule;   // the backend was asked what it may not be
     bool        mapped_for_writing; // what is only to be read
@@ -105,7 +111,9 @@ void guest_remap(void); // the device looks its rings up again
 uint32_t guest_status_after(bool standard, uint32_t old, uint32_t value);
 
 uint32_t rd(uint32_t offset);
-int      wr(uint32_t offset, uint32_t value); // does not drain
+// Does not drain. Returns the queue that has work: one, VBLK_ALL_QUEUES or
+// VBLK_NO_QUEUE.
+int      wr(uint32_t offset, uint32_t value);
 void     wr_drain(uint32_t offset, uint32_t value);
 void     reset(void);
 
@@ -152,8 +160,32 @@ void     again(const req *r); // its buffers are offered once more
 uint8_t  run(uint32_t type, uint64_t sector, uint32_t bytes);
 uint8_t  status_of(const req *r);
 
-vblk_outcome kick(unsigned queue);
-vblk_outcome drain(unsigned queue);
+// What the time that a drain answers with means.
+typedef enum came_to { EMPTY, REQUEST, STALLED, MORE, BROKEN } came_to;
+typedef struct outcome {
+    came_to  state;
+    uint64_t wait_ns;
+} outcome;
+
+// One drain of a queue, or of VBLK_ALL_QUEUES as if all were notified.
+outcome drain_at(int queue, uint64_t now);
+// vblk_next(), and vblk_arm() where there is none. The segments of the last 300
+// requests stay.
+outcome take(int queue, uint64_t now, vblk_request *r);
+
+outcome kick(unsigned queue);
+outcome drain(unsigned queue);
+
+// The two numbers of an event, whatever fields they are in.
+uint64_t event_a(const vblk_event *e);
+uint64_t event_b(const vblk_event *e);
+// Its sentence; NULL for a number that is none.
+const char *event_text(int code);
+
+// A reset through a worker: false if a thread is left behind.
+static inline bool worker_reset(vblk_worker *w) {
+    return vblk_worker_mmio_write(w, VBLK_REG_STATUS, 4, 0) == VBLK_OK;
+}
 
 // Used ring.
 unsigned used_count(unsigned queue); // not yet looked at

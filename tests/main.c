@@ -85,7 +85,6 @@ static int returned(void) {
 }
 
 // Private functions that tests look at.
-bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns);
 int  test_meaning(uint64_t token);
 bool test_crosses(uint16_t event, uint16_t now, uint16_t old);
 
@@ -93,14 +92,28 @@ bool test_crosses(uint16_t event, uint16_t now, uint16_t old) {
     return vblk__crosses(event, now, old);
 }
 
-bool test_plan(vblk_outcome out, bool again_already, uint64_t *timer_ns) {
-    vblk__plan plan = vblk__plan_after(out, again_already);
-    *timer_ns = plan.timer_ns;
-    return plan.again;
-}
-
 int test_meaning(uint64_t token) {
     return vblk__meaning(token);
+}
+
+static uint64_t number(const vblk_event *e, unsigned field) {
+    const uint64_t by_field[] = {
+        0,        e->address, e->bytes,   e->sector,
+        e->index, e->value,   e->against, (uint64_t)e->error};
+    return by_field[field];
+}
+
+uint64_t event_a(const vblk_event *e) {
+    return number(e, vblk__event_row(e->code)->a);
+}
+
+uint64_t event_b(const vblk_event *e) {
+    return number(e, vblk__event_row(e->code)->b);
+}
+
+const char *event_text(int code) {
+    const char *text = vblk__event_text((vblk_event_code)code);
+    return strcmp(text, "unknown event code") ? text : NULL;
 }
 
 void test_fail(const char *file, int line, const char *text) {

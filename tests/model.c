@@ -92,26 +92,25 @@ void model_note(model_effects *e, char what, uint64_t offset,
 void model_init(model *m, const vblk_options *o) {
     memset(m, 0, sizeof *m);
     m->standard = o->profile == VBLK_STANDARD;
-    m->unsafe = o->cache == VBLK_CACHE_UNSAFE;
-    m->read_only = o->read_only || o->backend.read_only || !o->backend.write;
-    m->can_flush = o->backend.flush && !m->unsafe;
+    m->read_only = !o->backend.write;
+    m->can_flush = o->backend.flush != NULL;
     m->memory_given = o->memory.read != NULL;
     m->capacity = o->capacity ? o->capacity
                               : o->backend.size(o->backend.user) / 512;
     m->queues = o->queues ? o->queues : 1;
-    m->queue_size = o->queue_size ? o->queue_size : VBLK_QUEUE_SIZE;
+    m->queue_size = o->queue_size ? o->queue_size : 256;
     m->seg_max = o->seg_max;
     if (m->seg_max == 0) {
         m->seg_max = m->queue_size > 2 ? m->queue_size - 2 : 1;
-        if (m->seg_max > VBLK_MAX_SEGS) {
-            m->seg_max = VBLK_MAX_SEGS;
+        if (m->seg_max > MAX_SEGS) {
+            m->seg_max = MAX_SEGS;
         }
     }
     m->size_max = o->size_max || m->standard ? o->size_max : 1u << 20;
     m->vendor = o->vendor_id || !m->standard ? o->vendor_id : 0x554d4551;
     m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
                  VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
-    if (m->can_flush || (m->read_only && !m->unsafe)) { // nothing to flush
+    if (m->can_flush || m->read_only) { // nothing to flush
         m->offered |= VBLK_F_FLUSH;
     }
     if (m->standard && !o->size_max) { // P12
@@ -231,6 +230,7 @@ static void end_turn(model *m, const model_queue *q) {
         return;
     }
     m->turn = NULL;
+    m->again = 0;
     for (unsigned i = 1; i < m->queues && !m->turn; i++) {
         model_queue *next = &m->queue[((unsigned)(q - m->queue) + i) %
                                       m->queues];
@@ -244,7 +244,7 @@ static void end_turn(model *m, const model_queue *q) {
 static void start_over(model *m, model_queue *q) {
     end_turn(m, q);
     q->next = q->seen = q->done = 0;
-    q->switch_failed = false;
+    q->switch_failed = q->due = false;
     if (q->stalled) {
         q->stalled = false;
         m->counts.currently_throttled--;
@@ -381,7 +381,8 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
     return VBLK_NO_QUEUE;
 }
 
-int model_write(model *m, uint64_t offset, unsigned bytes, uint64_t wide) {
+static int write_register(model *m, uint64_t offset, unsigned bytes,
+                          uint64_t wide) {
     uint32_t value = (uint32_t)wide;
     if (offset >= VBLK_REG_CONFIG || bytes != 4) {
         return VBLK_NO_QUEUE;
@@ -422,6 +423,12 @@ int model_write(model *m, uint64_t offset, unsigned bytes, uint64_t wide) {
     return VBLK_NO_QUEUE;
 }
 
+int model_write(model *m, uint64_t offset, unsigned bytes, uint64_t wide) {
+    int queue = write_register(m, offset, bytes, wide);
+    model_notify(m, queue);
+    return queue;
+}
+
 
 // ---- A chain, then what is in it (V1 to V3, P1) -----------------------------
 
@@ -433,14 +440,14 @@ typedef struct piece {
 } piece;
 
 typedef struct chain {
-    piece    all[VBLK_MAX_SEGS + 2];
+    piece    all[MAX_SEGS + 2];
     unsigned count;
     bool     too_long;
     piece    end;     // the last writable one that is not empty
     uint64_t room;    // bytes in all writable ones
     bool     ordered; // no readable one after a writable one
     // Once framed:
-    piece    data[VBLK_MAX_SEGS + 2]; // no empty ones
+    piece    data[MAX_SEGS + 2]; // no empty ones
     unsigned datas;
     uint64_t bytes; // in data
     uint64_t space; // writable bytes before the status byte
@@ -640,6 +647,7 @@ static bool throttle(model *m, const model_queue *q, uint64_t bytes,
     }
     *wait = wait_of_turn(m, now_ns);
     if (!mine || *wait > 0) {
+        m->again = m->turn ? m->again : 0;
         m->turn = mine ? q : m->turn;
         return false;
     }
@@ -678,6 +686,8 @@ void model_set_limits(model *m, const vblk_limits *l, uint64_t now_ns) {
             stall_ends(m, &m->queue[i], now_ns);
         }
     }
+    m->again = 0;
+    model_notify(m, VBLK_ALL_QUEUES);
 }
 
 
@@ -722,7 +732,7 @@ static uint8_t validate(const model *m, const chain *c) {
     if (c->barrier && !m->standard) { // P9
         return VBLK_S_UNSUPP;
     }
-    bool flushes = flush && (m->offered & VBLK_F_FLUSH || m->read_only);
+    bool flushes = flush && m->offered & VBLK_F_FLUSH;
     if (!(in || out || id || flushes)) {
         return VBLK_S_UNSUPP; // V11, V10
     }
@@ -961,14 +971,14 @@ static void leave_switch_open(model *m, const model_queue *q) {
     }
 }
 
-static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
-    vblk_outcome out = {VBLK_EMPTY, 0};
+static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
+    outcome out = {EMPTY, 0};
     if (!(m->status & VBLK_STATUS_DRIVER_OK) || !q->ready ||
         !m->memory_given) {
         return out;
     }
     if (q->poisoned) {
-        out.state = VBLK_BROKEN;
+        out.state = BROKEN;
         return out;
     }
     uint16_t before = q->done;
@@ -985,7 +995,7 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
             q->seen = (uint16_t)idx;
         }
         if (taken == q->size) { // Q11
-            out.state = VBLK_MORE;
+            out.state = MORE;
             break;
         }
         uint64_t slot = q->next % q->size;
@@ -995,7 +1005,7 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
         }
         int end = serve(m, q, (uint32_t)head, now_ns, &len, &wait);
         if (end == WAITS) {
-            out.state = VBLK_STALLED;
+            out.state = STALLED;
             out.wait_ns = wait;
             m->counts.throttled++;
             if (!q->stalled) {
@@ -1026,7 +1036,7 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
     if (fine) {
         q->switch_failed = !switch_on(m, q);
     }
-    if (!fine || out.state != VBLK_EMPTY) {
+    if (!fine || out.state != EMPTY) {
         leave_switch_open(m, q);
     }
     if (shown) { // Q7, P7
@@ -1040,31 +1050,44 @@ static vblk_outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
         m->time_unknown |= was_stalled || q->stalled;
         stall_ends(m, q, now_ns);
         poison(m, q);
-        out.state = VBLK_BROKEN;
+        out.state = BROKEN;
     }
     return out;
 }
 
-static unsigned urgency(vblk_state state) {
-    return state == VBLK_MORE      ? 3
-           : state == VBLK_STALLED ? 2
-           : state == VBLK_BROKEN  ? 1
-                                   : 0;
+outcome model_drain(model *m, unsigned queue, uint64_t now_ns) {
+    return drain_one(m, &m->queue[queue], now_ns);
 }
 
-vblk_outcome model_drain(model *m, int queue, uint64_t now_ns) {
-    vblk_outcome out = {VBLK_EMPTY, 0};
+void model_notify(model *m, int queue) {
     for (int i = 0; i < (int)m->queues; i++) {
-        if (queue != i && queue != VBLK_ALL_QUEUES) {
-            continue;
-        }
-        vblk_outcome one = drain_one(m, &m->queue[i], now_ns);
-        if (urgency(one.state) > urgency(out.state)) {
-            out = one;
+        m->queue[i].due |= queue == i || queue == VBLK_ALL_QUEUES;
+    }
+}
+
+// The queue that stalled first goes first; the rest by their numbers, from
+// there on.
+uint64_t model_poll(model *m, uint64_t now_ns) {
+    bool     timed = now_ns >= m->again, more = false, due = false;
+    unsigned first = m->turn ? (unsigned)(m->turn - m->queue) : 0;
+    for (unsigned i = 0; i < m->queues; i++) {
+        due |= m->queue[i].due;
+    }
+    if (!due && !timed) {
+        return m->again;
+    }
+    for (unsigned i = 0; i < m->queues; i++) {
+        model_queue *q = &m->queue[(first + i) % m->queues];
+        bool         look = q->stalled ? timed : q->due;
+        q->due = false;
+        if (look && drain_one(m, q, now_ns).state == MORE) {
+            q->due = more = true;
         }
     }
-    if (queue == VBLK_ALL_QUEUES && out.state == VBLK_STALLED) {
-        out.wait_ns = wait_of_turn(m, now_ns);
+    m->again = VBLK_NEVER;
+    if (m->turn) {
+        uint64_t wait = wait_of_turn(m, now_ns);
+        m->again = wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
     }
-    return out;
+    return more ? now_ns : m->again;
 }

@@ -52,7 +52,7 @@ typedef struct model_bucket {
 
 typedef struct model_queue {
     uint32_t size;
-    bool     ready;
+    bool     ready, due;
     uint64_t desc, avail, used;
     bool     poisoned, stalled;
     bool     switch_failed; // the driver could not be told to notify (Q3)
@@ -67,7 +67,7 @@ enum { MODEL_EITHER = 1, MODEL_ANY };
 
 typedef struct model {
     // What it is made from.
-    bool     standard, unsafe, read_only, can_flush, memory_given;
+    bool     standard, read_only, can_flush, memory_given;
     uint64_t capacity; // sectors
     uint32_t queues, queue_size, seg_max, size_max, vendor;
     uint64_t offered;
@@ -84,6 +84,7 @@ typedef struct model {
     uint64_t    accepted;
     const model_queue *turn; // stalled first; NULL: none did
     uint64_t      turn_bytes, asked_bytes;
+    uint64_t      again; // when a poll looks at what is stalled
     model_queue queue[MODEL_QUEUES];
 
     bool         line;
@@ -110,7 +111,9 @@ uint8_t *model_at(model *m, uint64_t gpa);
 uint64_t     model_read(model *m, uint64_t offset, unsigned bytes);
 int          model_write(model *m, uint64_t offset, unsigned bytes,
                          uint64_t value);
-vblk_outcome model_drain(model *m, int queue, uint64_t now_ns);
+outcome      model_drain(model *m, unsigned queue, uint64_t now_ns);
+uint64_t     model_poll(model *m, uint64_t now_ns);
+void         model_notify(model *m, int queue);
 void         model_needs_reset(model *m);
 void         model_set_limits(model *m, const vblk_limits *limits,
                               uint64_t now_ns);

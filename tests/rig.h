@@ -7,20 +7,23 @@
 
 static vblk_worker         w;
 static vblk_options        o;
+static vblk_queue          queues[2];
 static vblk_worker_options wo;
 static uint8_t             ram[1 << 16];
 static vblk_region         region = {0, sizeof ram, ram, false};
-static vblk_ram            guest_ram = {&region, 1};
+static vblk_regions            guest_ram = {&region, 1};
 static uint8_t             disk[1 << 16];
-static vblk_memdisk        memdisk = {disk, sizeof disk, false};
+static vblk_ramdisk        image = {disk, sizeof disk};
 
 static void rig_options(void) {
     memset(&o, 0, sizeof o);
     memset(&wo, 0, sizeof wo);
     memset(ram, 0, sizeof ram);
-    o.memory = vblk_ram_memory(&guest_ram);
-    o.backend = vblk_memdisk_backend(&memdisk);
+    o.memory = vblk_regions_memory(&guest_ram);
+    o.backend = vblk_ramdisk_backend(&image);
     o.queue_size = 16;
+    o.queue = queues;
+    o.profile = VBLK_STRICT;
 }
 
 static void store(uint32_t offset, uint32_t value) {

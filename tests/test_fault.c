@@ -147,9 +147,9 @@ void race_on_guest_memory(void) {
         CHECK_EQ(0, pthread_create(&thread, NULL, flip, NULL));
         for (int i = 0; i < 4000; i++) {
             g.calls = 0;
-            vblk_outcome out = vblk_drain(&g.dev, 0, 0);
+            outcome out = drain_at(0, 0);
             CHECK(g.calls <= 1000);
-            if (out.state == VBLK_BROKEN) {
+            if (out.state == BROKEN) {
                 guest_queue q = g.queue[0];
                 reset();
                 guest_negotiate(i & 1 ? 0 : VBLK_F_EVENT_IDX);

@@ -307,27 +307,42 @@ static void poke(uint64_t gpa, uint64_t value, unsigned bytes) {
     poke_in(gpa, 0, value, bytes);
 }
 
+static void poll_both(void) {
+    for (int i = 0; i < 3; i++) {
+        uint64_t want = model_poll(&m, d.now);
+        uint64_t got = vblk_poll(&g.dev, d.now);
+        say(" poll");
+        if (want != got) {
+            differ("time to poll again, at", d.now, want, got);
+        }
+        d.wait = want != VBLK_NEVER ? want - d.now : d.wait;
+        if (want != d.now || d.differs) {
+            break;
+        }
+    }
+}
+
 static void drain_both(int queue) {
-    // Which queue comes first is the device's own affair.
-    for (int i = 0; queue == VBLK_ALL_QUEUES && i < (int)m.queues; i++) {
-        drain_both(i);
+    if (queue == VBLK_ALL_QUEUES || one_in(3)) {
+        poll_both();
+        return;
     }
     for (int i = 0; i < 3; i++) {
-        vblk_outcome want = model_drain(&m, queue, d.now);
-        vblk_outcome got = vblk_drain(&g.dev, queue, d.now);
+        outcome want = model_drain(&m, (unsigned)queue, d.now);
+        outcome got = drain_at(queue, d.now);
         say(" drain(%d)=%d", queue, (int)got.state);
         if (want.state != got.state) {
             differ("outcome of a drain of", (uint64_t)queue,
                    (uint64_t)want.state, (uint64_t)got.state);
-        } else if (want.state == VBLK_STALLED && want.wait_ns != got.wait_ns) {
+        } else if (want.state == STALLED && want.wait_ns != got.wait_ns) {
             differ("wait of a drain of", (uint64_t)queue, want.wait_ns,
                    got.wait_ns);
         }
-        if (want.state == VBLK_STALLED) {
+        if (want.state == STALLED) {
             d.wait = want.wait_ns;
             say(" wait %" PRIu64, d.wait);
         }
-        if (want.state != VBLK_MORE || d.differs) {
+        if (want.state != MORE || d.differs) {
             break;
         }
     }
@@ -335,10 +350,12 @@ static void drain_both(int queue) {
 
 static int write_both(uint64_t offset, unsigned bytes, uint64_t value) {
     int want = model_write(&m, offset, bytes, value);
-    int got = vblk_mmio_write(&g.dev, offset, bytes, value);
+    g.notified = VBLK_NO_QUEUE;
+    vblk_mmio_write(&g.dev, offset, bytes, value);
+    int got = g.notified;
     say(" %#x/%u=%#" PRIx64, (unsigned)offset, bytes, value);
     if (want != got) {
-        differ("answer to a write of register", offset,
+        differ("queue notified by a write of register", offset,
                (uint64_t)(int64_t)want, (uint64_t)(int64_t)got);
     }
     return want;
@@ -374,7 +391,7 @@ static bool is_free(uint64_t gpa, uint64_t n) {
     return true;
 }
 
-static void take(uint64_t gpa, uint64_t n) {
+static void occupy(uint64_t gpa, uint64_t n) {
     if (n > 0 && d.takens < COUNT(d.taken)) {
         bool wraps = n - 1 > UINT64_MAX - gpa;
         d.taken[d.takens].gpa = gpa;
@@ -396,7 +413,7 @@ static uint64_t place(uint64_t n, uint64_t align) {
         }
         gpa = gpa / align * align;
         if (is_free(gpa, n)) {
-            take(gpa, n);
+            occupy(gpa, n);
             return gpa;
         }
     }
@@ -429,7 +446,7 @@ static uint64_t bad_place(uint64_t n) {
     if (!is_free(gpa, n)) {
         return RAM_END;
     }
-    take(gpa, n);
+    occupy(gpa, n);
     return gpa;
 }
 
@@ -584,7 +601,7 @@ static unsigned spoil(part *p, unsigned n) {
     case 3: // a header that ends where the address space does, and goes on
         gpa = UINT64_MAX - 15;
         if (is_free(gpa, 16)) {
-            take(gpa, 16);
+            occupy(gpa, 16);
             poke(gpa, random_type(), 4);
             poke(gpa + 8, test_below(8), 8);
             first->gpa = gpa;
@@ -795,7 +812,7 @@ static uint64_t place_ring(uint64_t n, uint64_t align, bool odd) {
         default: gpa = (UINT64_MAX - n + 1) / align * align; break;
         }
         if (is_free(gpa, n)) {
-            take(gpa, n);
+            occupy(gpa, n);
             return gpa;
         }
     }
@@ -947,21 +964,18 @@ static void make(vblk_profile profile) {
     d.most = MODEL_NEVER;
     g.o.profile = profile;
     g.o.backend.read = disk_read;
-    g.o.backend.write = one_in(20) ? NULL : disk_write;
-    g.o.backend.flush = one_in(10) ? NULL : disk_flush;
+    g.o.backend.write = one_in(7) ? NULL : disk_write;
+    g.o.backend.flush = one_in(5) ? NULL : disk_flush;
     g.o.backend.size = disk_size;
-    g.o.read_only = one_in(10);
-    g.o.backend.read_only = one_in(20);
-    g.o.cache = one_in(8) ? VBLK_CACHE_UNSAFE : VBLK_CACHE_WRITEBACK;
     g.o.capacity = one_in(4) ? 1 + test_below(MODEL_SECTORS) : 0;
     g.o.queues = test_below(4);
     g.o.queue_size = 1u << test_below(10);
     g.o.queue_size = g.o.queue_size == 512 ? 0 : g.o.queue_size;
-    g.o.seg_max = one_in(2) ? 1 + test_below(VBLK_MAX_SEGS) : 0;
+    g.o.seg_max = one_in(2) ? 1 + test_below(MAX_SEGS) : 0;
     g.o.seg_max = one_in(4) ? 1 + test_below(4) : g.o.seg_max;
     g.o.size_max = one_in(3) ? 4096 + 512 * test_below(3) : 0;
     g.o.size_max = one_in(6) ? 4096 + test_below(3000) : g.o.size_max;
-    uint32_t entries = g.o.queue_size ? g.o.queue_size : VBLK_QUEUE_SIZE;
+    uint32_t entries = g.o.queue_size ? g.o.queue_size : 256;
     uint32_t most = entries > 3 ? entries - 2 : 1;
     g.o.seg_max = g.o.seg_max > most ? most : g.o.seg_max;
     g.o.vendor_id = test_random();
@@ -1169,7 +1183,7 @@ static void step(void) {
     case 5: step_disk(); break;
     case 6:
     case 7: step_suppression(); break;
-    case 8: drain_both((int)test_below(m.queues + 2) - 2); break;
+    case 8: drain_both((int)test_below(m.queues)); break;
     case 9: drain_both(VBLK_ALL_QUEUES); break;
     case 10:
         if (one_in(4)) {
@@ -1180,6 +1194,7 @@ static void step(void) {
         if (one_in(20) || (!m.memory_given && one_in(2))) {
             say(" set_memory");
             m.memory_given = true;
+            model_notify(&m, VBLK_ALL_QUEUES);
             vblk_set_memory(&g.dev, d.memory);
         }
         if (one_in(20)) {

@@ -13,15 +13,15 @@ static uint64_t avail_event(void) {
 void q1_a_poisoned_queue_is_left_alone(void) {
     guest_up();
     put16(g.queue[0].avail + 2, 257);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     put16(g.queue[0].avail + 2, 0);
     req r = request(VBLK_T_IN, 0, 512);
     unsigned accesses = g.accesses;
     uint32_t status = rd(VBLK_REG_INTERRUPT_STATUS);
     for (int i = 0; i < 5; i++) {
-        CHECK_EQ(VBLK_BROKEN, kick(0).state);
+        CHECK_EQ(BROKEN, kick(0).state);
         vblk_request none;
-        CHECK_EQ(VBLK_BROKEN, vblk_next(&g.dev, 0, 0, &none).state);
+        CHECK_EQ(BROKEN, take(0, 0, &none).state);
     }
     CHECK_EQ(accesses, g.accesses);
     CHECK_EQ(0xff, status_of(&r));
@@ -52,55 +52,41 @@ void q2_what_arrives_during_a_drain_is_not_stranded(void) {
         guest_up_without(event_idx ? 0 : VBLK_F_EVENT_IDX);
         late = 20;
         late_one = request(VBLK_T_IN, 0, 512);
-        CHECK_EQ(VBLK_EMPTY, kick(0).state);
+        CHECK_EQ(EMPTY, kick(0).state);
         CHECK_EQ(21, used_count(0));
         reset();
     }
 }
 
-// Without map, the trace shows the switch, and the second look after it.
-// A ring that is empty for a moment, and never when the host asks: what is
-// completed is shown, and for 65,536 requests nobody decides on an interrupt.
-static vblk_memory busy_memory;
-static unsigned    busy_left;
-static uint16_t    busy_head;
-
-static int busy_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
-    if (src && gpa == avail_event() && busy_left > 0) {
-        busy_left--;
-        offer(0, busy_head);
-    }
-    return busy_memory.write(user, gpa, src, n);
-}
-
+// For 65,536 requests nobody decides on an interrupt, and the driver goes on
+// as if it had seen them.
 void q7_an_interrupt_after_once_round_the_indices(void) {
     for (unsigned more = 0; more < 3; more++) {
-        guest_init();
-        if (g.mapped) {
-            return; // the device's own stores are not seen
-        }
-        busy_memory = vblk_ram_memory(&g.vram);
-        g.o.memory = busy_memory;
-        g.o.memory.map = NULL;
-        g.o.memory.write = busy_write;
-        busy_left = 0;
-        guest_up_without(0);
-        req r = request(VBLK_T_FLUSH, 0, 0);
-        busy_head = r.head;
-        busy_left = 65534 + more;
         vblk_request under_way;
-        unsigned done = 0;
+        vblk_seg     seg[MAX_SEGS + 2];
+        guest_init();
+        guest_up_without(0);
+        req r = prepare(VBLK_T_FLUSH, 0, 0);
+        r.head = send(0, &r);
+        rewritable(r.status);
         put16(g.queue[0].avail + 4 + 2 * g.queue[0].size, 30000);
-        while (vblk_next(&g.dev, 0, 0, &under_way).state == VBLK_REQUEST) {
-            CHECK(vblk_complete(&g.dev, &under_way, 0));
-            done++;
+        for (unsigned done = 0; done < 65535 + more; done++) {
+            if (done > 0) {
+                put16(g.queue[0].avail + 4 +
+                          2 * (uint64_t)(g.queue[0].avail_idx % 256), r.head);
+                put16(g.queue[0].avail + 2, ++g.queue[0].avail_idx);
+            }
+            rewritable(r.status);
+            CHECK(vblk_next(&g.dev, 0, 0, &under_way, seg, COUNT(seg)));
+            CHECK(!vblk_complete(&g.dev, &under_way, 0));
         }
-        CHECK_EQ(65535 + more, done);
+        vblk_publish(&g.dev, 0);
         CHECK_EQ(1, g.fired);
         CHECK_EQ(1, rd(VBLK_REG_INTERRUPT_STATUS));
     }
 }
 
+// Without map, the trace shows the switch, and the second look after it.
 void q2_the_switch_without_event_idx_is_no_notify(void) {
     guest_up();
     run(VBLK_T_IN, 0, 512);
@@ -130,11 +116,11 @@ void q2_no_notify_is_set_while_draining(void) {
     vblk_request r;
     memset(&r, 0, sizeof r);
     request(VBLK_T_FLUSH, 0, 0);
-    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK_EQ(REQUEST, take(0, 0, &r).state);
     CHECK(r.direct && r.segs == 0); // all of its no segments have pointers
     CHECK_EQ(1, get16(g.queue[0].used));
-    CHECK(vblk_complete(&g.dev, &r, 0));
-    CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK(!vblk_complete(&g.dev, &r, 0));
+    CHECK_EQ(EMPTY, take(0, 0, &r).state);
     CHECK_EQ(0, get16(g.queue[0].used));
     CHECK_EQ(2, get16(g.queue[0].used + 2));
 }
@@ -167,7 +153,7 @@ void q3_switching_on_fails(void) {
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, g.o.memory); // with map: forget the pointers
 
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
 
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(1, used_count(0));
@@ -186,7 +172,7 @@ void q3_switching_on_is_tried_again(void) {
     g.hole = g.queue[0].used;
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_SWITCH]);
     CHECK_EQ(1, get16(g.queue[0].used));
@@ -198,12 +184,12 @@ void q3_switching_on_is_tried_again(void) {
 static void told(vblk_event_code code, uint64_t a, uint64_t b) {
     CHECK_EQ(1, g.events[code]);
     CHECK_EQ((uint64_t)code, (uint64_t)g.last.code);
-    CHECK_EQ(a, g.last.a);
-    CHECK_EQ(b, g.last.b);
+    CHECK_EQ(a, event_a(&g.last));
+    CHECK_EQ(b, event_b(&g.last));
 }
 
 static void poisoned(vblk_event_code code, uint64_t a, uint64_t b) {
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     told(code, a, b);
     CHECK_EQ(1, counts().invalid_avail_idx);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
@@ -239,7 +225,7 @@ void q4_a_full_ring_is_fine(void) {
         mark(p[1].gpa, 1, OFFERED);
         offer(0, head);
     }
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
     CHECK_EQ(16, used_count(0));
 }
 
@@ -255,7 +241,7 @@ void q4_avail_ring_outside_memory(void) {
     g.hole_bytes = 1;
     vblk_set_memory(&g.dev, g.o.memory);
     poisoned(VBLK_EV_AVAIL_UNREADABLE, g.queue[0].avail, 0);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     CHECK_EQ(1, counts().invalid_avail_idx);
 }
 
@@ -290,7 +276,7 @@ void q4_a_drain_stops_where_the_queue_breaks(void) {
     g.hole = g.queue[0].used + 4;
     g.hole_bytes = 64;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     CHECK_EQ(1, g.calls);
 }
 
@@ -300,7 +286,7 @@ void q4_used_idx_outside_memory(void) {
     g.hole = g.queue[0].used + 2;
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     told(VBLK_EV_USED_UNWRITABLE, g.queue[0].used + 2, 0);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
 }
@@ -313,7 +299,7 @@ void q4_a_queue_breaks_for_one_reason(void) {
     g.hole = g.queue[0].used + 2;
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     told(VBLK_EV_HEAD_RANGE, 256, 0);
     CHECK_EQ(1, counts().invalid_avail_idx);
     CHECK_EQ(0, g.events[VBLK_EV_USED_UNWRITABLE]);
@@ -326,7 +312,7 @@ void q4_a_queue_breaks_once(void) {
     g.hole = g.queue[0].used + 4;
     g.hole_bytes = 16;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
     CHECK_EQ(1, counts().invalid_avail_idx);
 }
@@ -338,7 +324,7 @@ static void *map_odd(void *user, uint64_t gpa, uint64_t *n, bool writable) {
     if (gpa == g.queue[0].avail || gpa == g.queue[0].used) {
         return (uint8_t *)nowhere + 1;
     }
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     return m.map(m.user, gpa, n, writable);
 }
 
@@ -423,13 +409,13 @@ void q4_only_the_queue_at_fault_stops(void) {
     g.o.queues = 2;
     guest_up();
     offer(0, 9999);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     req r = prepare(VBLK_T_IN, 0, 512);
     send(1, &r);
-    CHECK_EQ(VBLK_EMPTY, kick(1).state);
+    CHECK_EQ(EMPTY, kick(1).state);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     offer(1, 9999);
-    CHECK_EQ(VBLK_BROKEN, kick(1).state);
+    CHECK_EQ(BROKEN, kick(1).state);
     CHECK_EQ(2, counts().invalid_avail_idx);
 }
 
@@ -438,7 +424,7 @@ static void bad_chain(const part *p, unsigned n, vblk_event_code code) {
     uint32_t id = 99, len = 99;
     uint64_t errors = counts().io_errors;
     uint16_t head = submit(0, p, n);
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
     CHECK_EQ(1, g.events[code]);
     CHECK_EQ(errors + 1, counts().io_errors);
     CHECK_EQ(0, g.calls);
@@ -452,7 +438,7 @@ static void bad_chain(const part *p, unsigned n, vblk_event_code code) {
 }
 
 static void q4_chain_faults(vblk_profile profile) {
-    enum { LOOP, NEXT_RANGE, NESTED, BOTH, EMPTY, RAGGED, HUGE_, NOWHERE,
+    enum { LOOP, NEXT_RANGE, NESTED, BOTH, NO_BYTES, RAGGED, HUGE_, NOWHERE,
            WRAPS, TABLE_LOOP, TABLE_RANGE, OFF, KINDS };
     static const vblk_event_code codes[KINDS] = {
         VBLK_EV_CHAIN_LONG, VBLK_EV_CHAIN_NEXT, VBLK_EV_INDIRECT_NESTED,
@@ -485,7 +471,7 @@ static void q4_chain_faults(vblk_profile profile) {
         case BOTH:
             in[0].flags |= NEXT;
             break;
-        case EMPTY:
+        case NO_BYTES:
             in[0].n = 0;
             break;
         case RAGGED:
@@ -516,7 +502,7 @@ static void q4_chain_faults(vblk_profile profile) {
             put_desc(g.queue[0].desc, 0, in[0], 0);
             offer(0, 0);
             g.queue[0].next_desc = 1;
-            CHECK_EQ(VBLK_EMPTY, kick(0).state);
+            CHECK_EQ(EMPTY, kick(0).state);
             CHECK_EQ(1, g.events[codes[kind]]);
             CHECK_EQ(1, counts().io_errors);
             CHECK_EQ(profile == VBLK_STANDARD, used_count(0));
@@ -525,7 +511,7 @@ static void q4_chain_faults(vblk_profile profile) {
             put_desc(g.queue[0].desc, 0, q[0], 256);
             offer(0, 0);
             g.queue[0].next_desc = 1;
-            CHECK_EQ(VBLK_EMPTY, kick(0).state);
+            CHECK_EQ(EMPTY, kick(0).state);
             CHECK_EQ(1, g.events[codes[kind]]);
             CHECK_EQ(1, counts().io_errors);
             CHECK_EQ(profile == VBLK_STANDARD, used_count(0));
@@ -553,7 +539,7 @@ void q4_descriptor_outside_memory(void) {
     g.hole = g.queue[0].desc;
     g.hole_bytes = 16;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
     CHECK_EQ(1, g.events[VBLK_EV_CHAIN_UNREADABLE]);
     CHECK_EQ(0, used_count(0));
 }
@@ -605,14 +591,14 @@ void q4_more_under_way_than_entries(void) {
     req r = request(VBLK_T_IN, 0, 512);
     vblk_request one;
     for (int i = 0; i < 4; i++) {
-        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &one).state);
+        CHECK_EQ(REQUEST, take(0, 0, &one).state);
         again(&r);
         offer(0, r.head); // the same head again, while it is under way
     }
-    CHECK_EQ(VBLK_BROKEN, vblk_next(&g.dev, 0, 0, &one).state);
+    CHECK_EQ(BROKEN, take(0, 0, &one).state);
     CHECK_EQ(1, g.events[VBLK_EV_QUEUE_OVERRUN]);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
-    CHECK(!vblk_complete(&g.dev, &one, 512));
+    CHECK(vblk_complete(&g.dev, &one, 512));
 }
 
 // ROB-43: each occurrence is completed.
@@ -688,7 +674,7 @@ void q6_positions_wrap(void) {
             for (uint32_t k = 0; k < batch; k++) {
                 offer(0, head);
             }
-            CHECK_EQ(VBLK_EMPTY, kick(0).state);
+            CHECK_EQ(EMPTY, kick(0).state);
             done += batch;
             CHECK_EQ((uint16_t)done, get16(g.queue[0].used + 2));
             uint32_t id, len;
@@ -839,7 +825,7 @@ void q10_what_waits_at_driver_ok_is_served(void) {
         send(i, &r[i]);
     }
     CHECK_EQ(VBLK_ALL_QUEUES, wr(VBLK_REG_STATUS, 0xf));
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(EMPTY, drain_at(VBLK_ALL_QUEUES, 0).state);
     for (unsigned i = 0; i < 3; i++) {
         CHECK_EQ(VBLK_S_OK, status_of(&r[i]));
         CHECK_EQ(1, used_count(i));
@@ -855,12 +841,12 @@ void q11_a_drain_is_bounded_by_the_queue_size(void) {
     late = 100; // a driver that never stops adding
     late_one = request(VBLK_T_IN, 0, 512);
     g.fired = 0;
-    CHECK_EQ(VBLK_MORE, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(MORE, drain_at(0, 0).state);
     CHECK_EQ(16, used_count(0));
     CHECK_EQ(1, g.fired);
-    CHECK_EQ(VBLK_MORE, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(MORE, drain_at(VBLK_ALL_QUEUES, 0).state);
     CHECK_EQ(32, used_count(0));
-    CHECK_EQ(VBLK_EMPTY, drain(0).state);
+    CHECK_EQ(EMPTY, drain(0).state);
     CHECK_EQ(101, used_count(0));
 }
 
@@ -877,7 +863,7 @@ void q11_next_is_bounded_too(void) {
         offer(0, r.head);
     }
     vblk_request none;
-    CHECK_EQ(VBLK_EMPTY, vblk_next(&g.dev, 0, 0, &none).state);
+    CHECK_EQ(EMPTY, take(0, 0, &none).state);
     CHECK_EQ(4, used_count(0)); // published, though nothing was handed out
     CHECK_EQ(1, g.fired);
 }
@@ -942,7 +928,7 @@ void q13_overlaps_do_no_harm(void) {
         memset(g.offers, 100, sizeof g.offers);
         wr(VBLK_REG_STATUS, 0xf);
         for (int i = 0; i < 50; i++) {
-            vblk_drain(&g.dev, 0, 0);
+            drain_at(0, 0);
         }
         CHECK(g.calls <= 16 * 50);
         mark(q->avail, 600, RING);
@@ -1017,13 +1003,13 @@ void q13_buffers_that_leave_memory(void) {
 static uint64_t rom;
 
 static void *map_rom(void *user, uint64_t gpa, uint64_t *n, bool writable) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     return writable && gpa - rom < 4096 ? NULL
                                         : m.map(m.user, gpa, n, writable);
 }
 
 static int write_rom(void *user, uint64_t gpa, const void *src, uint64_t n) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     return gpa - rom < 4096 ? -1 : m.write(m.user, gpa, src, n);
 }
 
@@ -1059,7 +1045,7 @@ void q13_memory_that_can_only_be_read(void) {
     rom = g.queue[0].used;
     vblk_set_memory(&g.dev, g.o.memory);
     request(VBLK_T_IN, 5, 512);
-    CHECK_EQ(VBLK_BROKEN, kick(0).state);
+    CHECK_EQ(BROKEN, kick(0).state);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
 }
 
@@ -1122,7 +1108,7 @@ void q3_q7_interrupts_without_event_idx(void) {
         g.hole = q3 ? g.queue[0].used : g.queue[0].avail;
         g.hole_bytes = 2;
         vblk_set_memory(&g.dev, g.o.memory);
-        CHECK_EQ(VBLK_EMPTY, kick(0).state);
+        CHECK_EQ(EMPTY, kick(0).state);
         CHECK_EQ(1, used_count(0));
         CHECK_EQ(1, g.fired);
         CHECK_EQ(q3, g.events[VBLK_EV_NOTIFY_SWITCH]);

@@ -77,7 +77,7 @@ void race_of_interrupt_bits(void) {
             CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS) & 1);
             rewritable(r.status);
             offer(0, r.head);
-            vblk_drain(&g.dev, 0, 0);
+            drain_at(0, 0);
             CHECK_EQ(1, rd(VBLK_REG_INTERRUPT_STATUS) & 1);
         }
         stop(thread);
@@ -207,7 +207,7 @@ void race_of_a_polling_driver(void) {
             polled_element = q->used + 4 +
                              8 * ((uint64_t)(q->avail_idx - 1) % q->size);
             set(&turn, i);
-            vblk_drain(&g.dev, 0, 0);
+            drain_at(0, 0);
             for (unsigned k = 0; get(&done) != i && !test_failed; k++) {
                 spin(k);
             }
@@ -291,7 +291,7 @@ UNWATCHED void race_on_one_word(void) {
              !g.broken_rule; i++) {
             spin(i);
             offer(0, r.head);
-            vblk_drain(&g.dev, 0, 0);
+            drain_at(0, 0);
             good += status_of(&r) == VBLK_S_OK;
         }
         stop(thread);
@@ -314,7 +314,7 @@ static void on_fire(void *user, int queue, bool fire) {
 static void *drain_always(void *arg) {
     (void)arg;
     while (!get(&over)) {
-        vblk_drain(&g.dev, 0, 0);
+        drain_at(0, 0);
     }
     return NULL;
 }
@@ -339,7 +339,7 @@ void race_for_an_interrupt(void) {
     guest_negotiate(VBLK_F_EVENT_IDX);
     guest_queue_up(0, 16);
     guest_go();
-    vblk_set_memory(&g.dev, vblk_ram_memory(&g.vram)); // no rules in between
+    vblk_set_memory(&g.dev, vblk_regions_memory(&g.vram)); // no rules in between
     part p[2] = {{put_header(99, 0), 16, 0}, {alloc(1, 1), 1, WRITE}};
     uint16_t head = put_chain(0, p, 2), idx = 0;
     guest_queue *q = &g.queue[0];

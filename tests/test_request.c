@@ -13,7 +13,7 @@ static fate send_parts(const part *p, unsigned n, uint64_t status) {
     fate f;
     uint64_t before = counts().io_errors;
     submit(0, p, n);
-    CHECK_EQ(VBLK_EMPTY, kick(0).state);
+    CHECK_EQ(EMPTY, kick(0).state);
     f.status = status ? *at(status) : 0;
     f.len = used_len(0);
     f.errors = counts().io_errors - before;
@@ -50,7 +50,7 @@ static void dropped(fate f, vblk_event_code code) {
 }
 
 static fate segments(unsigned count) {
-    part p[VBLK_MAX_SEGS + 4];
+    part p[MAX_SEGS + 4];
     req r = prepare(VBLK_T_IN, 0, count * 512);
     p[0] = (part){r.header, 16, 0};
     for (unsigned i = 0; i < count; i++) {
@@ -65,7 +65,7 @@ static fate segments(unsigned count) {
 }
 
 static void chain_limit(vblk_profile profile) {
-    static const uint32_t seg_max[] = {1, 2, 7, VBLK_MAX_SEGS};
+    static const uint32_t seg_max[] = {1, 2, 7, MAX_SEGS};
     for (size_t i = 0; i < COUNT(seg_max); i++) {
         guest_init();
         g.o.profile = profile;
@@ -81,7 +81,7 @@ static void chain_limit(vblk_profile profile) {
             dropped(f, VBLK_EV_CHAIN_LONG);
             CHECK_EQ(0xff, f.status);
         }
-        CHECK_EQ(seg_max[i] + 2, g.last.a);
+        CHECK_EQ(seg_max[i] + 2, event_a(&g.last));
         CHECK_EQ(VBLK_S_OK, segments(seg_max[i]).status);
         guest_check();
     }
@@ -106,7 +106,7 @@ void v1_a_loop_in_a_small_table_ends_there(void) {
     put_desc(table.gpa, 3, p[3], 1);
     unsigned before = g.accesses;
     dropped(send_parts(&table, 1, r.status), VBLK_EV_CHAIN_LONG);
-    CHECK_EQ(4, g.last.a);
+    CHECK_EQ(4, event_a(&g.last));
     CHECK(g.accesses - before < 20);
 }
 
@@ -384,7 +384,7 @@ void v8_no_multiple_of_512(void) {
 void v9_write_to_a_read_only_disk(void) {
     for (int declined = 0; declined < 2; declined++) {
         guest_init();
-        g.o.read_only = true;
+        g.o.backend.write = NULL;
         guest_up_without(VBLK_F_EVENT_IDX | (declined ? VBLK_F_RO : 0));
         refused(send_request(VBLK_T_OUT, 0, 512), VBLK_EV_READ_ONLY);
         CHECK_EQ(0, counts().writes);
@@ -394,15 +394,15 @@ void v9_write_to_a_read_only_disk(void) {
 }
 
 void v10_flush_of_a_read_only_disk(void) {
-    g.o.read_only = true;
+    g.o.backend.write = NULL;
     guest_up();
     fate f = send_request(VBLK_T_FLUSH, 0, 0);
     CHECK_EQ(VBLK_S_OK, f.status);
     CHECK_EQ(1, counts().flushes);
     CHECK_EQ(0, g.calls);
     guest_init();
-    g.o.read_only = true;
-    g.o.cache = VBLK_CACHE_UNSAFE; // not offered, and OK all the same
+    g.o.backend.write = NULL;
+    g.o.backend.flush = NULL; // not offered, and OK all the same
     guest_up();
     CHECK_EQ(VBLK_S_OK, send_request(VBLK_T_FLUSH, 0, 0).status);
 }
@@ -453,12 +453,12 @@ void p9_the_barrier_bit_is_ignored(void) {
         CHECK_EQ(standard ? 1 : 0, counts().reads);
         send_request(99 | barrier, 0, 0); // the event has the type as it was
         CHECK_EQ(VBLK_EV_TYPE_UNKNOWN, g.last.code);
-        CHECK_EQ(99 | barrier, g.last.a);
+        CHECK_EQ(99 | barrier, event_a(&g.last));
     }
 }
 
 void v11_flush_is_unknown_where_it_is_not_offered(void) {
-    g.o.cache = VBLK_CACHE_UNSAFE;
+    g.o.backend.flush = NULL;
     guest_up();
     CHECK_EQ(VBLK_S_UNSUPP, send_request(VBLK_T_FLUSH, 0, 0).status);
     CHECK_EQ(0, g.calls);
@@ -822,7 +822,7 @@ static void framings(unsigned kind, uint32_t type) {
         {16, 512, 512, 1},        {7, 0, 13, 200},     {1, 1, 1, 300},
         {0, 40, 0, 900},
     };
-    part p[VBLK_MAX_SEGS];
+    part p[MAX_SEGS];
     unsigned n = 0, turn = 0;
     for (uint32_t done = 0; done < out_bytes; turn++) {
         uint32_t cut = cuts[kind][turn % 4];
@@ -955,20 +955,20 @@ void v_events_say_what_was_wrong(void) {
             n = 2;
         }
         submit(0, p, n);
-        CHECK_EQ(VBLK_EMPTY, kick(0).state);
+        CHECK_EQ(EMPTY, kick(0).state);
         ROW_BEGIN();
         CHECK_EQ(1, g.events[rows[i].code]);
         CHECK_EQ((uint64_t)rows[i].code, (uint64_t)g.last.code);
-        CHECK_EQ(rows[i].a, g.last.a);
-        CHECK_EQ(rows[i].b, g.last.b);
-        ROW("%s", vblk_event_text(rows[i].code));
+        CHECK_EQ(rows[i].a, event_a(&g.last));
+        CHECK_EQ(rows[i].b, event_b(&g.last));
+        ROW("%s", event_text(rows[i].code));
     }
     reset();
-    g.o.read_only = true;
+    g.o.backend.write = NULL;
     guest_up();
     run(VBLK_T_OUT, 7, 512);
     CHECK_EQ(VBLK_EV_READ_ONLY, g.last.code);
-    CHECK_EQ(7, g.last.a);
+    CHECK_EQ(7, event_a(&g.last));
 }
 
 void v1_events_say_where_a_chain_leads(void) {
@@ -980,13 +980,13 @@ void v1_events_say_where_a_chain_leads(void) {
     kick(0);
     CHECK_EQ(VBLK_EV_CHAIN_NEXT, g.last.code);
     CHECK_EQ(3, g.last.head);
-    CHECK_EQ(9999, g.last.a);
-    CHECK_EQ(g.queue[0].size, g.last.b);
+    CHECK_EQ(9999, event_a(&g.last));
+    CHECK_EQ(g.queue[0].size, event_b(&g.last));
     put_desc(g.queue[0].desc, 3, p, 3);
     offer(0, 3);
     kick(0);
     CHECK_EQ(VBLK_EV_CHAIN_LONG, g.last.code);
-    CHECK_EQ(g.dev.o.seg_max + 2, g.last.a);
+    CHECK_EQ(g.dev.seg_max + 2, event_a(&g.last));
 }
 
 // Every access fails in turn: the id is there, or the request failed, or the

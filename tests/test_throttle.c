@@ -304,10 +304,6 @@ static void limits(uint64_t iops, uint64_t bps) {
     guest_up();
 }
 
-static vblk_outcome drain_at(unsigned queue, uint64_t now) {
-    return vblk_drain(&g.dev, (int)queue, now);
-}
-
 void t1_limits_are_checked(void) {
     static const struct {
         vblk_limits limits;
@@ -330,7 +326,7 @@ void t1_limits_are_checked(void) {
         ROW_BEGIN();
         CHECK_EQ((uint64_t)(rows[i].fine ? VBLK_OK : VBLK_ERR_LIMITS),
                  (uint64_t)vblk_init(&g.dev, &g.o));
-        if (g.dev.o.memory.read) {
+        if (g.dev.memory.read) {
             vblk_bucket before = g.dev.ops;
             CHECK_EQ((uint64_t)(rows[i].fine ? VBLK_OK : VBLK_ERR_LIMITS),
                      (uint64_t)vblk_set_limits(&g.dev, &rows[i].limits, 0));
@@ -347,7 +343,7 @@ void t1_no_limit_ignores_the_clock(void) {
     guest_up();
     for (int i = 0; i < 1000; i++) {
         req r = request(VBLK_T_IN, 0, 512);
-        CHECK_EQ(VBLK_EMPTY, drain_at(0, i & 1 ? 0 : UINT64_MAX).state);
+        CHECK_EQ(EMPTY, drain_at(0, i & 1 ? 0 : UINT64_MAX).state);
         CHECK_EQ(VBLK_S_OK, status_of(&r));
         g.bump = 0x8000;
     }
@@ -382,7 +378,7 @@ void t2_what_a_request_costs(void) {
 }
 
 void t2_a_read_only_flush_and_an_empty_read_cost_nothing(void) {
-    g.o.read_only = true;
+    g.o.backend.write = NULL;
     g.o.profile = VBLK_STANDARD;
     limits(1, 0);
     for (int i = 0; i < 5; i++) {
@@ -397,14 +393,14 @@ void t2_one_bucket_empty_leaves_the_other_alone(void) {
     limits(1, 1000000);
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(1000000 - 512, g.dev.bytes.tokens);
     CHECK_EQ(0, g.dev.ops.tokens);
     guest_init();
     limits(1000, 512);
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(999, g.dev.ops.tokens);
 }
 
@@ -414,8 +410,8 @@ void t4_a_stalled_request_is_unseen_and_the_wait_is_exact(void) {
     for (int i = 0; i < 5; i++) {
         r[i] = request(VBLK_T_IN, 0, 512);
     }
-    vblk_outcome out = drain_at(0, 1000);
-    CHECK_EQ(VBLK_STALLED, out.state);
+    outcome out = drain_at(0, 1000);
+    CHECK_EQ(STALLED, out.state);
     CHECK_EQ(333333334, out.wait_ns);
     CHECK_EQ(3, used_count(0));
     CHECK_EQ(0xff, status_of(&r[3]));
@@ -424,7 +420,7 @@ void t4_a_stalled_request_is_unseen_and_the_wait_is_exact(void) {
     g.fired = 0;
     uint64_t due = 1000 + out.wait_ns;
     out = drain_at(0, due - 1);
-    CHECK_EQ(VBLK_STALLED, out.state);
+    CHECK_EQ(STALLED, out.state);
     CHECK_EQ(1, out.wait_ns);
     CHECK_EQ(0xff, status_of(&r[3]));
     CHECK_EQ(0, g.fired);
@@ -435,7 +431,7 @@ void t4_a_stalled_request_is_unseen_and_the_wait_is_exact(void) {
     CHECK_EQ(0xff, status_of(&r[4]));
     CHECK_EQ(due - 1000, counts().throttled_ns);
     CHECK_EQ(1, g.fired);
-    CHECK_EQ(VBLK_EMPTY, drain_at(0, due + out.wait_ns).state);
+    CHECK_EQ(EMPTY, drain_at(0, due + out.wait_ns).state);
     CHECK_EQ(0, counts().currently_throttled);
     for (int i = 0; i < 5; i++) { // in order
         uint32_t id = 0, len;
@@ -450,17 +446,17 @@ void t4_only_waiting_is_counted(void) {
     guest_up();
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(1, counts().currently_throttled);
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, second).state);
+    CHECK_EQ(EMPTY, drain_at(0, second).state);
     CHECK_EQ(second, counts().throttled_ns);
     CHECK_EQ(0, counts().currently_throttled);
     request(VBLK_T_IN, 0, 512); // comes when there is a token
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 5 * second).state);
+    CHECK_EQ(EMPTY, drain_at(0, 5 * second).state);
     CHECK_EQ(second, counts().throttled_ns);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 5 * second).state);
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 6 * second).state);
+    CHECK_EQ(STALLED, drain_at(0, 5 * second).state);
+    CHECK_EQ(EMPTY, drain_at(0, 6 * second).state);
     CHECK_EQ(2 * second, counts().throttled_ns);
     CHECK_EQ(2, counts().throttled);
 }
@@ -487,10 +483,10 @@ void t4_a_stall_at_position_0(void) {
     g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0xffff;
     put16(g.queue[0].avail + 2, 1);
     put16(g.queue[0].avail + 4 + 2 * 255, r.head);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(0xffff, g.dev.queue[0].avail_next);
     g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0;
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(0, g.dev.queue[0].avail_next);
 }
 
@@ -500,8 +496,8 @@ void t4_order_is_kept(void) {
     req big = request(VBLK_T_IN, 0, 90112);
     req bigger = request(VBLK_T_IN, 0, 90112);
     req flush = request(VBLK_T_FLUSH, 0, 0);
-    vblk_outcome out = drain_at(0, 0);
-    CHECK_EQ(VBLK_STALLED, out.state);
+    outcome out = drain_at(0, 0);
+    CHECK_EQ(STALLED, out.state);
     CHECK_EQ(VBLK_S_OK, status_of(&big));
     CHECK_EQ(0xff, status_of(&bigger));
     CHECK_EQ(0xff, status_of(&flush));
@@ -514,24 +510,24 @@ void t5_reset_and_a_change_of_mind_end_a_stall(void) {
     limits(1, 0);
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     reset();
     CHECK_EQ(0, counts().currently_throttled);
     guest_negotiate(VBLK_F_EVENT_IDX);
     guest_queue_up(0, 16);
     guest_go();
     req r = request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(1, counts().currently_throttled);
     put32(r.header, 99); // the guest turns it into something that is free
-    CHECK_EQ(VBLK_EMPTY, drain_at(0, 5).state);
+    CHECK_EQ(EMPTY, drain_at(0, 5).state);
     CHECK_EQ(VBLK_S_UNSUPP, status_of(&r));
     CHECK_EQ(0, counts().currently_throttled);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 5).state);
+    CHECK_EQ(STALLED, drain_at(0, 5).state);
     put16(g.queue[0].avail + 2, 5000);
     g.dev.queue[0].avail_seen = g.dev.queue[0].avail_next;
-    CHECK_EQ(VBLK_BROKEN, drain_at(0, 6).state);
+    CHECK_EQ(BROKEN, drain_at(0, 6).state);
 }
 
 // T7: a guest that resets after every request gets no token more.
@@ -546,9 +542,9 @@ void t7_reset_storm(void) {
         guest_queue_up(0, 4);
         guest_go();
         req r = request(VBLK_T_IN, 0, 512);
-        vblk_outcome out = drain_at(0, now);
+        outcome out = drain_at(0, now);
         passed += status_of(&r) == VBLK_S_OK;
-        now += out.state == VBLK_STALLED && (passed & 1) ? out.wait_ns
+        now += out.state == STALLED && (passed & 1) ? out.wait_ns
                                                          : 3000000;
         reset();
         memset(g.writes + bump, 0, 4096);
@@ -562,14 +558,14 @@ void t_next_stalls_and_gives_the_wait(void) {
     vblk_request r;
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+    CHECK_EQ(REQUEST, take(0, 0, &r).state);
     vblk_complete(&g.dev, &r, 512);
-    vblk_outcome out = vblk_next(&g.dev, 0, 0, &r);
-    CHECK_EQ(VBLK_STALLED, out.state);
+    outcome out = take(0, 0, &r);
+    CHECK_EQ(STALLED, out.state);
     CHECK_EQ(SECOND, out.wait_ns);
     CHECK_EQ(1, used_count(0)); // published on the way out
-    CHECK_EQ(VBLK_STALLED, vblk_next(&g.dev, 0, SECOND - 1, &r).state);
-    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, SECOND, &r).state);
+    CHECK_EQ(STALLED, take(0, SECOND - 1, &r).state);
+    CHECK_EQ(REQUEST, take(0, SECOND, &r).state);
     vblk_complete(&g.dev, &r, 512);
 }
 
@@ -580,11 +576,12 @@ void t_limits_change_at_run_time(void) {
     CHECK_EQ(SECOND, drain_at(0, 0).wait_ns);
     vblk_limits faster = {10, 0, 0, 0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &faster, 0));
-    CHECK_EQ(faster.iops, g.dev.o.limits.iops);
+    CHECK_EQ(faster.iops, g.dev.ops.rate);
+    CHECK_EQ((uint64_t)VBLK_ALL_QUEUES, (uint64_t)g.notified);
     CHECK_EQ(100000000, drain_at(0, 0).wait_ns);
     vblk_limits none = {0, 0, 0, 0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, 0));
-    CHECK_EQ(VBLK_EMPTY, drain_at(0, 0).state);
+    CHECK_EQ(EMPTY, drain_at(0, 0).state);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(0, counts().currently_throttled);
 }
@@ -599,7 +596,7 @@ void t_without_limits_nobody_waits(void) {
         send(i, &r);
         send(i, &r);
     }
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(STALLED, drain_at(VBLK_ALL_QUEUES, 0).state);
     CHECK_EQ(3, counts().currently_throttled);
     vblk_limits none = {0, 0, 0, 0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, SECOND / 4));
@@ -609,7 +606,7 @@ void t_without_limits_nobody_waits(void) {
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &again, SECOND / 4));
     CHECK_EQ(SECOND, drain_at(2, SECOND / 4).wait_ns); // one passes
     CHECK_EQ(1, drain_at(1, 5 * SECOND / 4 - 1).wait_ns);
-    CHECK_EQ(VBLK_EMPTY, drain_at(2, 5 * SECOND / 4).state);
+    CHECK_EQ(EMPTY, drain_at(2, 5 * SECOND / 4).state);
 }
 
 // Queues take turns: none starves behind another.
@@ -625,7 +622,7 @@ void t_queues_share_a_limit(void) {
         send(i, &r[i]);
     }
     while (now < 5 * SECOND) {
-        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
+        outcome out = drain_at(VBLK_ALL_QUEUES, now);
         for (unsigned i = 0; i < 2; i++) { // always some more to do
             while ((uint16_t)(g.queue[i].avail_idx -
                               get16(g.queue[i].used + 2)) < 2) {
@@ -634,7 +631,7 @@ void t_queues_share_a_limit(void) {
             }
             rewritable(r[i].status);
         }
-        now += out.state == VBLK_STALLED ? out.wait_ns : 0;
+        now += out.state == STALLED ? out.wait_ns : 0;
     }
     g.bump = bump;
     CHECK(served[0] > 200 && served[1] > 200);
@@ -643,7 +640,7 @@ void t_queues_share_a_limit(void) {
 
 // The shortest wait, BROKEN, EMPTY; whichever queue is first.
 void t_the_most_pressing_answer_of_all_queues(void) {
-    static const vblk_state order[] = {VBLK_EMPTY, VBLK_BROKEN, VBLK_STALLED};
+    static const came_to order[] = {EMPTY, BROKEN, STALLED};
     for (unsigned row = 0; row < 9; row++) {
         const unsigned what[2] = {row % 3, row / 3};
         guest_init();
@@ -653,15 +650,15 @@ void t_the_most_pressing_answer_of_all_queues(void) {
         g.dev.ops.tokens = 0;
         for (unsigned i = 0; i < 2; i++) {
             req r = prepare(VBLK_T_IN, 0, 512);
-            if (order[what[i]] == VBLK_STALLED) {
+            if (order[what[i]] == STALLED) {
                 send(i, &r);
-            } else if (order[what[i]] == VBLK_BROKEN) {
+            } else if (order[what[i]] == BROKEN) {
                 put16(g.queue[i].avail + 2, 1000);
             }
         }
         ROW_BEGIN();
         CHECK_EQ(order[what[0] > what[1] ? what[0] : what[1]],
-                 vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+                 drain_at(VBLK_ALL_QUEUES, 0).state);
         ROW("%u and %u, queue %u first", what[0], what[1], row / 9);
     }
 }
@@ -678,7 +675,7 @@ void t_switching_on_fails_at_a_stall(void) {
     g.hole = g.queue[0].used + 4 + 8 * 16;
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(VBLK_STALLED, drain_at(0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     CHECK_EQ(0, g.fired);
     CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
     CHECK_EQ(0xff, status_of(&r));
@@ -698,8 +695,8 @@ void t_a_long_saturated_run_through_the_device(void) {
             p[1].n = 512 * (1 + test_below(16));
             submit(0, p, 3);
         }
-        vblk_outcome out = drain_at(0, now);
-        now += out.state == VBLK_STALLED ? out.wait_ns : 0;
+        outcome out = drain_at(0, now);
+        now += out.state == STALLED ? out.wait_ns : 0;
         rewritable(r.status);
     }
     vblk_counts c = counts();
@@ -714,7 +711,7 @@ void t_a_long_saturated_run_through_the_device(void) {
 // ---- Blocking limiter -----------------------------------------------------
 
 static uint64_t      limiter_now, limiter_slept;
-static vblk_limiter *limiter_asking; // its lock is held then
+static vblk_pacer *limiter_asking; // its lock is held then
 
 static uint64_t fake_now(void) {
     CHECK_EQ(EBUSY, pthread_mutex_trylock(&limiter_asking->mutex));
@@ -727,10 +724,10 @@ static void fake_sleep(uint64_t ns) {
     limiter_slept += ns;
 }
 
-static int limiter(vblk_limiter *l, vblk_backend inner, uint64_t bps,
+static int limiter(vblk_pacer *l, vblk_backend inner, uint64_t bps,
                    uint64_t burst) {
     vblk_limits limits = {0, 0, bps, burst};
-    return vblk_limiter_init(l, inner, &limits);
+    return vblk_pacer_init(l, inner, &limits);
 }
 
 // As the device does: again and again, until all is moved.
@@ -757,16 +754,16 @@ static void move_all(const vblk_backend *b, bool in, const vblk_seg *seg,
     }
 }
 
-static void start_limiter(vblk_limiter *l, vblk_backend *b,
+static void start_limiter(vblk_pacer *l, vblk_backend *b,
                           const vblk_limits *limits) {
     guest_make();
-    CHECK_EQ(VBLK_OK, vblk_limiter_init(l, g.o.backend, limits));
+    CHECK_EQ(VBLK_OK, vblk_pacer_init(l, g.o.backend, limits));
     l->now = fake_now;
     l->sleep = fake_sleep;
     limiter_asking = l;
     limiter_now = 7 * SECOND;
     limiter_slept = 0;
-    *b = vblk_limiter_backend(l);
+    *b = vblk_pacer_backend(l);
 }
 
 static uint8_t limited_data[1000 * 1024];
@@ -776,7 +773,7 @@ static uint8_t limited_data[1000 * 1024];
 void t8_more_than_the_burst_waits_its_time(void) {
     static const vblk_limits limits = {0, 0, 1024, 100};
     vblk_seg seg = {limited_data, 100, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     CHECK_EQ(100, b.write(b.user, 0, &seg, 1));
@@ -784,21 +781,21 @@ void t8_more_than_the_burst_waits_its_time(void) {
     seg.n = 256;
     CHECK_EQ(256, b.write(b.user, 0, &seg, 1));
     CHECK_EQ(SECOND / 4, limiter_slept);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
     const vblk_limits steady = {0, 0, 1 << 20, 0};
     start_limiter(&l, &b, &steady);
     seg.n = 1 << 19;
     move_all(&b, true, &seg, 1); // half a second's, of which a tenth was saved
     CHECK(limiter_slept > SECOND * 38 / 100);
     CHECK(limiter_slept < SECOND * 41 / 100);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // What a share has paid for is not paid for again when it comes in pieces.
 void t8_a_backend_that_moves_little(void) {
     static const vblk_limits limits = {10, 10, 1 << 20, 0};
     vblk_seg seg = {limited_data, 1 << 19, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     g.most = 4096;
@@ -806,7 +803,7 @@ void t8_a_backend_that_moves_little(void) {
     CHECK(limiter_slept > SECOND * 38 / 100);
     CHECK(limiter_slept < SECOND * 41 / 100);
     CHECK(l.ops.tokens >= 9); // one was taken, whatever came back since
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // Shares end where they must, not where a segment does: a backend may want
@@ -826,7 +823,7 @@ void t8_shares_are_whole_sectors(void) {
     static const vblk_limits limits = {0, 0, 20480, 0};
     vblk_seg seg[3] = {{limited_data, 100, 0}, {limited_data + 100, 3000, 0},
                        {limited_data + 3100, 996, 0}};
-    vblk_limiter l;
+    vblk_pacer l;
     vblk_backend b, inner = g.o.backend;
     inner.read = whole_sectors_read;
     g.o.backend = inner;
@@ -838,7 +835,7 @@ void t8_shares_are_whole_sectors(void) {
     CHECK_EQ(1, limited_data[2047]);
     CHECK_EQ(5, limited_data[2048]);
     CHECK_EQ(5, limited_data[4095]);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // Each is at its own time: a call's sleep is when that reader comes again.
@@ -853,7 +850,7 @@ void t8_large_and_small_requests_take_turns(void) {
     static const vblk_limits limits = {0, 0, 1 << 20, 0};
     uint64_t ready[5], at = 0, start = 7 * SECOND;
     unsigned small = 0;
-    vblk_limiter l;
+    vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     l.sleep = sleep_alone;
@@ -879,7 +876,7 @@ void t8_large_and_small_requests_take_turns(void) {
     CHECK_EQ(sizeof limited_data, at);
     CHECK(ready[4] - start < SECOND * 14 / 10);
     CHECK(small >= 40);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // One for a request, in however many shares it comes; a FLUSH is one, and
@@ -887,7 +884,7 @@ void t8_large_and_small_requests_take_turns(void) {
 void t8_operations(void) {
     static const vblk_limits limits = {2, 1, 1 << 20, 0};
     vblk_seg seg = {limited_data, sizeof limited_data, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     for (int i = 0; i < 3; i++) {
@@ -907,8 +904,8 @@ void t8_operations(void) {
     CHECK_EQ(2 * SECOND, limiter_slept);
     const vblk_limits odd = {0, 5, 0, 0};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
-             (uint64_t)vblk_limiter_init(&l, g.o.backend, &odd));
-    vblk_limiter_end(&l);
+             (uint64_t)vblk_pacer_init(&l, g.o.backend, &odd));
+    vblk_pacer_close(&l);
 }
 
 void t8_blocking_limiter(void) {
@@ -916,7 +913,7 @@ void t8_blocking_limiter(void) {
     uint8_t data[16384];
     vblk_seg seg[2] = {{data, 100, 0}, {data + 100, 3996, 0}};
     for (size_t i = 0; i < COUNT(rates); i++) {
-        vblk_limiter l;
+        vblk_pacer l;
         CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, rates[i], 0));
         CHECK_EQ(rates[i] / 10, l.bytes.burst); // steady
         l.now = fake_now;
@@ -924,7 +921,7 @@ void t8_blocking_limiter(void) {
         l.sleep = fake_sleep;
         limiter_now = 7 * SECOND;
         guest_make();
-        vblk_backend b = vblk_limiter_backend(&l);
+        vblk_backend b = vblk_pacer_backend(&l);
         uint64_t bytes = 0;
         while (limiter_now < 107 * SECOND && bytes < 20000000) {
             move_all(&b, bytes & 4096, seg, 2);
@@ -937,14 +934,14 @@ void t8_blocking_limiter(void) {
         CHECK((double)bytes < due + (double)l.bytes.burst + slack);
         CHECK_EQ(0, b.flush(b.user));
         CHECK_EQ(g.backing, b.size(b.user));
-        vblk_limiter_end(&l);
+        vblk_pacer_close(&l);
     }
 }
 
 void t8_no_rate_passes_everything(void) {
     uint8_t data[4096];
     vblk_seg seg = {data, sizeof data, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     guest_make();
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)limiter(&l, g.o.backend, 0, 10));
@@ -954,12 +951,12 @@ void t8_no_rate_passes_everything(void) {
     l.sleep = fake_sleep;
     l.now = fake_now;
     limiter_slept = 0;
-    vblk_backend b = vblk_limiter_backend(&l);
+    vblk_backend b = vblk_pacer_backend(&l);
     for (int i = 0; i < 100; i++) {
         CHECK_EQ(4096, b.read(b.user, 0, &seg, 1));
     }
     CHECK_EQ(0, limiter_slept);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 void t8_rate_and_burst_of_a_limiter(void) {
@@ -976,14 +973,14 @@ void t8_rate_and_burst_of_a_limiter(void) {
         {0, 1, 0, VBLK_ERR_LIMITS},
     };
     for (size_t i = 0; i < COUNT(rows); i++) {
-        vblk_limiter l;
+        vblk_pacer l;
         int err = limiter(&l, g.o.backend, rows[i].bps,
                                     rows[i].burst);
         ROW_BEGIN();
         CHECK_EQ((uint64_t)rows[i].err, (uint64_t)err);
         if (!err) {
             CHECK_EQ(rows[i].want, l.bytes.burst);
-            vblk_limiter_end(&l);
+            vblk_pacer_close(&l);
         }
         ROW("limiter %zu", i);
     }
@@ -993,7 +990,7 @@ void t8_rate_and_burst_of_a_limiter(void) {
 void t8_a_wait_of_a_nanosecond(void) {
     uint8_t byte;
     vblk_seg seg = {&byte, 1, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, SECOND, 1));
     l.now = fake_now;
@@ -1001,22 +998,22 @@ void t8_a_wait_of_a_nanosecond(void) {
     limiter_asking = &l;
     limiter_now = 5;
     limiter_slept = 0;
-    vblk_backend b = vblk_limiter_backend(&l);
+    vblk_backend b = vblk_pacer_backend(&l);
     for (unsigned i = 0; i < 10; i++) {
         CHECK_EQ(1, b.read(b.user, 0, &seg, 1));
         CHECK_EQ(i, limiter_slept);
     }
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.
 void t8_real_time(void) {
     uint8_t data[1024];
     vblk_seg seg = {data, sizeof data, 0};
-    vblk_limiter l;
+    vblk_pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, 1000000, 1024));
-    vblk_backend b = vblk_limiter_backend(&l);
+    vblk_backend b = vblk_pacer_backend(&l);
     uint64_t start = l.now();
     b.read(b.user, 0, &seg, 1);
     CHECK_EQ(0, l.bytes.tokens);
@@ -1024,7 +1021,7 @@ void t8_real_time(void) {
         b.read(b.user, 0, &seg, 1);
     }
     CHECK(l.now() - start >= 19 * 1024 * 1000);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // A quotient of 2^64 - 1 and a remainder: one more cannot be told.
@@ -1055,13 +1052,13 @@ void t_a_large_request_is_not_starved(void) {
     send(1, &small);
     uint64_t now = 0;
     while (status_of(&large) == 0xff && now < 10 * SECOND) {
-        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
+        outcome out = drain_at(VBLK_ALL_QUEUES, now);
         if (status_of(&small) != 0xff) { // at once the next
             fill(small.status, 0xff, 1);
             again(&small);
             send(1, &small);
         }
-        now += out.state == VBLK_STALLED ? out.wait_ns : 0;
+        now += out.state == STALLED ? out.wait_ns : 0;
     }
     CHECK(now <= SECOND);
     CHECK_EQ(VBLK_S_OK, status_of(&large));
@@ -1075,18 +1072,18 @@ void t_a_broken_queue_holds_up_no_other(void) {
         limits(1, 0);
         vblk_request r;
         request(VBLK_T_IN, 0, 512);
-        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
+        CHECK_EQ(REQUEST, take(0, 0, &r).state);
         request(VBLK_T_IN, 0, 512); // stalls, and has the turn
-        CHECK_EQ(VBLK_STALLED, vblk_next(&g.dev, 0, 0, &r).state);
+        CHECK_EQ(STALLED, take(0, 0, &r).state);
         req other = prepare(VBLK_T_IN, 0, 512);
         send(1, &other);
-        CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 1, 0).state);
+        CHECK_EQ(STALLED, drain_at(1, 0).state);
         CHECK_EQ(2, counts().currently_throttled);
         g.hole = g.queue[0].used + (how ? 2 : 4);
         g.hole_bytes = how ? 2 : 8;
         guest_remap();
         if (how == 2) {
-            vblk_drain(&g.dev, 0, 0);
+            drain_at(0, 0);
         }
         r.head = 0;
         vblk_complete(&g.dev, &r, 512);
@@ -1094,7 +1091,7 @@ void t_a_broken_queue_holds_up_no_other(void) {
         ROW_BEGIN();
         CHECK(rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
         CHECK_EQ(1, counts().currently_throttled);
-        vblk_drain(&g.dev, VBLK_ALL_QUEUES, SECOND);
+        drain_at(VBLK_ALL_QUEUES, SECOND);
         CHECK_EQ(VBLK_S_OK, status_of(&other));
         CHECK_EQ(0, counts().currently_throttled);
         ROW("how %d", how);
@@ -1108,10 +1105,10 @@ void t4_what_is_added_while_stalled(void) {
     guest_up_without(0);
     request(VBLK_T_IN, 0, 512);
     request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     req late = request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, SECOND).state);
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 0, 2 * SECOND).state);
+    CHECK_EQ(STALLED, drain_at(0, SECOND).state);
+    CHECK_EQ(EMPTY, drain_at(0, 2 * SECOND).state);
     CHECK_EQ(VBLK_S_OK, status_of(&late));
     CHECK_EQ(3, get16(g.queue[0].used + 4 + 8 * g.queue[0].size));
 }
@@ -1125,9 +1122,9 @@ void t3_a_flush_waits_for_no_other_queue(void) {
         send(0, &r);
     }
     req flush = prepare(VBLK_T_FLUSH, 0, 0);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     send(1, &flush);
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, 1, 0).state);
+    CHECK_EQ(EMPTY, drain_at(1, 0).state);
     CHECK_EQ(VBLK_S_OK, status_of(&flush));
 }
 
@@ -1158,14 +1155,14 @@ static int failing_flush(void *user) {
 
 void t8_b2_a_flush_goes_through_the_limiter(void) {
     vblk_backend inner = g.o.backend;
-    vblk_limiter l;
+    vblk_pacer l;
     inner.flush = failing_flush;
     inner_flushes = 0;
     CHECK_EQ(VBLK_OK, limiter(&l, inner, 1000, 0));
-    vblk_backend b = vblk_limiter_backend(&l);
+    vblk_backend b = vblk_pacer_backend(&l);
     CHECK_EQ((uint64_t)-7, (uint64_t)b.flush(b.user));
     CHECK_EQ(1, inner_flushes);
-    vblk_limiter_end(&l);
+    vblk_pacer_close(&l);
 }
 
 // The wait of a drain is that of the queue whose turn it is afterwards.
@@ -1180,8 +1177,8 @@ void t4_the_wait_after_turns(void) {
     }
     uint64_t now = 0;
     for (unsigned done = 2; done < 10; done += 2) {
-        vblk_outcome out = vblk_drain(&g.dev, VBLK_ALL_QUEUES, now);
-        CHECK_EQ(VBLK_STALLED, out.state);
+        outcome out = drain_at(VBLK_ALL_QUEUES, now);
+        CHECK_EQ(STALLED, out.state);
         CHECK_EQ(done, counts().reads);
         CHECK_EQ(SECOND / 2, out.wait_ns);
         now += SECOND;
@@ -1196,18 +1193,18 @@ void t4_p8_a_stopped_queue_holds_up_no_other(void) {
     req large = prepare(VBLK_T_IN, 0, 1 << 19), small[2];
     g.dev.bytes.tokens = 1 << 18;
     send(0, &large);
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(STALLED, drain_at(0, 0).state);
     for (int i = 0; i < 2; i++) {
         small[i] = prepare(VBLK_T_IN, 0, 512);
         send(1, &small[i]);
     }
-    CHECK_EQ(VBLK_STALLED, vblk_drain(&g.dev, 1, 0).state);
+    CHECK_EQ(STALLED, drain_at(1, 0).state);
     wr(VBLK_REG_QUEUE_SEL, 0);
     CHECK_EQ((uint64_t)VBLK_ALL_QUEUES,
              (uint64_t)wr(VBLK_REG_QUEUE_READY, 0));
     CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
              (uint64_t)wr(VBLK_REG_QUEUE_READY, 0)); // is stopped
-    CHECK_EQ(VBLK_EMPTY, vblk_drain(&g.dev, VBLK_ALL_QUEUES, 0).state);
+    CHECK_EQ(EMPTY, drain_at(VBLK_ALL_QUEUES, 0).state);
     CHECK_EQ(VBLK_S_OK, status_of(&small[0]));
     CHECK_EQ(VBLK_S_OK, status_of(&small[1]));
     g.queue[0].size = 0; // stopped

@@ -5,10 +5,11 @@ static void bind_by_calls(uint64_t features) {
     guest_make();
     vblk_set_status(&g.dev, 1);
     vblk_set_status(&g.dev, 3);
-    vblk_accept(&g.dev, vblk_features(&g.dev) & features);
-    CHECK_EQ(VBLK_NO_QUEUE, vblk_set_status(&g.dev, 0xb));
+    vblk_set_driver_features(&g.dev, vblk_device_features(&g.dev) & features);
+    vblk_set_status(&g.dev, 0xb);
     CHECK_EQ(0xb, vblk_status(&g.dev));
-    CHECK_EQ(vblk_features(&g.dev) & features, vblk_accepted(&g.dev));
+    CHECK_EQ(vblk_device_features(&g.dev) & features,
+             vblk_driver_features(&g.dev));
 }
 
 static vblk_ring lay_out(unsigned queue, uint32_t size) {
@@ -29,11 +30,12 @@ void transport_binds_without_registers(void) {
     g.o.queues = 2;
     bind_by_calls(~VBLK_F_EVENT_IDX);
     vblk_ring ring = lay_out(0, 16);
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     ring = lay_out(1, 8);
-    CHECK_EQ(1, vblk_queue_start(&g.dev, 1, &ring));
-    CHECK_EQ((uint64_t)VBLK_ALL_QUEUES,
-             (uint64_t)vblk_set_status(&g.dev, 0xf));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 1, &ring));
+    CHECK_EQ(1, g.notified);
+    vblk_set_status(&g.dev, 0xf);
+    CHECK_EQ((uint64_t)VBLK_ALL_QUEUES, (uint64_t)g.notified);
     for (unsigned i = 0; i < 2; i++) {
         req r = prepare(VBLK_T_IN, i, 512);
         send(i, &r);
@@ -57,22 +59,22 @@ void transport_binds_without_registers(void) {
 void transport_refuses_a_start_that_makes_no_sense(void) {
     guest_make();
     vblk_ring ring = lay_out(0, 16);
-    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+    CHECK_EQ((uint64_t)VBLK_ERR_RING,
              (uint64_t)vblk_queue_start(&g.dev, 0, &ring)); // too early
     bind_by_calls(~UINT64_C(0));
     static const uint32_t sizes[] = {0, 3, 512, UINT32_MAX};
     for (size_t i = 0; i < COUNT(sizes); i++) {
         ring.size = sizes[i];
-        CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+        CHECK_EQ((uint64_t)VBLK_ERR_RING,
                  (uint64_t)vblk_queue_start(&g.dev, 0, &ring));
     }
     ring.size = 16;
-    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+    CHECK_EQ((uint64_t)VBLK_ERR_RING,
              (uint64_t)vblk_queue_start(&g.dev, 1, &ring));
-    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
-             (uint64_t)vblk_queue_start(&g.dev, -1, &ring));
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
-    CHECK_EQ((uint64_t)VBLK_NO_QUEUE,
+    CHECK_EQ((uint64_t)VBLK_ERR_RING,
+             (uint64_t)vblk_queue_start(&g.dev, ~0u, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ((uint64_t)VBLK_ERR_RING,
              (uint64_t)vblk_queue_start(&g.dev, 0, &ring)); // runs already
 }
 
@@ -87,13 +89,13 @@ void transport_moves_a_queue_to_another_device(void) {
         g.bump = g.queue[0].used + 512;
     }
     req late = request(VBLK_T_IN, 7, 512);
-    ring.position = vblk_queue_stop(&g.dev, 0);
+    ring.position = (uint16_t)vblk_queue_stop(&g.dev, 0);
     CHECK_EQ(100, ring.position);
-    CHECK_EQ(VBLK_EMPTY, drain(0).state);
+    CHECK_EQ(EMPTY, drain(0).state);
     CHECK_EQ(0xff, status_of(&late));
 
     bind_by_calls(~VBLK_F_EVENT_IDX);
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     vblk_set_status(&g.dev, 0xf);
     drain(0);
     CHECK_EQ(VBLK_S_OK, status_of(&late));
@@ -112,13 +114,13 @@ void transport_starts_where_no_ring_can_be(void) {
     guest_make();
     guest_negotiate(0);
     ring.used = 0x3000;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     CHECK_EQ(7, vblk_queue_stop(&g.dev, 0));
     vblk_set_memory(&g.dev, later);
     ring.used = UINT64_MAX - 1;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     wr(VBLK_REG_STATUS, 0xf);
-    CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(BROKEN, drain_at(0, 0).state);
     CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
 
     reset();
@@ -126,14 +128,14 @@ void transport_starts_where_no_ring_can_be(void) {
     guest_make();
     guest_negotiate(0);
     ring.used = 0x3000;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     g.hole = ring.used + 2;
     g.hole_bytes = 2;
     vblk_set_memory(&g.dev, later);
     wr(VBLK_REG_STATUS, 0xf);
-    CHECK_EQ(VBLK_BROKEN, vblk_drain(&g.dev, 0, 0).state);
+    CHECK_EQ(BROKEN, drain_at(0, 0).state);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
-    CHECK_EQ(ring.used + 2, g.last.a);
+    CHECK_EQ(ring.used + 2, event_a(&g.last));
 }
 
 // What was completed and not published is not lost by a stop.
@@ -144,8 +146,8 @@ void transport_stop_publishes(void) {
     vblk_set_status(&g.dev, 0xf);
     vblk_request r;
     request(VBLK_T_FLUSH, 0, 0);
-    CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r).state);
-    CHECK(vblk_complete(&g.dev, &r, 0));
+    CHECK_EQ(REQUEST, take(0, 0, &r).state);
+    CHECK(!vblk_complete(&g.dev, &r, 0));
     CHECK_EQ(1, vblk_queue_stop(&g.dev, 0));
     CHECK_EQ(1, get16(g.queue[0].used + 2));
     CHECK_EQ(1, g.fired);
@@ -161,7 +163,7 @@ void transport_start_before_memory(void) {
     put16(ring.avail + 2, 37);
     put16(ring.used + 2, 37);
     g.queue[0].avail_idx = 37;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     vblk_set_status(&g.dev, 0xf);
     req r = request(VBLK_T_FLUSH, 0, 0);
     vblk_set_memory(&g.dev, later);
@@ -181,7 +183,7 @@ void transport_a_position_is_read_once(void) {
     put16(ring.avail + 2, 5);
     put16(ring.used + 2, 5);
     g.queue[0].avail_idx = 5;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     vblk_set_status(&g.dev, 0xf);
     vblk_set_memory(&g.dev, memory);
     for (uint16_t i = 6; i < 9; i++) {
@@ -202,16 +204,16 @@ void transport_a_broken_queue_publishes_first(void) {
     vblk_request r[2];
     for (int i = 0; i < 2; i++) {
         request(VBLK_T_FLUSH, 0, 0);
-        CHECK_EQ(VBLK_REQUEST, vblk_next(&g.dev, 0, 0, &r[i]).state);
+        CHECK_EQ(REQUEST, take(0, 0, &r[i]).state);
     }
-    CHECK(vblk_complete(&g.dev, &r[0], 0));
+    CHECK(!vblk_complete(&g.dev, &r[0], 0));
     g.hole = ring.used + 12; // the second element
     g.hole_bytes = 8;
     guest_remap();
     g.dev.queue[0].used = NULL;
     vblk_complete(&g.dev, &r[1], 0);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
-    CHECK_EQ(VBLK_BROKEN, vblk_next(&g.dev, 0, 0, &r[0]).state);
+    CHECK_EQ(BROKEN, take(0, 0, &r[0]).state);
     CHECK_EQ(1, get16(ring.used + 2));
 }
 
@@ -219,7 +221,7 @@ void transport_a_broken_queue_publishes_first(void) {
 static unsigned odd_words;
 
 static int read_even(void *user, uint64_t gpa, void *dst, uint64_t n) {
-    vblk_memory m = vblk_ram_memory((vblk_ram *)user);
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
     odd_words += n == 2 && gpa & 1;
     return m.read(m.user, gpa, dst, n);
 }
@@ -230,9 +232,9 @@ void transport_a_used_ring_at_an_odd_address(void) {
     bind_by_calls(~VBLK_F_EVENT_IDX);
     vblk_ring ring = lay_out(0, 16);
     ring.used++;
-    CHECK_EQ(0, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
     vblk_set_status(&g.dev, 0xf);
-    CHECK_EQ(VBLK_BROKEN, drain(0).state);
+    CHECK_EQ(BROKEN, drain(0).state);
     CHECK_EQ(1, g.events[VBLK_EV_RING_PLACE]);
     CHECK_EQ(0, odd_words);
     g.queue[0].size = 0;

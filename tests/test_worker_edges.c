@@ -16,8 +16,10 @@ static unsigned            said, flushed, evented;
 static char                told[8192]; // all lines
 static pthread_mutex_t     lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void on_log(void *user, vblk_level level, const char *line) {
-    (void)user, (void)level;
+static void on_log(void *user, const vblk_event *event) {
+    char line[400];
+    (void)user;
+    vblk_event_line(event, line, sizeof line);
     pthread_mutex_lock(&lock);
     strncat(told, line, sizeof told - strlen(told) - 1);
     __atomic_fetch_add(&said, 1, __ATOMIC_RELEASE);
@@ -46,7 +48,7 @@ static void count_event(void *user, const vblk_event *event) {
 static void worker_options(void) {
     rig_options();
     o.backend.flush = count_flush;
-    wo.log = on_log;
+    o.event = on_log;
     said = flushed = evented = 0;
     memset(told, 0, sizeof told);
 }
@@ -63,7 +65,7 @@ void w_flush_in_the_thread(void) {
     EVENTUALLY(used_is(1));
     CHECK_EQ(1, flushed);
     CHECK_EQ(VBLK_S_OK, ram[0x3010]);
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 void w_events_go_to_the_hosts_hook(void) {
@@ -78,7 +80,7 @@ void w_events_go_to_the_hosts_hook(void) {
     EVENTUALLY(__atomic_load_n(&evented, __ATOMIC_ACQUIRE) > 0);
     EVENTUALLY(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
     CHECK_EQ(0, said);
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 void w_registers_of_other_widths(void) {
@@ -97,7 +99,7 @@ void w_registers_of_other_widths(void) {
     int cpu = CPU_SETSIZE;
     CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
              (uint64_t)vblk_worker_set_cpus(&w, &cpu, 1));
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 void w_pause_before_the_start_signals_once(void) {
@@ -106,7 +108,7 @@ void w_pause_before_the_start_signals_once(void) {
     worker_options();
     make_worker();
     vblk_worker_set_parked_fd(&w, parked_fd);
-    CHECK(vblk_worker_pause(&w, 1000));
+    CHECK(!vblk_worker_pause(&w, 1000));
     CHECK_EQ(8, read(parked_fd, &n, sizeof n));
     CHECK_EQ(1, n);
     bind_driver();
@@ -115,9 +117,9 @@ void w_pause_before_the_start_signals_once(void) {
     vblk_worker_resume(&w);
     EVENTUALLY(used_is(1));
     // Asked for while the thread runs, and told when it ends first.
-    CHECK(vblk_worker_pause(&w, 1000));
+    CHECK(!vblk_worker_pause(&w, 1000));
     CHECK_EQ(8, read(parked_fd, &n, sizeof n));
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
     CHECK(read(parked_fd, &n, sizeof n) < 0); // and not told twice
     close(parked_fd);
 }
@@ -157,7 +159,7 @@ void w_without_a_thread(void) {
     bind_driver();
     put_flush(1);
     EVENTUALLY(used_is(1));
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 void w_a_timer_that_breaks(void) {
@@ -177,7 +179,7 @@ void w_a_timer_that_breaks(void) {
             EVENTUALLY(was_told("the timer cannot be set"));
         }
         EVENTUALLY(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
-        CHECK(vblk_worker_end(&w));
+        CHECK(!vblk_worker_close(&w));
         close(timer);
     }
 }
@@ -197,10 +199,10 @@ void w_events_that_mean_nothing(void) {
     close(ends[1]);
     e.data.u64 = 1; // the kick
     CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, ends[0], &e));
-    EVENTUALLY(was_told("descriptor 1: events"));
+    EVENTUALLY(was_told("[index 1, value 0x10]"));
     put_flush(1);
     EVENTUALLY(used_is(1));
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
     close(fd);
     close(ends[0]);
 }
@@ -212,7 +214,7 @@ void w_lines_left_out_are_counted(void) {
     int saved = dup(2);
     fflush(stderr);
     worker_options();
-    wo.log = NULL;
+    o.event = NULL;
     make_worker();
     dup2(fileno(file), 2);
     w.lines.last_ns = clock_ns() + 3600 * SECOND; // and stands still
@@ -240,7 +242,7 @@ void w_lines_left_out_are_counted(void) {
     CHECK_EQ(10, left_out);
     CHECK(note && !strstr(strchr(note, ')') + 1, "left out)")); // said once
     fclose(file);
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 // Reads of 512 bytes, all by the chain at 0.
@@ -269,7 +271,7 @@ void w_kick_while_stalled(void) {
     struct itimerspec timer;
     CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
     CHECK(!timer.it_interval.tv_sec && !timer.it_interval.tv_nsec); // once
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 static int64_t slow_read(void *user, uint64_t offset, const vblk_seg *seg,
@@ -294,7 +296,7 @@ void w3_the_timer_is_set_to_a_moment(void) {
     CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
     CHECK(timer.it_value.tv_sec == 0 && timer.it_value.tv_nsec < 60000000);
     EVENTUALLY(used_is(11));
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 // W3: what costs nothing waits for nobody, in another queue than the one that
@@ -335,7 +337,7 @@ void w3_a_kick_while_another_queue_is_stalled(void) {
     EVENTUALLY(__atomic_load_n(ram + 0x8002, __ATOMIC_ACQUIRE) == 1);
     CHECK_EQ(VBLK_S_OK, ram[0xa010]);
     CHECK_EQ(stalls, vblk_counters(&w.dev).throttled); // before the timer
-    CHECK(vblk_worker_end(&w));
+    CHECK(!vblk_worker_close(&w));
 }
 
 static unsigned hold, inside, released;
@@ -370,10 +372,10 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
         bind_driver();
         put_flush(1);
         EVENTUALLY(__atomic_load_n(&inside, __ATOMIC_ACQUIRE));
-        CHECK(!vblk_worker_pause(&w, 1));
-        CHECK(!vblk_worker_reset(&w));
+        CHECK(vblk_worker_pause(&w, 1));
+        CHECK(!worker_reset(&w));
         CHECK(!vblk_worker_paused(&w)); // its call may still move data
-        CHECK(!vblk_worker_pause(&w, 600000)); // which is known at once
+        CHECK(vblk_worker_pause(&w, 600000)); // which is known at once
         CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
                  (uint64_t)vblk_worker_set_memory(&w, o.memory));
         CHECK(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
@@ -382,12 +384,12 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
         }
         __atomic_store_n(&hold, 0, __ATOMIC_RELEASE);
         EVENTUALLY(__atomic_load_n(&released, __ATOMIC_ACQUIRE));
-        EVENTUALLY(vblk_worker_reset(&w));
+        EVENTUALLY(worker_reset(&w));
         CHECK(vblk_worker_paused(&w));
         if (with_fd) {
             CHECK_EQ(8, read(parked_fd, &n, sizeof n));
         }
-        CHECK(vblk_worker_end(&w));
+        CHECK(!vblk_worker_close(&w));
         if (with_fd) {
             close(parked_fd);
         }

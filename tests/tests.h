@@ -181,7 +181,6 @@
     X(a_device_made_again_knows_no_old_request, GUEST)                         \
     X(b4_the_rest_of_an_image_is_told, GUEST)                                  \
     X(b2_b5_file, GUEST)                                                       \
-    X(b2_file_under_a_lock, GUEST)                                             \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
     X(x2_a_file_that_became_shorter, GUEST)                                    \
     X(b2_a_file_by_its_descriptor, GUEST)                                      \
@@ -192,8 +191,6 @@
     X(x1_a_file_beyond_4_gib, ONCE)                                            \
     X(b2_no_flush_passes_beside_one_that_fails, ONCE)                          \
     X(b2_file_errors_reach_the_guest, GUEST)                                   \
-    X(b2_the_lock_admits_one_call_at_a_time, GUEST)                            \
-    X(b2_the_lock_is_held_in_every_call, ONCE)                                 \
     X(transport_binds_without_registers, GUEST)                                \
     X(transport_refuses_a_start_that_makes_no_sense, GUEST)                    \
     X(transport_moves_a_queue_to_another_device, GUEST)                        \
@@ -279,7 +276,6 @@
     X(case_discard_payloads, GUEST)                                            \
     X(case_the_available_index_moves_backwards, GUEST)                         \
     X(case_the_same_head_twice_in_flight, GUEST)                               \
-    X(w3_plan_after_a_drain, ONCE)                                             \
     X(w4_meaning_of_an_event, ONCE)                                            \
     X(w2_no_thread_before_driver_ok, ONCE)                                     \
     X(w2_the_thread_has_a_name_and_a_place, ONCE)                              \
@@ -305,8 +301,8 @@
     X(w7_end_after_a_reset_left_one_behind, ONCE)                              \
     X(w7_pause_of_a_stuck_worker, ONCE)                                        \
     X(w8_rest_after_a_thread_came_back, ONCE)                                  \
-    X(w8_a_reset_inside_released, ONCE)                                        \
-    X(w8_a_reset_inside_released_that_is_late, ONCE)                           \
+    X(w8_released_and_reset, ONCE)                                             \
+    X(w8_a_released_that_is_late, ONCE)                                        \
     X(w7_an_end_during_released, ONCE)                                         \
     X(w7_a_page_that_does_not_come, ONCE)                                      \
     X(w7_a_dead_stop_descriptor, ONCE)                                         \
@@ -349,6 +345,7 @@
     X(w_events_that_mean_nothing, ONCE)                                        \
     X(w_lines_left_out_are_counted, ONCE)                                      \
     X(w3_the_timer_is_set_to_a_moment, ONCE)                                   \
+    X(w3_a_long_wait_is_cut, ONCE)                                             \
     X(w3_a_kick_while_another_queue_is_stalled, ONCE)                          \
     X(w_kick_while_stalled, ONCE)                                              \
     X(w_pause_is_told_when_the_thread_is_left_behind, ONCE)                    \
@@ -389,6 +386,10 @@
     X(v_memory_up_to_the_last_address, GUEST)                                  \
     X(transport_a_position_is_read_once, GUEST)                                \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
+    X(event_numbers_are_for_ever, ONCE)                                        \
+    X(event_lines, GUEST)                                                      \
+    X(event_lines, GUEST)                                                      \
+    X(event_numbers_are_for_ever, ONCE)                                        \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 
 #define X(name, how) void name(void);

@@ -45,6 +45,9 @@ for cc in gcc clang; do
     try "$cc, two units" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
         $here/unit_a.c $here/unit_b.c -o "$B/compile" -lpthread
     try "$cc, two units run" "$B/compile"
+    try "$cc, two units, other macros" $cc -std=c99 -D_GNU_SOURCE $warn -I. \
+        $here/layout_a.c $here/layout_b.c -o "$B/compile" -lpthread
+    try "$cc, two units, other macros run" "$B/compile"
     for system in "" -D__APPLE__ -U__linux__; do
         try "$cc, POSIX files $system" $cc -std=c99 -D_POSIX_C_SOURCE=200809L \
             $warn $system -I. $here/files.c -o "$B/compile" -lpthread

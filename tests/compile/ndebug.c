@@ -1,5 +1,5 @@
 // Without assertions a caller's mistake is still no harm: a request that is
-// completed twice.
+// completed twice, segments with too little room.
 #define NDEBUG
 #define VBLK_IMPLEMENTATION
 #include "vblk.h"
@@ -19,12 +19,13 @@ int main(void) {
         {0x70, 11}, {0x38, 16},     {0x90, 0x1000}, {0xa0, 0x2000},
         {0x44, 1},  {0x70, 15}};
     vblk_region region = {0, sizeof ram, ram, false};
-    vblk_ram guest = {&region, 1};
-    vblk_memdisk image = {disk, sizeof disk, false};
+    vblk_regions guest = {&region, 1};
+    vblk_ramdisk image = {disk, sizeof disk};
     vblk_options o = {0};
     vblk_request r;
-    o.memory = vblk_ram_memory(&guest);
-    o.backend = vblk_memdisk_backend(&image);
+    vblk_seg seg[130];
+    o.memory = vblk_regions_memory(&guest);
+    o.backend = vblk_ramdisk_backend(&image);
     if (vblk_init(&dev, &o)) {
         return 1;
     }
@@ -34,13 +35,14 @@ int main(void) {
     put(0x0, 0x3000), put(0x8, 16), put(0xc, 0x10001);
     put(0x10, 0x3010), put(0x18, 1), put(0x1c, 2);
     put(0x3000, VBLK_T_FLUSH), put(0x1000, 1 << 16);
-    if (vblk_next(&dev, 0, 0, &r).state != VBLK_REQUEST ||
-        !vblk_complete(&dev, &r, 0) ||
-        vblk_complete(&dev, &r, 0)) {
+    if (vblk_next(&dev, 0, 0, &r, seg, dev.seg_max + 1) || // too little room
+        !vblk_next(&dev, 0, 0, &r, seg, dev.seg_max + 2) ||
+        vblk_complete(&dev, &r, 0) != VBLK_OK ||
+        vblk_complete(&dev, &r, 0) != VBLK_ERR_STALE) {
         return 2;
     }
     vblk_publish(&dev, 0);
-    return vblk_drain(&dev, 0, 0).state == VBLK_EMPTY && ram[0x2002] == 1 &&
+    return vblk_drain(&dev, 0, 0) == VBLK_NEVER && ram[0x2002] == 1 &&
                    vblk_counters(&dev).flushes == 1
                ? 0
                : 3;

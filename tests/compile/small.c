@@ -6,9 +6,7 @@ void *rig_fill(void *dst, int c, size_t n);
 #define VBLK_MEMSET rig_fill
 #define VBLK_ASSERT(x) ((void)0)
 #define VBLK_SINGLE_THREADED
-#define VBLK_MAX_QUEUES 1
 #define VBLK_MAX_SEGS 2
-#define VBLK_QUEUE_SIZE 8
 #define VBLK_SCRATCH 512
 #define VBLK_IMPLEMENTATION
 #include "vblk.h"

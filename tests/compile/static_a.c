@@ -35,12 +35,12 @@ int main(void) {
     static uint8_t ram[1 << 16], disk[1 << 16];
     static vblk_worker w;
     vblk_region region = {0, sizeof ram, ram, false};
-    vblk_ram guest = {&region, 1};
-    vblk_memdisk image = {disk, sizeof disk, false};
+    vblk_regions guest = {&region, 1};
+    vblk_ramdisk image = {disk, sizeof disk};
     vblk_options o = {0};
     vblk_worker_options wo = {0};
-    o.memory = vblk_ram_memory(&guest);
-    o.backend = vblk_memdisk_backend(&image);
+    o.memory = vblk_regions_memory(&guest);
+    o.backend = vblk_ramdisk_backend(&image);
     o.interrupt = interrupt;
     wo.stop_ms = 20;
     wo.released = on_released;
@@ -54,5 +54,5 @@ int main(void) {
     }
     __atomic_store_n(&may_go, 1, __ATOMIC_RELEASE);
     wait_for(&released);
-    return reset(&w) && vblk_worker_end(&w) ? 0 : 3;
+    return reset(&w) && vblk_worker_close(&w) == VBLK_OK ? 0 : 3;
 }

@@ -22,5 +22,5 @@ void drive(vblk_worker *w, uint8_t *ram) {
 }
 
 bool reset(vblk_worker *w) {
-    return vblk_worker_reset(w);
+    return vblk_worker_mmio_write(w, VBLK_REG_STATUS, 4, 0) == VBLK_OK;
 }

@@ -5,10 +5,10 @@ int unit_b(void);
 
 int unit_b(void) {
     static uint8_t data[4096];
-    static vblk_memdisk disk = {data, sizeof data, false};
+    static vblk_ramdisk disk = {data, sizeof data};
     static vblk_dev dev;
     static vblk_options o; // all zero, in C and in C++
-    o.backend = vblk_memdisk_backend(&disk);
+    o.backend = vblk_ramdisk_backend(&disk);
     if (vblk_init(&dev, &o)) {
         return 1;
     }

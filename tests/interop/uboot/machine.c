@@ -60,7 +60,7 @@ typedef struct machine {
     vblk_backend disk;            // of file
     uint64_t     backend_flushes; // in time for the write they belong to
     vblk_region  region;
-    vblk_ram     guest;
+    vblk_regions guest;
     vblk_dev     dev;
     uint64_t     used_gpa;        // the driver's used ring
     uint32_t     used_size;
@@ -195,8 +195,8 @@ static uint64_t slot_load(uc_engine *cpu, uint64_t offset, unsigned bytes,
 static void slot_store(uc_engine *cpu, uint64_t offset, unsigned bytes,
                        uint64_t value, void *user) {
     (void)cpu, (void)user;
-    int queue = vblk_mmio_write(&m.dev, offset, bytes, value);
-    while (vblk_drain(&m.dev, queue, 0).state == VBLK_MORE) {
+    vblk_mmio_write(&m.dev, offset, bytes, value);
+    while (vblk_poll(&m.dev, 0) == 0) {
     }
     watch_used_ring(offset, value);
 }
@@ -208,9 +208,9 @@ static int counted_flush(void *user) {
 }
 
 static void event(void *user, const vblk_event *e) {
+    char line[400];
     (void)user;
-    fprintf(stderr, "event: queue %d head %u a %" PRIu64 " b %" PRIu64 ": %s\n",
-            e->queue, e->head, e->a, e->b, vblk_event_text(e->code));
+    fprintf(stderr, "event: %s\n", vblk_event_line(e, line, sizeof line));
 }
 
 static void disk_start(const char *path) {
@@ -220,13 +220,12 @@ static void disk_start(const char *path) {
     }
     m.disk = vblk_file_backend(&m.file);
     m.region = (vblk_region){RAM_GPA, RAM_BYTES, m.ram, false};
-    m.guest = (vblk_ram){&m.region, 1};
+    m.guest = (vblk_regions){&m.region, 1};
 
     vblk_options o = {0};
-    o.memory = vblk_ram_memory(&m.guest);
+    o.memory = vblk_regions_memory(&m.guest);
     o.backend = m.disk;
     o.backend.flush = counted_flush;
-    o.profile = VBLK_STANDARD;
     o.event = event;
     err = vblk_init(&m.dev, &o);
     if (err) {

@@ -157,7 +157,8 @@ static vblk_backend serve_backend(vblk_file *image) {
     const char  *offer = getenv("VOLATILE_OFFER");
     const char  *seed = getenv("VOLATILE_SEED");
     vblk_backend b = {volatile_read, volatile_write, volatile_flush,
-                      volatile_size, image->read_only, NULL};
+                      volatile_size, NULL};
+    b.write = image->read_only ? NULL : b.write;
     cache.file = image;
     cache.bytes = (uint64_t)lseek(image->fd, 0, SEEK_END);
     cache.now = malloc(cache.bytes);
