@@ -19,11 +19,12 @@ HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/mod
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
 all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/emulator \
-     $(B)/vblk-serve
+     $(B)/pool $(B)/vblk-serve
 
 test: $(B)/vblk_test           ## build and run every test, and the compile matrix
 	$(B)/vblk_test
 	@B=$(B) sh tests/compile/check.sh
+	@CC="$(CC)" sh tests/compile/rig.sh
 
 demo: $(B)/demo                ## a driver, a device and a disk image, explained
 	$(B)/demo
@@ -33,6 +34,12 @@ throttle: $(B)/throttle        ## a limited disk in real time
 
 threaded: $(B)/threaded        ## a worker thread, a file, three seconds of reads
 	$(B)/threaded
+
+pool: $(B)/pool                ## an asynchronous host: a pool of threads, resets under way
+	$(B)/pool
+
+rig:                           ## firmware is tested like this: a driver in Python (python3-cffi)
+	@CC="$(CC)" sh tests/compile/rig.sh
 
 emulator: $(B)/emulator        ## an emulator's loop: no threads, a level line, a limit
 	$(B)/emulator
@@ -50,7 +57,9 @@ tsan:                          ## the threads under the thread sanitizer (clang)
 	$(B)/vblk_tsan rac && \
 	clang -std=c99 -D_GNU_SOURCE -O1 -g -fsanitize=thread -I. \
 	    -o $(B)/static_tsan tests/compile/static_a.c \
-	    tests/compile/static_b.c $(LIBS) && $(B)/static_tsan
+	    tests/compile/static_b.c $(LIBS) && $(B)/static_tsan && \
+	clang -std=c99 -D_GNU_SOURCE -O1 -g -fsanitize=thread \
+	    -o $(B)/pool_tsan examples/pool.c $(LIBS) && $(B)/pool_tsan
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party
@@ -145,6 +154,10 @@ $(B)/throttle: examples/throttle.c vblk.h
 $(B)/threaded: examples/threaded.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/threaded.c $(LIBS)
+
+$(B)/pool: examples/pool.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ examples/pool.c $(LIBS)
 
 $(B)/emulator: examples/emulator.c vblk.h
 	@mkdir -p $(B)

@@ -22,7 +22,7 @@ static uint32_t get(const uint32_t *flag) {
 }
 
 
-// ---- Files, pacer ----------------------------------------------------------- ---------------------------------------------------
+// ---- Files, pacer ----------------------------------------------------------
 
 void x3_interrupted_calls_are_repeated(void) {
     static const char *const calls[] = {"pread", "preadv", "pwrite",

@@ -339,7 +339,8 @@ void race_for_an_interrupt(void) {
     guest_negotiate(VBLK_F_EVENT_IDX);
     guest_queue_up(0, 16);
     guest_go();
-    vblk_set_memory(&g.dev, vblk_regions_memory(&g.vram)); // no rules in between
+    // No rules in between.
+    vblk_set_memory(&g.dev, vblk_regions_memory(&g.vram));
     part p[2] = {{put_header(99, 0), 16, 0}, {alloc(1, 1), 1, WRITE}};
     uint16_t head = put_chain(0, p, 2), idx = 0;
     guest_queue *q = &g.queue[0];
