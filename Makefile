@@ -65,8 +65,11 @@ soak: $(B)/vblk_test           ## the threads for millions of requests, minutes 
 	VBLK_SOAK=100 $(B)/vblk_test w_party
 	ROUNDS=20 sh tests/interop/vhost/powerloss.sh
 
-conformance: $(B)/vblk_test    ## each statement of the standard and its test
-	@sh tests/conformance.sh $(B)/vblk_test
+rules: $(B)/vblk_test          ## each rule of the device and its tests (ID=V13: run)
+	@sh tests/rules.sh $(B)/vblk_test $(ID)
+
+conformance: $(B)/vblk_test    ## each statement of the standard and its test (ID=SPLIT-19)
+	@sh tests/conformance.sh $(B)/vblk_test $(ID)
 
 fuzz:                          ## libFuzzer for FUZZ_SECONDS, default 60 (clang)
 	@B=$(B) sh tests/fuzz.sh
@@ -126,7 +129,8 @@ size: $(B)                     ## bytes of code of the core at -Os
 lint:                          ## what no compiler checks: width, tabs, ASCII
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
 	    { print FILENAME ":" FNR ": " $$0; bad = 1 } END { exit bad }' \
-	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c
+	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c \
+	    tests/rules.txt
 
 help:                          ## this list
 	@awk -F ':.*## ' '/^[A-Za-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' \
@@ -178,6 +182,6 @@ $(B)/bench: tests/bench.c vblk.h
 clean:
 	rm -rf $(B)
 
-.PHONY: all test conformance fuzz cov mutants test-32 test-be test-O demo \
+.PHONY: all test rules conformance fuzz cov mutants test-32 test-be test-O demo \
         throttle threaded emulator asan tsan soak model bench bench-vhost abuse interop interop-uboot \
         interop-uml interop-qemu interop-firmware interop-xv6 interop-powerloss size lint help clean
