@@ -600,6 +600,24 @@ void p10_a_driver_without_version_1(void) {
     CHECK_EQ(VBLK_EV_FEATURES_UNOFFERED, g.last.code);
 }
 
+// LK sets its queue up before FEATURES_OK.
+void p13_queue_registers_from_driver_on(void) {
+    for (int standard = 0; standard < 2; standard++) {
+        guest_init();
+        g.o.profile = standard ? VBLK_STANDARD : VBLK_STRICT;
+        guest_make();
+        wr(VBLK_REG_STATUS, 1);
+        wr(VBLK_REG_QUEUE_NUM, 16);
+        CHECK_EQ(1, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+        wr(VBLK_REG_STATUS, 3);
+        wr(VBLK_REG_QUEUE_NUM, 16);
+        wr(VBLK_REG_QUEUE_READY, 1);
+        CHECK_EQ(standard, rd(VBLK_REG_QUEUE_READY));
+        CHECK_EQ(standard ? 16 : 0, g.dev.queue[0].size);
+        CHECK_EQ(standard ? 1 : 3, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+    }
+}
+
 void f4_writing_the_same_status_is_nothing(void) {
     guest_up();
     request(VBLK_T_IN, 0, 512);

@@ -233,6 +233,24 @@
     X(t8_rate_and_burst_of_a_limiter, GUEST)                                   \
     X(t8_real_time, GUEST)                                                     \
     X(t8_a_wait_of_a_nanosecond, GUEST)                                        \
+    X(q14_poll_serves_what_was_notified, GUEST)                                \
+    X(q14_poll_returns_now_while_there_is_more, GUEST)                         \
+    X(t4_poll_keeps_the_time_of_a_stalled_queue, GUEST)                        \
+    X(t4_drain_and_poll_share_a_stall, GUEST)                                  \
+    X(t4_the_latest_moment, GUEST)                                             \
+    X(t9_a_clock_that_stands_still_is_told, GUEST)                             \
+    X(q15_notifications_are_off_until_the_host_waits, GUEST)                   \
+    X(q15_arm_answers_like_a_drain, GUEST)                                     \
+    X(x1_segments_stay_in_their_array, GUEST)                                  \
+    X(x3_segments_are_whole_after_short_transfers, GUEST)                      \
+    X(q10_the_host_hears_who_has_work, GUEST)                                  \
+    X(r4_a_reset_waits_for_the_host, GUEST)                                    \
+    X(r4_a_host_that_cannot_let_go, GUEST)                                     \
+    X(p8_a_queue_that_cannot_be_stopped, GUEST)                                \
+    X(r4_a_stop_completes_what_is_under_way, GUEST)                            \
+    X(race_of_copies_and_the_drainer, GUEST)                                   \
+    X(race_of_notifications_and_poll, GUEST)                                   \
+    X(p13_queue_registers_from_driver_on, GUEST)                               \
     X(all_status_sequences, GUEST)                                             \
     X(all_status_writes_from_every_state, GUEST)                               \
     X(all_descriptor_shapes, GUEST)                                            \
