@@ -1473,7 +1473,7 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 // Segments on the stack of a drain: header and status are in the list at first,
 // and a descriptor that crosses host regions takes a segment for each. This
 // many crossings fit before the request goes without pointers.
-#define VBLK__SPLITS 16
+#define VBLK__SPLITS (VBLK_MAX_SEGS / 8)
 #define VBLK__SEGS   (VBLK_MAX_SEGS + 2 + VBLK__SPLITS)
 
 // Status, InterruptStatus, the counters and the ring indices are shared with
@@ -2922,7 +2922,7 @@ static int vblk__end(vblk_dev *dev, const vblk_request *r,
         ok) {
         vblk__count_success(q, r, done.bytes);
     }
-    if (ok && r->type == VBLK_T_OUT) {
+    if (ok && r->type == VBLK_T_OUT && r->bytes > 0) {
         vblk__raise_to(&dev->backing, r->offset + r->bytes);
     }
     return VBLK_OK;
@@ -3286,7 +3286,6 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__end_stall(dev, q, 0);
     VBLK__STORE(&q->ready, false);
-    VBLK__STORE(&q->due, false);
     VBLK__STORE(&q->epoch, q->epoch + 1);
     q->resolved = q->notify_off = q->switch_failed = q->adopt_used = false;
     q->avail_next = q->avail_seen = 0;

@@ -979,8 +979,8 @@ static answer answer_of(int queue, uint64_t again) {
         out.wait = again - f.now;
     }
     // A queue waits behind another that stalled first and could pass now.
-    rule(out.state != HELD || out.wait > 0 ||
-             (queue >= 0 && f.dev.turn != (unsigned)queue),
+    rule(out.state != HELD || out.wait > 0 || queue < 0 ||
+             f.dev.turn != (unsigned)queue,
          "a stall of no time");
     bool limited = f.dev.ops.rate || f.dev.bytes.rate;
     rule(out.state != HELD || limited, "a stall without a limit");
@@ -1021,9 +1021,9 @@ static void sit_out(int queue, uint64_t wait) {
     if (wait > UINT64_MAX - f.now || wait == 0 || others) {
         return;
     }
+    unsigned said = f.said;
     f.now += wait - 1;
     if (wait > 1) {
-        unsigned said = f.said;
         answer out = drain_once(queue);
         if (f.said != said || s.tangled) {
             return; // the request is another, or none: that costs nothing
@@ -1033,7 +1033,7 @@ static void sit_out(int queue, uint64_t wait) {
     }
     f.now++;
     drain_once(queue);
-    rule(taken_in(queue) > 0 || f.fail_access || s.refusals,
+    rule(taken_in(queue) > 0 || f.fail_access || s.refusals || f.said != said,
          "a stalled queue does not pass at its time");
 }
 

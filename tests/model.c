@@ -123,6 +123,12 @@ void model_init(model *m, const vblk_options *o) {
         m->id[i] = (uint8_t)o->id[i];
     }
     model_set_limits(m, &o->limits, 0);
+    for (unsigned i = 0; i < m->queues; i++) { // that is no notification
+        m->queue[i].due = false;
+    }
+    m->again = VBLK_NEVER;
+    m->reach = o->backend.size ? o->backend.size(o->backend.user)
+                               : m->capacity * 512;
 }
 
 
@@ -152,6 +158,8 @@ void model_needs_reset(model *m) {
 
 static void poison(model *m, model_queue *q) { // Q4
     q->poisoned = true;
+    q->under_way = 0;
+    q->session++;
     m->counts.invalid_avail_idx++;
     model_needs_reset(m);
 }
@@ -243,12 +251,21 @@ static void end_turn(model *m, const model_queue *q) {
 
 static void start_over(model *m, model_queue *q) {
     end_turn(m, q);
-    q->next = q->seen = q->done = 0;
-    q->switch_failed = q->due = false;
+    q->next = q->seen = q->done = q->shown = q->decided = 0;
+    q->switch_failed = q->due = q->adopt = false;
+    q->under_way = 0;
+    q->session++;
     if (q->stalled) {
         q->stalled = false;
         m->counts.currently_throttled--;
     }
+}
+
+static void forget(model *m, model_queue *q) {
+    start_over(m, q);
+    unsigned session = q->session;
+    memset(q, 0, sizeof *q);
+    q->session = session;
 }
 
 static void reset_all(model *m) { // R1
@@ -258,8 +275,7 @@ static void reset_all(model *m) { // R1
     acknowledge(m, 3);
     m->resets++;
     for (unsigned i = 0; i < MODEL_QUEUES; i++) {
-        start_over(m, &m->queue[i]);
-        memset(&m->queue[i], 0, sizeof m->queue[i]);
+        forget(m, &m->queue[i]);
     }
 }
 
@@ -432,35 +448,10 @@ int model_write(model *m, uint64_t offset, unsigned bytes, uint64_t wide) {
 
 // ---- A chain, then what is in it (V1 to V3, P1) -----------------------------
 
-typedef struct piece {
-    uint64_t gpa;
-    uint64_t n;
-    bool     write;
-    bool     wrapped; // belongs to a descriptor that wraps: is no memory
-} piece;
-
-typedef struct chain {
-    piece    all[MAX_SEGS + 2];
-    unsigned count;
-    bool     too_long;
-    piece    end;     // the last writable one that is not empty
-    uint64_t room;    // bytes in all writable ones
-    bool     ordered; // no readable one after a writable one
-    // Once framed:
-    piece    data[MAX_SEGS + 2]; // no empty ones
-    unsigned datas;
-    uint64_t bytes; // in data
-    uint64_t space; // writable bytes before the status byte
-    uint64_t status;
-    bool     header_there, header_readable;
-    uint32_t type;
-    bool     barrier; // bit 31 of the type
-    uint64_t sector;
-} chain;
-
 // V1: false if the chain loops, leaves its table or has a bad indirect table;
 // strict: or is too long.
-static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
+static bool walk(model *m, const model_queue *q, uint32_t head,
+                 model_chain *c) {
     uint64_t table = q->desc, entries = q->size, i = head, seen = 0;
     bool inside = false;
     c->ordered = true;
@@ -487,7 +478,7 @@ static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
             i = seen = 0;
             continue;
         }
-        piece p = {gpa, n, flags & DESC_WRITE, wraps(gpa, n)};
+        model_piece p = {gpa, n, flags & DESC_WRITE, wraps(gpa, n)};
         if (!c->too_long) {
             c->all[c->count++] = p;
         }
@@ -503,7 +494,7 @@ static bool walk(model *m, const model_queue *q, uint32_t head, chain *c) {
     }
 }
 
-static void add_data(chain *c, piece p) {
+static void add_data(model_chain *c, model_piece p) {
     if (p.n > 0) {
         c->data[c->datas++] = p;
         c->bytes += p.n;
@@ -511,7 +502,7 @@ static void add_data(chain *c, piece p) {
     }
 }
 
-static void read_header(model *m, chain *c, const uint64_t *address) {
+static void read_header(model *m, model_chain *c, const uint64_t *address) {
     uint8_t header[16];
     for (unsigned i = 0; i < 16; i++) {
         const uint8_t *p = model_at(m, address[i]);
@@ -532,8 +523,8 @@ static void read_header(model *m, chain *c, const uint64_t *address) {
 }
 
 // Strict: header first, status last. False by V2.
-static bool frame_strict(model *m, chain *c) {
-    const piece *first = &c->all[0], *last = &c->all[c->count - 1];
+static bool frame_strict(model *m, model_chain *c) {
+    const model_piece *first = &c->all[0], *last = &c->all[c->count - 1];
     if (c->count < 2 || !last->write || last->n == 0 || last->wrapped) {
         return false;
     }
@@ -554,7 +545,7 @@ static bool frame_strict(model *m, chain *c) {
 }
 
 // Standard: the first 16 readable bytes, the last writable one (P1).
-static bool frame_standard(model *m, chain *c) {
+static bool frame_standard(model *m, model_chain *c) {
     unsigned last = c->count;
     for (unsigned i = 0; i < c->count; i++) {
         if (c->all[i].write && c->all[i].n > 0) {
@@ -569,7 +560,7 @@ static bool frame_standard(model *m, chain *c) {
     uint64_t address[16];
     unsigned have = 0;
     for (unsigned i = 0; i < c->count; i++) {
-        piece p = c->all[i];
+        model_piece p = c->all[i];
         while (!p.write && p.n > 0 && have < 16) {
             c->header_readable &= !p.wrapped;
             address[have++] = p.gpa;
@@ -693,9 +684,9 @@ void model_set_limits(model *m, const vblk_limits *l, uint64_t now_ns) {
 
 // ---- Execution (V4 to V16, X) ----------------------------------------------
 
-enum { STALLS = 0x100 }; // no status byte
+enum { STALLS = 0x100, DISK }; // no status byte
 
-static bool out_of_range(const model *m, const chain *c) { // V13
+static bool out_of_range(const model *m, const model_chain *c) { // V13
     uint64_t disk = m->capacity * 512;
     if (c->sector > UINT64_MAX / 512) {
         return true;
@@ -705,12 +696,12 @@ static bool out_of_range(const model *m, const chain *c) { // V13
 }
 
 // What a request moves: all of its data, but of GET_ID no more than the id.
-static uint64_t moved(const chain *c) {
+static uint64_t moved(const model_chain *c) {
     bool id = c->type == VBLK_T_GET_ID && c->bytes > VBLK_ID_BYTES;
     return id ? VBLK_ID_BYTES : c->bytes;
 }
 
-static bool data_mapped(const chain *c) { // X5
+static bool data_mapped(const model_chain *c) { // X5
     uint64_t left = moved(c);
     for (unsigned i = 0; i < c->datas && left > 0; i++) {
         uint64_t n = c->data[i].n < left ? c->data[i].n : left;
@@ -723,7 +714,7 @@ static bool data_mapped(const chain *c) { // X5
 }
 
 // The status byte that validation ends in, or OK.
-static uint8_t validate(const model *m, const chain *c) {
+static uint8_t validate(const model *m, const model_chain *c) {
     bool in = c->type == VBLK_T_IN, out = c->type == VBLK_T_OUT;
     bool flush = c->type == VBLK_T_FLUSH, id = c->type == VBLK_T_GET_ID;
     if (!c->header_there || !c->header_readable) {
@@ -767,7 +758,7 @@ static uint8_t validate(const model *m, const chain *c) {
     return data_mapped(c) ? VBLK_S_OK : VBLK_S_IOERR;
 }
 
-static uint8_t read_data(model *m, const chain *c) { // X2, X3
+static uint8_t read_data(model *m, const model_chain *c) { // X2, X3
     uint64_t start = c->sector * 512, at = start;
     uint64_t end = start + c->bytes < m->disk.backing ? start + c->bytes
                                                       : m->disk.backing;
@@ -801,7 +792,11 @@ static uint8_t flush_disk(model *m) {
     return m->disk.bad_flush ? VBLK_S_IOERR : VBLK_S_OK;
 }
 
-static uint8_t write_data(model *m, const chain *c) { // X3, X4
+static void reaches(model *m, uint64_t end) {
+    m->reach = m->reach > end ? m->reach : end;
+}
+
+static uint8_t write_data(model *m, const model_chain *c) { // X3, X4
     uint64_t at = c->sector * 512;
     for (unsigned i = 0; i < c->datas; i++) {
         for (uint64_t k = 0; k < c->data[i].n; k++, at++) {
@@ -819,10 +814,11 @@ static uint8_t write_data(model *m, const chain *c) { // X3, X4
     }
     m->counts.writes++;
     m->counts.bytes_written += c->bytes;
+    reaches(m, c->sector * 512 + c->bytes);
     return VBLK_S_OK;
 }
 
-static void write_id(model *m, const chain *c) {
+static void write_id(model *m, const model_chain *c) {
     uint64_t done = 0;
     for (unsigned i = 0; i < c->datas; i++) {
         for (uint64_t k = 0; k < c->data[i].n && done < VBLK_ID_BYTES; k++) {
@@ -831,9 +827,10 @@ static void write_id(model *m, const chain *c) {
     }
 }
 
-// Do what a valid chain asks for: its status byte, or STALLS with `wait`.
-static uint32_t execute(model *m, const model_queue *q, const chain *c,
-                        uint64_t now_ns, uint64_t *wait) {
+// What a valid chain asks for, if it needs no disk: its status byte; or STALLS
+// with `wait`, or DISK.
+static uint32_t answer(model *m, const model_queue *q, const model_chain *c,
+                       uint64_t now_ns, uint64_t *wait) {
     if (c->type == VBLK_T_FLUSH && m->read_only) { // V10
         m->counts.flushes++;
         return VBLK_S_OK;
@@ -847,24 +844,29 @@ static uint32_t execute(model *m, const model_queue *q, const chain *c,
                   wait)) {
         return STALLS;
     }
-    switch (c->type) {
-    case VBLK_T_IN:
-        return read_data(m, c);
-    case VBLK_T_OUT:
-        return write_data(m, c);
-    case VBLK_T_FLUSH:
-        if (flush_disk(m) != VBLK_S_OK) {
-            return VBLK_S_IOERR;
-        }
-        m->counts.flushes++;
-        return VBLK_S_OK;
-    default:
+    if (c->type == VBLK_T_GET_ID) {
         write_id(m, c);
         return VBLK_S_OK;
     }
+    return DISK;
 }
 
-static uint64_t used_length(const model *m, const chain *c, uint8_t status) {
+static uint8_t execute(model *m, const model_chain *c) {
+    if (c->type == VBLK_T_IN) {
+        return read_data(m, c);
+    }
+    if (c->type == VBLK_T_OUT) {
+        return write_data(m, c);
+    }
+    if (flush_disk(m) != VBLK_S_OK) {
+        return VBLK_S_IOERR;
+    }
+    m->counts.flushes++;
+    return VBLK_S_OK;
+}
+
+static uint64_t used_length(const model *m, const model_chain *c,
+                            uint8_t status) {
     bool     ok = status == VBLK_S_OK;
     uint64_t written = 0; // from the start of the writable area
     if (ok && c->type == VBLK_T_IN) {
@@ -879,46 +881,46 @@ static uint64_t used_length(const model *m, const chain *c, uint8_t status) {
 }
 
 
-// ---- Drain (Q) -------------------------------------------------------------
+// ---- One chain, and the host's part in it (Q) -------------------------------
 
-enum { DROPPED, RETURNED, WAITS };
+enum { DROPPED, RETURNED, WAITS, HANDED };
 
-// One chain: dropped, or returned with `len` bytes, or to be looked at again.
+// One chain: dropped, or returned with `len` bytes, or to be looked at again,
+// or for the host.
 static int serve(model *m, model_queue *q, uint32_t head, uint64_t now_ns,
-                 uint64_t *len, uint64_t *wait) {
-    chain c;
-    memset(&c, 0, sizeof c);
+                 uint64_t *len, uint64_t *wait, model_chain *c) {
+    memset(c, 0, sizeof *c);
     *len = 0;
-    bool ends = walk(m, q, head, &c);
-    if (m->standard && ends && (c.too_long || !c.ordered) && c.room > 0 &&
-        !c.end.wrapped) { // P5
+    bool ends = walk(m, q, head, c);
+    if (m->standard && ends && (c->too_long || !c->ordered) && c->room > 0 &&
+        !c->end.wrapped) { // P5
         m->counts.io_errors++;
-        if (!store(m, c.end.gpa + (c.end.n - 1), 1, VBLK_S_IOERR)) {
+        if (!store(m, c->end.gpa + (c->end.n - 1), 1, VBLK_S_IOERR)) {
             return DROPPED;
         }
-        *len = c.room == 1; // P6
+        *len = c->room == 1; // P6
         return RETURNED;
     }
-    bool fine = ends && !c.too_long && (c.ordered || !m->standard) &&
-                (m->standard ? frame_standard(m, &c) : frame_strict(m, &c));
+    bool fine = ends && !c->too_long && (c->ordered || !m->standard) &&
+                (m->standard ? frame_standard(m, c) : frame_strict(m, c));
     if (!fine) { // V1, V2, P5
         m->counts.io_errors++;
         return m->standard ? RETURNED : DROPPED;
     }
-    if (!mapped(c.status, 1)) { // V17
+    if (!mapped(c->status, 1)) { // V17
         m->counts.io_errors++;
         return DROPPED;
     }
-    uint32_t status = validate(m, &c);
+    uint32_t status = validate(m, c);
     if (status == VBLK_S_OK) {
-        status = execute(m, q, &c, now_ns, wait);
+        status = answer(m, q, c, now_ns, wait);
     }
-    if (status == STALLS) {
-        return WAITS;
+    if (status == STALLS || status == DISK) {
+        return status == STALLS ? WAITS : HANDED;
     }
     m->counts.io_errors += status == VBLK_S_IOERR;
-    store(m, c.status, 1, status);
-    *len = used_length(m, &c, (uint8_t)status);
+    store(m, c->status, 1, status);
+    *len = used_length(m, c, (uint8_t)status);
     return RETURNED;
 }
 
@@ -958,7 +960,8 @@ static bool switch_on(model *m, const model_queue *q) {
 static void leave_switch_open(model *m, const model_queue *q) {
     uint64_t event = q->used + 4 + 8 * (uint64_t)q->size;
     uint64_t flags;
-    if (!well_placed(q) || !load(m, q->used, 2, &flags)) {
+    if (!well_placed(q) || !load(m, q->used, 2, &flags) ||
+        m->loose[model_at(m, q->used) - m->memory]) {
         return;
     }
     store(m, q->used, 2, 0);
@@ -971,42 +974,86 @@ static void leave_switch_open(model *m, const model_queue *q) {
     }
 }
 
-static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
-    outcome out = {EMPTY, 0};
-    if (!(m->status & VBLK_STATUS_DRIVER_OK) || !q->ready ||
-        !m->memory_given) {
-        return out;
+// A used element; false: the queue breaks.
+static bool give_back(model *m, model_queue *q, uint32_t head, uint64_t len) {
+    uint64_t element = q->used + 4 + 8 * (uint64_t)(q->done % q->size);
+    if (!mapped(element, 8)) {
+        return false;
     }
-    if (q->poisoned) {
-        out.state = BROKEN;
-        return out;
+    store(m, element, 4, head);
+    store(m, element + 4, 4, len);
+    q->done++;
+    return true;
+}
+
+// The queue breaks, and its stall ends with no time to count.
+static void breaks(model *m, model_queue *q) {
+    if (q->stalled) {
+        q->stalled = false;
+        m->counts.currently_throttled--;
+        end_turn(m, q);
     }
-    uint16_t before = q->done;
-    bool     was_stalled = q->stalled;
-    bool     fine = well_placed(q);
-    for (uint32_t taken = 0; fine; taken++) {
+    poison(m, q);
+    leave_switch_open(m, q);
+}
+
+static bool may_drain(const model *m, const model_queue *q) {
+    return m->status & VBLK_STATUS_DRIVER_OK && q->ready && m->memory_given;
+}
+
+static void show(model *m, model_queue *q) {
+    if (q->done != q->shown) {
+        if (!store(m, q->used + 2, 2, q->done) && !q->poisoned) {
+            poison(m, q);
+        }
+        q->shown = q->done;
+    }
+}
+
+static void decide(model *m, model_queue *q) { // Q7, P7
+    if (q->shown != q->decided) {
+        bool fire = q->switch_failed || wants_interrupt(m, q, q->decided);
+        q->decided = q->shown;
+        if (fire || !m->standard) {
+            interrupt(m, VBLK_INTERRUPT_USED, fire);
+        }
+    }
+}
+
+// The next request for the disk, past `budget` chains that need none. REQUEST,
+// or what a drain comes to.
+static came_to pull(model *m, model_queue *q, uint64_t now_ns,
+                    uint32_t *budget, model_request *r) {
+    for (;;) {
         uint64_t head, len, idx, wait = 0;
+        bool     was_stalled = q->stalled;
+        if (q->poisoned) {
+            return BROKEN;
+        }
         if (q->next == q->seen) { // all that was there is taken: look again
-            fine = load(m, q->avail + 2, 2, &idx) &&
-                   (uint16_t)(idx - q->next) <= q->size;
-            if (!fine || q->next == idx) {
-                break;
+            if (!load(m, q->avail + 2, 2, &idx) ||
+                (uint16_t)(idx - q->next) > q->size) {
+                breaks(m, q);
+                return BROKEN;
+            }
+            if (q->next == idx) {
+                return EMPTY;
             }
             q->seen = (uint16_t)idx;
         }
-        if (taken == q->size) { // Q11
-            out.state = MORE;
-            break;
+        if (*budget == 0) { // Q11
+            return MORE;
         }
+        --*budget;
         uint64_t slot = q->next % q->size;
-        fine = load(m, q->avail + 4 + 2 * slot, 2, &head) && head < q->size;
-        if (!fine) {
-            break;
+        if (q->under_way >= q->size ||
+            !load(m, q->avail + 4 + 2 * slot, 2, &head) || head >= q->size) {
+            breaks(m, q);
+            return BROKEN;
         }
-        int end = serve(m, q, (uint32_t)head, now_ns, &len, &wait);
+        leave_switch_open(m, q); // off, until the host waits
+        int end = serve(m, q, (uint32_t)head, now_ns, &len, &wait, &r->c);
         if (end == WAITS) {
-            out.state = STALLED;
-            out.wait_ns = wait;
             m->counts.throttled++;
             if (!q->stalled) {
                 m->counts.currently_throttled++;
@@ -1014,49 +1061,226 @@ static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
                 q->stalled_ns = now_ns;
             }
             q->stalled_bytes = m->asked_bytes;
-            break;
+            return STALLED;
         }
         m->requests++;
         q->next++;
         stall_ends(m, q, now_ns);
-        if (end == RETURNED) {
-            uint64_t element = q->used + 4 + 8 * (uint64_t)(q->done % q->size);
-            fine = mapped(element, 8);
-            if (fine) {
-                store(m, element, 4, head);
-                store(m, element + 4, 4, len);
-                q->done++;
-            }
+        if (end == RETURNED && !give_back(m, q, (uint32_t)head, len)) {
+            m->time_unknown |= was_stalled; // it passed, and it broke
+            breaks(m, q);
+            return BROKEN;
+        }
+        if (end == HANDED) {
+            r->head = (uint32_t)head;
+            r->queue = (unsigned)(q - m->queue);
+            r->session = q->session;
+            r->reach = m->reach;
+            q->under_way++;
+            return REQUEST;
         }
     }
-    if (q->done != before && !store(m, q->used + 2, 2, q->done)) {
-        fine = false;
+}
+
+// Its status and its place in the used ring.
+static void finish(model *m, const model_request *r, uint8_t status) {
+    model_queue *q = &m->queue[r->queue];
+    q->under_way--;
+    m->counts.io_errors += status == VBLK_S_IOERR;
+    store(m, r->c.status, 1, status);
+    if (!give_back(m, q, r->head, used_length(m, &r->c, status))) {
+        breaks(m, q);
     }
-    bool shown = q->done != before;
-    if (fine) {
+}
+
+// Ready to be drained, or, where no ring can be, broken.
+static bool ready(model *m, model_queue *q) {
+    if (!may_drain(m, q)) {
+        return false;
+    }
+    if (!q->poisoned && !well_placed(q)) {
+        breaks(m, q);
+    }
+    if (!q->poisoned && q->adopt) { // a position that could not be read yet
+        uint64_t idx = 0;
+        q->adopt = !load(m, q->used + 2, 2, &idx);
+        q->done = q->shown = q->decided = (uint16_t)idx;
+        if (q->adopt) {
+            breaks(m, q);
+        }
+    }
+    if (q->poisoned) {
+        show(m, q);
+        decide(m, q);
+    }
+    return !q->poisoned;
+}
+
+// The end of a round: completions out, notifications on, and one more look.
+static came_to arm(model *m, model_queue *q) {
+    came_to  out = q->stalled ? STALLED : EMPTY;
+    uint64_t idx;
+    if (!q->poisoned) {
+        show(m, q);
+    }
+    if (!q->poisoned) {
         q->switch_failed = !switch_on(m, q);
     }
-    if (!fine || out.state != EMPTY) {
-        leave_switch_open(m, q);
-    }
-    if (shown) { // Q7, P7
-        bool fire = q->switch_failed || wants_interrupt(m, q, before);
-        if (fire || !m->standard) {
-            interrupt(m, VBLK_INTERRUPT_USED, fire);
+    if (!q->poisoned && !q->switch_failed && !q->stalled) {
+        if (q->next != q->seen) {
+            out = MORE;
+        } else if (!load(m, q->avail + 2, 2, &idx) ||
+                   (uint16_t)(idx - q->next) > q->size) {
+            breaks(m, q);
+        } else if (q->next != idx) {
+            q->seen = (uint16_t)idx;
+            out = MORE;
         }
     }
-    if (!fine) {
-        // Whether the head's wait is counted depends on what broke first.
-        m->time_unknown |= was_stalled || q->stalled;
-        stall_ends(m, q, now_ns);
-        poison(m, q);
-        out.state = BROKEN;
+    show(m, q);
+    decide(m, q);
+    return q->poisoned ? BROKEN : out;
+}
+
+static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
+    outcome out = {EMPTY, 0};
+    static model_request r;
+    uint32_t budget = q->size;
+    if (!ready(m, q)) {
+        out.state = may_drain(m, q) ? BROKEN : EMPTY;
+        return out;
     }
+    do {
+        while (pull(m, q, now_ns, &budget, &r) == REQUEST) {
+            uint8_t status = execute(m, &r.c);
+            if (r.session == q->session) {
+                finish(m, &r, status);
+            }
+        }
+        out.state = arm(m, q);
+    } while (out.state == MORE && budget > 0);
+    if (out.state != EMPTY) {
+        leave_switch_open(m, q);
+    }
+    out.wait_ns = out.state == STALLED ? wait_of_turn(m, now_ns) : 0;
     return out;
 }
 
 outcome model_drain(model *m, unsigned queue, uint64_t now_ns) {
     return drain_one(m, &m->queue[queue], now_ns);
+}
+
+bool model_next(model *m, unsigned queue, uint64_t now_ns, model_request *r) {
+    model_queue *q = &m->queue[queue];
+    uint32_t     budget = q->size;
+    return ready(m, q) &&
+           pull(m, q, now_ns, &budget, r) == REQUEST;
+}
+
+// The first `n` bytes of the data, from the disk or to it.
+static void move_data(model *m, const model_chain *c, uint64_t n) {
+    uint64_t at = c->sector * 512, done = 0;
+    for (unsigned i = 0; i < c->datas; i++) {
+        for (uint64_t k = 0; k < c->data[i].n && done < n; k++, done++) {
+            uint8_t *p = model_at(m, c->data[i].gpa + k);
+            if (c->type == VBLK_T_IN) {
+                *p = m->disk.data[at + done];
+            } else {
+                m->disk.data[at + done] = *p;
+            }
+        }
+    }
+}
+
+int model_complete(model *m, const model_request *r, int64_t result) {
+    const model_chain *c = &r->c;
+    if (r->session != m->queue[r->queue].session) {
+        return VBLK_ERR_STALE;
+    }
+    uint64_t n = result < 0 ? 0 : (uint64_t)result, end = c->sector * 512 + n;
+    bool     flush = c->type == VBLK_T_FLUSH, in = c->type == VBLK_T_IN;
+    bool     ok = result >= 0;
+    if (!flush) {
+        move_data(m, c, n);
+        ok = ok && (n == c->bytes || (in && end >= r->reach)); // X2, X3
+    }
+    if (ok && in) { // what is beyond the end reads as zeroes
+        uint64_t done = 0;
+        for (unsigned i = 0; i < c->datas; i++) {
+            for (uint64_t k = 0; k < c->data[i].n; k++, done++) {
+                if (done >= n) {
+                    *model_at(m, c->data[i].gpa + k) = 0;
+                }
+            }
+        }
+    }
+    m->counts.reads += ok && in;
+    m->counts.bytes_read += ok && in ? n : 0;
+    m->counts.flushes += ok && flush;
+    if (ok && c->type == VBLK_T_OUT) {
+        m->counts.writes++;
+        m->counts.bytes_written += n;
+        reaches(m, end);
+    }
+    finish(m, r, ok ? VBLK_S_OK : VBLK_S_IOERR);
+    return VBLK_OK;
+}
+
+void model_publish(model *m, unsigned queue) {
+    show(m, &m->queue[queue]);
+    decide(m, &m->queue[queue]);
+}
+
+uint64_t model_arm(model *m, unsigned queue, uint64_t now_ns) {
+    model_queue *q = &m->queue[queue];
+    if (!ready(m, q)) {
+        return VBLK_NEVER;
+    }
+    came_to out = arm(m, q);
+    if (out != EMPTY) {
+        leave_switch_open(m, q);
+    }
+    if (out == STALLED) {
+        uint64_t wait = wait_of_turn(m, now_ns);
+        return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
+    }
+    return out == MORE ? now_ns : VBLK_NEVER;
+}
+
+int model_stop(model *m, unsigned queue) {
+    model_queue       *q = &m->queue[queue];
+    const model_queue *turn = m->turn;
+    int                position = q->next;
+    model_publish(m, queue);
+    forget(m, q);
+    if (m->turn && m->turn != turn) {
+        model_notify(m, VBLK_ALL_QUEUES);
+    }
+    return position;
+}
+
+int model_start(model *m, unsigned queue, const vblk_ring *ring) {
+    uint64_t     idx;
+    model_queue *q = &m->queue[queue];
+    if (queue >= queues_there_are(m) || q->ready || ring->size == 0 ||
+        !(m->status & VBLK_STATUS_FEATURES_OK) ||
+        ring->size > m->queue_size || ring->size & (ring->size - 1)) {
+        return VBLK_ERR_RING;
+    }
+    q->size = ring->size;
+    q->desc = ring->desc;
+    q->avail = ring->avail;
+    q->used = ring->used;
+    q->ready = true;
+    q->next = q->seen = ring->position;
+    q->done = 0;
+    q->adopt = ring->used % 4 || !load(m, ring->used + 2, 2, &idx);
+    if (!q->adopt) {
+        q->done = (uint16_t)idx;
+    }
+    q->shown = q->decided = q->done;
+    model_notify(m, (int)queue);
+    return VBLK_OK;
 }
 
 void model_notify(model *m, int queue) {

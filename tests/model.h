@@ -53,6 +53,7 @@ typedef struct model_bucket {
 typedef struct model_queue {
     uint32_t size;
     bool     ready, due;
+    bool     adopt; // take the position in the used ring from there
     uint64_t desc, avail, used;
     bool     poisoned, stalled;
     bool     switch_failed; // the driver could not be told to notify (Q3)
@@ -61,9 +62,45 @@ typedef struct model_queue {
     uint16_t next; // position in the available ring
     uint16_t seen; // avail.idx, last time it was looked at
     uint16_t done; // position in the used ring
+    uint16_t shown, decided; // of that, to the driver; for an interrupt
+    unsigned under_way, session;
 } model_queue;
 
 enum { MODEL_EITHER = 1, MODEL_ANY };
+
+typedef struct model_piece {
+    uint64_t gpa;
+    uint64_t n;
+    bool     write;
+    bool     wrapped; // belongs to a descriptor that wraps: is no memory
+} model_piece;
+
+typedef struct model_chain {
+    model_piece    all[MAX_SEGS + 2];
+    unsigned count;
+    bool     too_long;
+    model_piece    end;     // the last writable one that is not empty
+    uint64_t room;    // bytes in all writable ones
+    bool     ordered; // no readable one after a writable one
+    // Once framed:
+    model_piece    data[MAX_SEGS + 2]; // no empty ones
+    unsigned datas;
+    uint64_t bytes; // in data
+    uint64_t space; // writable bytes before the status byte
+    uint64_t status;
+    bool     header_there, header_readable;
+    uint32_t type;
+    bool     barrier; // bit 31 of the type
+    uint64_t sector;
+} model_chain;
+
+// A request in the hands of the host.
+typedef struct model_request {
+    model_chain c;
+    unsigned    queue, session;
+    uint32_t    head;
+    uint64_t    reach; // how far the backing was known to go
+} model_request;
 
 typedef struct model {
     // What it is made from.
@@ -84,6 +121,7 @@ typedef struct model {
     uint64_t    accepted;
     const model_queue *turn; // stalled first; NULL: none did
     uint64_t      turn_bytes, asked_bytes;
+    uint64_t      reach; // bytes the backing is known to have
     uint64_t      again; // when a poll looks at what is stalled
     model_queue queue[MODEL_QUEUES];
 
@@ -114,6 +152,16 @@ int          model_write(model *m, uint64_t offset, unsigned bytes,
 outcome      model_drain(model *m, unsigned queue, uint64_t now_ns);
 uint64_t     model_poll(model *m, uint64_t now_ns);
 void         model_notify(model *m, int queue);
+
+// The host's calls, as in vblk.h. What its I/O moves, the host says by the
+// result: the model moves as much.
+bool         model_next(model *m, unsigned queue, uint64_t now_ns,
+                        model_request *r);
+int          model_complete(model *m, const model_request *r, int64_t result);
+void         model_publish(model *m, unsigned queue);
+uint64_t     model_arm(model *m, unsigned queue, uint64_t now_ns);
+int          model_stop(model *m, unsigned queue);
+int          model_start(model *m, unsigned queue, const vblk_ring *ring);
 void         model_needs_reset(model *m);
 void         model_set_limits(model *m, const vblk_limits *limits,
                               uint64_t now_ns);

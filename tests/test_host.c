@@ -146,11 +146,13 @@ void t9_a_clock_that_stands_still_is_told(void) {
     g.o.limits.iops = 1;
     g.o.queues = 3;
     guest_up();
+    g.dev.clock = 0;
     for (unsigned i = 0; i < 3; i++) {
         req r = prepare(VBLK_T_IN, 0, 512);
         send(i, &r);
         vblk_drain(&g.dev, i, 7);
     }
+    CHECK_EQ(2, counts().currently_throttled);
     CHECK_EQ(0, g.events[VBLK_EV_CLOCK_STILL]);
 }
 
@@ -244,6 +246,7 @@ void x1_segments_stay_in_their_array(void) {
                 CHECK(seg[k].ptr || !r.direct);
             }
             CHECK_EQ(512 * (uint64_t)n, bytes);
+            CHECK(n > 1 || r.direct == g.mapped); // there is room for two
             uint8_t copy[512];
             for (uint32_t k = 0; k < n; k++) {
                 CHECK_EQ(VBLK_OK, vblk_get(&g.dev, &r, 512 * k, copy, 512));

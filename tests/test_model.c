@@ -10,7 +10,15 @@
 
 #include <stdarg.h>
 
-enum { SESSIONS = 36, STEPS = 220, MOST_PARTS = 160 };
+enum { SESSIONS = 36, STEPS = 220, MOST_PARTS = 160, SLOTS = 24 };
+
+// A request in the hands of the host, and what the model has of it.
+typedef struct held {
+    bool          used;
+    vblk_request  req;
+    vblk_seg      seg[MAX_SEGS + 2 + 16];
+    model_request want;
+} held;
 
 typedef struct range {
     uint64_t gpa, last;
@@ -35,7 +43,8 @@ static struct {
     rings    ring[MODEL_QUEUES];
     range    taken[4096]; // memory in use: rings, then buffers
     unsigned takens, fixed;
-    bool     throttled;
+    bool     throttled, async;
+    held     slot[SLOTS];
     vblk_memory memory;
     uint64_t now, wait; // what the last stall said
     uint64_t session, step, requests;
@@ -421,6 +430,11 @@ static uint64_t place(uint64_t n, uint64_t align) {
 }
 
 static bool pending(void) {
+    for (unsigned i = 0; i < SLOTS; i++) {
+        if (d.slot[i].used) {
+            return true;
+        }
+    }
     for (unsigned i = 0; i < m.queues; i++) {
         const model_queue *q = &m.queue[i];
         if (q->ready && !q->poisoned && q->next != d.ring[i].idx) {
@@ -946,16 +960,19 @@ static vblk_limits random_limits(void) {
     return l;
 }
 
+static void init_both(void);
+
 static void make(vblk_profile profile) {
     static const uint32_t backings[] = {MODEL_SECTORS * 512, 511, 0, 512,
                                         0x4000, 0x4000 + 100};
     guest_init();
     uint64_t session = d.session, requests = d.requests;
-    bool     throttled = d.throttled;
+    bool     throttled = d.throttled, async = d.async;
     memset(&d, 0, sizeof d);
     d.session = session;
     d.requests = requests;
     d.throttled = throttled;
+    d.async = async;
     for (size_t i = 0; i < sizeof d.disk.data; i++) {
         d.disk.data[i] = (uint8_t)test_random();
     }
@@ -998,13 +1015,33 @@ static void make(vblk_profile profile) {
     if (one_in(12)) { // given later (W9)
         memset(&g.o.memory, 0, sizeof g.o.memory);
     }
+    init_both();
+}
+
+// Power-on, with whatever memory and disk hold.
+static void init_both(void) {
+    model_disk disk = d.disk;
+    bool       again = m.queues > 0 && d.step > 0;
+    uint64_t   fired = again ? m.fired : 0;
+    if (again) {
+        g.o.memory = m.memory_given ? d.memory : g.o.memory;
+        say(" init");
+    }
     model_init(&m, &g.o);
     memcpy(m.memory, at(0), SEAM);
     memcpy(m.memory + SEAM, at(SEAM), RAM_END - SEAM);
     memcpy(m.memory + RAM_END, at(HIGH), HIGH_SIZE);
-    m.disk = d.disk;
+    m.disk = disk;
+    m.fired = (unsigned)fired;
     guest_make();
+    for (unsigned i = 0; i < SLOTS; i++) { // of another life
+        d.slot[i].want.session = ~0u;
+    }
+    d.line = false;
     d.generation = (uint32_t)rd(VBLK_REG_CONFIG_GENERATION);
+    d.resets = 0;
+    d.takens = d.fixed = 0;
+    memset(d.ring, 0, sizeof d.ring);
 }
 
 
@@ -1160,6 +1197,172 @@ static void step_time(void) {
     }
 }
 
+
+// ---- Steps of the host ------------------------------------------------------
+
+static void compare_time(const char *what, uint64_t want, uint64_t got) {
+    if (want != got) {
+        differ(what, d.now, want, got);
+    }
+    d.wait = want != VBLK_NEVER ? want - d.now : d.wait;
+}
+
+static void step_next(unsigned queue) {
+    unsigned room = m.seg_max + 2 + (one_in(2) ? test_below(17) : 16);
+    for (unsigned i = 0; i < SLOTS; i++) {
+        held *s = &d.slot[i];
+        if (s->used) {
+            continue;
+        }
+        s->used = model_next(&m, queue, d.now, &s->want);
+        bool got = vblk_next(&g.dev, queue, d.now, &s->req, s->seg, room);
+        say(" next(%u)=%d", queue, got);
+        if (s->used != got) {
+            differ("a request of queue", queue, s->used, got);
+        } else if (got) {
+            const model_chain *c = &s->want.c;
+            bool flush = c->type == VBLK_T_FLUSH;
+            bool through = m.can_flush && !(m.accepted & VBLK_F_FLUSH);
+            bool same = s->req.type == c->type && s->req.queue == queue &&
+                        s->req.head == s->want.head &&
+                        s->req.bytes == (flush ? 0 : c->bytes) &&
+                        s->req.offset == (flush ? 0 : c->sector * 512) &&
+                        s->req.durable == (through && c->type == VBLK_T_OUT);
+            if (!same) {
+                differ("what a request says, of head", s->want.head, 1, 0);
+            }
+        }
+        if (!got || one_in(3)) {
+            return;
+        }
+    }
+}
+
+// The host's I/O, as a thread pool does it: copies, and the disk.
+static void move_slot(const held *s, uint64_t n) {
+    static uint8_t buffer[MODEL_SECTORS * 512];
+    const vblk_request *r = &s->req;
+    uint8_t *disk = d.disk.data + r->offset;
+    int      err = VBLK_OK;
+    for (uint64_t done = 0, now; done < n && !err; done += now) {
+        now = one_in(2) ? n - done : 1 + test_below((uint32_t)(n - done));
+        if (r->type == VBLK_T_OUT) {
+            err = vblk_get(&g.dev, r, done, buffer, (size_t)now);
+            memcpy(disk + done, buffer, err ? 0 : (size_t)now);
+        } else {
+            err = vblk_put(&g.dev, r, done, disk + done, (size_t)now);
+        }
+    }
+    bool stale = s->want.session != m.queue[s->want.queue].session;
+    if ((err != VBLK_OK) != (stale && n > 0)) {
+        differ("copies of head", s->want.head, stale,
+               (uint64_t)(int64_t)err);
+    }
+}
+
+static void step_complete(void) {
+    held *s = &d.slot[test_below(SLOTS)];
+    if (!s->used) {
+        return;
+    }
+    s->used = false;
+    int64_t result = (int64_t)s->req.bytes;
+    if (one_in(5)) {
+        result = one_in(2) ? -5 : (int64_t)test_below((uint32_t)result + 1);
+    }
+    say(" complete(head %u)=%" PRId64, s->want.head, result);
+    if (s->req.type != VBLK_T_FLUSH) {
+        move_slot(s, result < 0 ? 0 : (uint64_t)result);
+    }
+    int want = model_complete(&m, &s->want, result);
+    int got = vblk_complete(&g.dev, &s->req, result);
+    if (want != got) {
+        differ("completion of head", s->want.head, (uint64_t)(int64_t)want,
+               (uint64_t)(int64_t)got);
+    }
+}
+
+static void step_stop(unsigned queue) {
+    vblk_ring r = {d.ring[queue].size, d.ring[queue].desc,
+                   d.ring[queue].avail, d.ring[queue].used, 0};
+    if (m.queue[queue].ready || one_in(4)) {
+        int want = model_stop(&m, queue);
+        int got = vblk_queue_stop(&g.dev, queue);
+        say(" stop(%u)=%d", queue, got);
+        if (want != got) {
+            differ("position at the stop of queue", queue, (uint64_t)want,
+                   (uint64_t)got);
+        }
+        r.position = (uint16_t)want;
+    }
+    if (one_in(3) || !m.memory_given) {
+        return;
+    }
+    int want = model_start(&m, queue, &r);
+    int got = vblk_queue_start(&g.dev, queue, &r);
+    say(" start(%u)=%d", queue, got);
+    if (want != got) {
+        differ("start of queue", queue, (uint64_t)(int64_t)want,
+               (uint64_t)(int64_t)got);
+    }
+}
+
+static void init_both(void);
+
+// Anything a host may do, at any time.
+static void step_host(void) {
+    unsigned queue = test_below(m.queues);
+    switch (test_below(24)) {
+    case 0:
+    case 1:
+    case 2:
+        compare_time("time to arm again, at", model_arm(&m, queue, d.now),
+                     vblk_arm(&g.dev, queue, d.now));
+        say(" arm(%u)", queue);
+        break;
+    case 3:
+    case 4:
+        model_publish(&m, queue);
+        vblk_publish(&g.dev, queue);
+        say(" publish(%u)", queue);
+        break;
+    case 5: poll_both(); break;
+    case 6:
+        if (one_in(6)) {
+            step_stop(queue);
+        }
+        break;
+    case 7:
+        if (one_in(20)) {
+            init_both();
+        }
+        break;
+    case 8:
+    case 9:
+    case 10:
+    case 11:
+    case 12:
+    case 13: step_next(queue); break;
+    default: step_complete(); break;
+    }
+}
+
+static void set_memory(void) {
+    bool busy = false;
+    for (unsigned i = 0; i < m.queues; i++) {
+        busy |= m.queue[i].under_way > 0;
+    }
+    say(" set_memory");
+    int err = vblk_set_memory(&g.dev, d.memory);
+    if (err != (busy ? VBLK_ERR_BUSY : VBLK_OK)) {
+        differ("vblk_set_memory", 0, busy, (uint64_t)(int64_t)err);
+    }
+    if (!err) {
+        m.memory_given = true;
+        model_notify(&m, VBLK_ALL_QUEUES);
+    }
+}
+
 static void step(void) {
     bool down = !(m.status & VBLK_STATUS_DRIVER_OK) ||
                 m.status & VBLK_STATUS_NEEDS_RESET;
@@ -1168,6 +1371,10 @@ static void step(void) {
     }
     if (down ? one_in(6) : one_in(100)) {
         bind_driver();
+        return;
+    }
+    if (d.async && !one_in(3)) {
+        step_host();
         return;
     }
     if (d.throttled && one_in(3)) {
@@ -1192,10 +1399,7 @@ static void step(void) {
         break;
     case 11:
         if (one_in(20) || (!m.memory_given && one_in(2))) {
-            say(" set_memory");
-            m.memory_given = true;
-            model_notify(&m, VBLK_ALL_QUEUES);
-            vblk_set_memory(&g.dev, d.memory);
+            set_memory();
         }
         if (one_in(20)) {
             needs_reset();
@@ -1205,13 +1409,14 @@ static void step(void) {
     }
 }
 
-static void agree(vblk_profile profile, bool throttled) {
+static void agree(vblk_profile profile, bool throttled, bool async) {
     const char *times = getenv("VBLK_SOAK");
     uint64_t    sessions = throttled ? SESSIONS / 2 : SESSIONS;
     sessions = (uint64_t)((double)sessions * (times ? strtod(times, NULL) : 1));
     sessions += sessions == 0;
     memset(&d, 0, sizeof d);
     d.throttled = throttled;
+    d.async = async;
     for (uint64_t i = 0; i < sessions && !d.differs; i++) {
         make(profile);
         for (uint64_t k = 0; k < STEPS && !d.differs; k++) {
@@ -1231,15 +1436,24 @@ static void agree(vblk_profile profile, bool throttled) {
 }
 
 void model_agrees_strict(void) {
-    agree(VBLK_STRICT, false);
+    agree(VBLK_STRICT, false, false);
 }
 
 void model_agrees_standard(void) {
-    agree(VBLK_STANDARD, false);
+    agree(VBLK_STANDARD, false, false);
 }
 
 // Both profiles, and time: it moves when the test says so.
 void model_agrees_throttled(void) {
-    agree(VBLK_STRICT, true);
-    agree(VBLK_STANDARD, true);
+    agree(VBLK_STRICT, true, false);
+    agree(VBLK_STANDARD, true, false);
+}
+
+// Both profiles, with a host that takes requests, ends them late and in any
+// order, and does what else a host may.
+void model_agrees_with_any_host(void) {
+    agree(VBLK_STRICT, false, true);
+    agree(VBLK_STANDARD, false, true);
+    agree(VBLK_STRICT, true, true);
+    agree(VBLK_STANDARD, true, true);
 }

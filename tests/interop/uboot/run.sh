@@ -244,7 +244,7 @@ judge() {
         "$(total first backend_flushes) $(total second backend_flushes)" "2 0"
     check total-bytes-read "$(total first bytes_read | awk -v file=$FILE_BYTES \
         '{print ($1 >= 16777216 + 512 + file) ? "enough" : $1}')" enough
-    check events "$(sed 's/.*(\(.*\))$/\1/' "$tmp/first.events" \
+    check events "$(sed 's/.*(\(V[0-9]*\)).*/\1/' "$tmp/first.events" \
         "$tmp/second.events" | tr '\n' ' ')" "V13 V13 "
 }
 
