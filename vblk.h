@@ -127,8 +127,9 @@
 
     TIME
 
-    now_ns is any clock that does not go backwards, in nanoseconds. Nothing
-    looks at it unless a limit is set; without one pass 0.
+    now_ns is any clock that does not go backwards, in nanoseconds, and never
+    comes to VBLK_NEVER. Nothing looks at it unless a limit is set; without
+    one pass 0.
 
     With a limit, a request may have to wait. It stays in the ring, unseen by
     the guest, and nothing passes it; at the time that was returned it goes,

@@ -150,7 +150,7 @@ static struct step {
     range    table[512]; // what the device goes by: rings, indirect tables
     bool     tangled;    // these may change under it: no rule can tell
     bool     takes;
-    uint64_t payload;
+    uint64_t payload, walked; // bytes, descriptors
     uint64_t accesses, calls;
     unsigned bytes_written; // entries of byte[]
     uint64_t byte[256];     // addresses of writes of one byte
@@ -527,9 +527,9 @@ static void walk(unsigned queue, uint16_t head) {
     w->head = head;
     w->first = s.ranges;
     w->in_bytes = 0;
-    uint64_t most = f.dev.strict ? f.dev.seg_max + 2
-                                                   : 32768;
+    uint64_t most = f.dev.strict ? f.dev.seg_max + 2 : 32768;
     for (uint64_t n = 0, taken = 0; n < most && taken < entries; taken++) {
+        s.walked++;
         uint64_t gpa, len, flags, next, d = table + 16 * i;
         if (i >= entries || !peek(d, 8, &gpa) || !peek(d + 8, 4, &len) ||
             !peek(d + 12, 2, &flags) || !peek(d + 14, 2, &next)) {
@@ -640,7 +640,7 @@ static uint64_t ended(void) {
 // may write: its used ring and, if it takes chains, what they offer.
 static void begin(int queue, bool takes) {
     s.chains = s.ranges = s.tables = s.bytes_written = s.refusals = 0;
-    s.payload = s.accesses = s.calls = 0;
+    s.payload = s.walked = s.accesses = s.calls = 0;
     s.tangled = s.notified = false;
     s.moody = 0;
     f.last_ptr = NULL;
@@ -876,7 +876,7 @@ static void end(int queue, bool published) {
     if (!s.tangled && s.takes) {
         uint64_t descs = f.dev.seg_max + 4;
         rule(s.accesses <= 400 + (taken + 1) * (32 + 8 * descs) +
-                               s.payload / 32,
+                               s.walked + s.payload / 32,
              "more memory accesses than the work is worth");
         rule(s.calls <= 2 * (uint64_t)taken + s.payload / 32,
              "more backend calls than the work is worth");
@@ -1018,7 +1018,7 @@ static answer drain_once(int queue) {
 // A stall ends when it was said to, and not before.
 static void sit_out(int queue, uint64_t wait) {
     bool others = queue != VBLK_ALL_QUEUES && f.dev.turn != (unsigned)queue;
-    if (wait > UINT64_MAX - f.now || wait == 0 || others) {
+    if (wait > VBLK_NEVER - 2 - f.now || wait == 0 || others) {
         return;
     }
     unsigned said = f.said;
@@ -1819,7 +1819,8 @@ static void pass_time(uint8_t b) {
     if (b & 0x40) {
         f.now -= by < f.now ? by : f.now; // a clock may not; nothing breaks
     } else {
-        f.now += by < UINT64_MAX - f.now ? by : UINT64_MAX - f.now;
+        const uint64_t last = VBLK_NEVER - 2;
+        f.now += by < last - f.now ? by : last - f.now;
     }
 }
 
