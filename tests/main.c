@@ -163,8 +163,9 @@ uint32_t test_below(uint32_t n) {
     return (uint32_t)((uint64_t)test_random() * n >> 32);
 }
 
-// How a test wants to run: with a guest, with map and without; or once.
-enum { GUEST, ONCE };
+// How a test wants to run: with a guest, with map and without; the same, and in
+// the strict profile whatever is asked for; or once.
+enum { GUEST, STRICT, ONCE };
 
 static const struct test {
     const char *name;
@@ -180,13 +181,16 @@ static bool run_one(const struct test *t, bool map) {
     test_failed = 0;
     random_state = test_seed;
     guest_use_map = map;
-    if (t->how == GUEST) {
+    vblk_profile asked = guest_profile;
+    guest_profile = t->how == STRICT ? VBLK_STRICT : asked;
+    if (t->how != ONCE) {
         guest_init();
     }
     t->run();
-    if (t->how == GUEST) {
+    if (t->how != ONCE) {
         guest_check();
     }
+    guest_profile = asked;
     if (test_failed) {
         printf("FAILED %s%s (seed %" PRIu64 ")\n", t->name,
                t->how == ONCE ? "" : map ? " with map" : " without map",
@@ -227,7 +231,7 @@ int main(int argc, char **argv) {
             continue;
         }
         bool ok = run_one(&tests[i], true);
-        if (tests[i].how == GUEST) {
+        if (tests[i].how != ONCE) {
             ok = run_one(&tests[i], false) && ok;
         }
         if (ok && verbose) {

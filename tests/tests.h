@@ -1,8 +1,6 @@
 // Every test, in the order it runs: its name, and whether it wants a guest
-// (it runs with map and without) or runs once. The ids in the names are those
-// of the RULES and PROFILES in vblk.h: M registers, F features and status, P
-// profiles, R reset, Q queue, V validation, X execution, T throttle, B
-// backends, W worker.
+// (it runs with map and without), a guest and the strict profile, or runs once.
+// The ids in the names are those of rules.txt.
 #ifndef TESTS_H
 #define TESTS_H
 
@@ -16,10 +14,10 @@
     X(m4_device_features_by_page, GUEST)                                       \
     X(m5_driver_features_window, GUEST)                                        \
     X(m6_queues_that_do_not_exist, GUEST)                                      \
-    X(m7_queue_registers_have_a_window, GUEST)                                 \
+    X(m7_queue_registers_have_a_window, STRICT)                                \
     X(m7_what_changes_nothing_is_silent, GUEST)                                \
     X(m7_queue_sizes, GUEST)                                                   \
-    X(m7_queue_ready_is_frozen_when_live, GUEST)                               \
+    X(m7_queue_ready_is_frozen_when_live, STRICT)                              \
     X(m7_queue_ready_before_driver_ok, GUEST)                                  \
     X(m8_address_halves_in_either_order, GUEST)                                \
     X(m8_rings_in_any_order, GUEST)                                            \
@@ -81,7 +79,7 @@
     X(q4_only_the_queue_at_fault_stops, GUEST)                                 \
     X(q4_chain_faults_strict, GUEST)                                           \
     X(q4_chain_faults_standard, GUEST)                                         \
-    X(q4_descriptor_outside_memory, GUEST)                                     \
+    X(q4_descriptor_outside_memory, STRICT)                                    \
     X(q4_indirect_tables, GUEST)                                               \
     X(q4_more_under_way_than_entries, GUEST)                                   \
     X(q4_the_same_head_twice, GUEST)                                           \
@@ -92,12 +90,12 @@
     X(q7_interrupt_by_used_event, GUEST)                                       \
     X(q7_fires_if_the_question_cannot_be_read, GUEST)                          \
     X(q8_errors_interrupt_like_successes, GUEST)                               \
-    X(q9_used_lengths, GUEST)                                                  \
+    X(q9_used_lengths, STRICT)                                                 \
     X(q9_a_used_length_of_16_mib, GUEST)                                       \
     X(q10_what_waits_at_driver_ok_is_served, GUEST)                            \
     X(q11_a_drain_is_bounded_by_the_queue_size, GUEST)                         \
     X(q11_next_is_bounded_too, GUEST)                                          \
-    X(q12_the_line_is_high_until_the_status_reads_0, GUEST)                    \
+    X(q12_the_line_is_high_until_the_status_reads_0, STRICT)                   \
     X(q12_ring_then_bit_then_interrupt, GUEST)                                 \
     X(q13_overlaps_do_no_harm, GUEST)                                          \
     X(q13_regions_touch_begin_at_0_and_end_at_the_top, GUEST)                  \
@@ -110,16 +108,16 @@
     X(p5_a_chain_that_is_much_too_long_is_an_error, GUEST)                     \
     X(p5_a_table_of_4_gib_is_not_followed_for_ever, GUEST)                     \
     X(v2_p5_no_place_for_the_status, GUEST)                                    \
-    X(v2_strict_wants_the_status_last, GUEST)                                  \
+    X(v2_strict_wants_the_status_last, STRICT)                                 \
     X(v3_short_header, GUEST)                                                  \
-    X(v3_strict_wants_the_header_first, GUEST)                                 \
-    X(v3_a_longer_header_descriptor_is_fine, GUEST)                            \
+    X(v3_strict_wants_the_header_first, STRICT)                                \
+    X(v3_a_longer_header_descriptor_is_fine, STRICT)                           \
     X(v4_header_outside_memory, GUEST)                                         \
     X(v4_header_descriptor_that_wraps, GUEST)                                  \
     X(v4_header_across_a_seam, GUEST)                                          \
     X(v5_size_max, GUEST)                                                      \
     X(p3_size_max_binds_who_accepted_it, GUEST)                                \
-    X(v6_no_data, GUEST)                                                       \
+    X(v6_no_data, STRICT)                                                      \
     X(p4_no_data_standard, GUEST)                                              \
     X(v7_flush_with_data, GUEST)                                               \
     X(v8_no_multiple_of_512, GUEST)                                            \
@@ -133,8 +131,8 @@
     X(v13_a_disk_of_no_sectors, GUEST)                                         \
     X(v13_data_of_4_gib, GUEST)                                                \
     X(v14_empty_descriptors_among_others, GUEST)                               \
-    X(v15_long_status_descriptor, GUEST)                                       \
-    X(v16_get_id, GUEST)                                                       \
+    X(v15_long_status_descriptor, STRICT)                                      \
+    X(v16_get_id, STRICT)                                                      \
     X(p4_get_id_standard, GUEST)                                               \
     X(v16_get_id_looks_up_what_it_fills, GUEST)                                \
     X(v16_get_id_outside_memory, GUEST)                                        \
@@ -153,7 +151,7 @@
     X(x1_larger_than_the_scratch_buffer, GUEST)                                \
     X(x2_a_backing_shorter_than_the_capacity, GUEST)                           \
     X(x3_partial_transfers_are_continued, GUEST)                               \
-    X(x3_backend_errors, GUEST)                                                \
+    X(x3_backend_errors, STRICT)                                               \
     X(x3_an_error_after_a_part, GUEST)                                         \
     X(x3_a_write_without_progress, GUEST)                                      \
     X(x5_what_memory_refuses_in_the_middle_is_told, GUEST)                     \
@@ -399,15 +397,14 @@
     X(transport_stop_publishes, GUEST)                                         \
     X(transport_a_broken_queue_publishes_first, GUEST)                         \
     X(transport_a_used_ring_at_an_odd_address, GUEST)                          \
-    X(v_events_say_what_was_wrong, GUEST)                                      \
+    X(v_events_say_what_was_wrong, STRICT)                                     \
     X(v1_events_say_where_a_chain_leads, GUEST)                                \
     X(v16_an_id_that_cannot_be_stored, GUEST)                                  \
     X(v_memory_up_to_the_last_address, GUEST)                                  \
     X(transport_a_position_is_read_once, GUEST)                                \
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(event_numbers_are_for_ever, ONCE)                                        \
-    X(event_lines, GUEST)                                                      \
-    X(event_lines, GUEST)                                                      \
+    X(event_lines, STRICT)                                                     \
     X(event_numbers_are_for_ever, ONCE)                                        \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 
