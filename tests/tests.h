@@ -405,7 +405,6 @@
     X(every_error_and_event_has_a_sentence, ONCE)                              \
     X(event_numbers_are_for_ever, ONCE)                                        \
     X(event_lines, STRICT)                                                     \
-    X(event_numbers_are_for_ever, ONCE)                                        \
     X(events_of_strict_rules_name_the_standard_profile, ONCE)
 
 #define X(name, how) void name(void);
