@@ -142,30 +142,37 @@
 
     For io_uring, a thread pool or an event loop:
 
-        while (vblk_next(dev, queue, now, &req, seg, room)) {
-            start(&req);                         // a copy of it, and of seg
+        while ((slot = a_free_one()) &&
+               vblk_next(dev, queue, now, &slot->req, slot->seg, ROOM)) {
+            start(slot);
         }
-        for each that has ended: vblk_complete(dev, &req, result);
-        next = vblk_arm(dev, queue, now);
+        for each slot that has ended:
+            vblk_complete(dev, &slot->req, slot->result);
+        next = slot ? vblk_arm(dev, queue, now)  // the ring is empty
+                    : (vblk_publish(dev, queue), VBLK_NEVER);
 
-    Requests end in any order. vblk_publish() shows what is complete while
-    you look on; vblk_arm() also has the driver notify from then on, and says
-    when to look again, so call it before you wait. Go on with the rest of a
-    short transfer yourself: nobody calls again. Of the backend only what
-    there is counts then (write, or the disk is read-only; flush, or FLUSH is
-    not offered), and size, called once; without it the backing is as long as
-    the capacity. A request is about 70 bytes; its segments lie in an array of
-    yours, and may go once its result is whole. A request with `durable` set
-    must be on stable storage before it is completed. examples/pool.c is such
-    a host.
+    Requests end in any order. vblk_publish() shows what is complete;
+    vblk_arm() also has the driver notify from then on, and says when to look
+    again, so call it before you wait for the driver. With no slot free wait
+    for what is under way alone. A request points to its segments, which lie
+    in an array of yours: take both to where they stay. They may go once the
+    result is whole. Go on with the rest of a short transfer yourself: nobody
+    calls again. Of the backend only what there is counts then (read must be;
+    without write the disk is read-only, without flush FLUSH is not offered),
+    and size, called once; without it the backing is as long as the capacity.
+    A request with `durable` set must be on stable storage before it is
+    completed. examples/pool.c is such a host.
 
     options.quiesce is called when the driver resets the device or stops a
-    queue: what is under way belongs to the guest again, so cancel it or wait
-    it out there. A request of an earlier driver session is recognised by
-    vblk_complete() and thrown away.
+    queue, also where nothing is under way: what there is belongs to the guest
+    again, so cancel it or wait it out there. What is cancelled needs no
+    vblk_complete(), which throws away a request of an earlier session.
 
     For a thread for each queue, options.notify wakes it, and it calls
-    vblk_drain(), which answers as vblk_poll() does.
+    vblk_drain() under a lock of its queue (or, with limits, of the device).
+    quiesce() takes that lock, and whoever made the register call gives it
+    back when that has returned; notify() may come in between, so it takes
+    another. A drain that is under way ends after its request then.
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
     A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
@@ -207,16 +214,17 @@
     A register call may overlap draining calls, except where it takes queues
     away: a Status of 0, QueueReady of 0 while live, vblk_queue_stop(). These
     call options.quiesce first, and from then on until they return the
-    draining threads must be outside. So they must around vblk_set_memory().
-    A vCPU's store to QueueNotify or InterruptACK may overlap anything.
+    draining threads of that queue, or, of a reset or with a limit, of all,
+    must be outside. So they must around vblk_set_memory().
+    A vCPU's store to QueueNotify or InterruptACK may overlap anything, so do
+    not take the lock of the register calls for it, or it waits for a reset.
     Distinct devices share nothing.
 
-    Callbacks run inside the call that caused them, on its thread: those of a
-    register call on the thread that made it, the rest on a drainer's, or on
-    that of a vblk_get() or vblk_put() that guest memory refused. They must
-    not call back into the same device, but for what may be called any time,
-    and vblk_complete() inside quiesce. A worker's thread blocks all signals
-    but those of its own faults.
+    Callbacks run inside the call that caused them, on its thread, several at
+    once where several threads call. They must not call back into the same
+    device, but for queries, vblk_notify(), vblk_interrupt_ack(), and
+    vblk_complete() inside quiesce. A worker's thread blocks all signals but
+    those of its own faults.
 
 
     ERRORS
@@ -230,9 +238,7 @@
 
     An event is a number, a level, a queue, a head, and some named fields;
     vblk_event_line() makes a line of it. Print them to stderr at first: "my
-    guest does not find its disk" is usually answered by the first line. In an
-    image that has no room for sentences, print the numbers: what is not
-    called is not linked.
+    guest does not find its disk" is usually answered by the first line.
 
 
     RULES
@@ -330,7 +336,8 @@
 
     COMPILE-TIME OPTIONS
 
-    None of them changes a type: units may differ in all but the first two.
+    None of them changes a type: units that only call may differ in all but the
+    first two.
 
         VBLK_STATIC            all functions static; with VBLK_IMPLEMENTATION
                                in each unit that uses them
@@ -344,6 +351,11 @@
                                else some 32-bit targets need -latomic
         VBLK_ASSERT(x)         default assert
         VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
+
+    A firmware image sets all of these and VBLK_STATIC, so that what it does
+    not call is not compiled: with an event hook that shows numbers and does
+    without vblk_strerror(), no sentence is. The compiler's own support
+    library, for divisions of 64 bits, is needed still.
 
 
     HISTORY
@@ -725,7 +737,8 @@ typedef enum vblk_level {
     X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset of the "   \
       "device")                                                                \
     X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a limit is set and a request "     \
-      "waits, but the clock stands still: now_ns must go on for it to pass")   \
+      "waits, but the clock has stood still so far: now_ns must go on for it " \
+      "to pass (T9)")                                                          \
     X(NOT_QUIET, 93, ERROR, NONE, NONE, "the driver stops a queue, and what "  \
       "is under way there could not be ended in time: the device needs a "     \
       "reset (P8)")                                                            \
@@ -810,7 +823,7 @@ typedef struct vblk_seg {
 // rest. 0 means no progress: for a read, the end of a backing that never was
 // longer, and the rest reads as zeroes; for a write, an error. Negative: an
 // error number for the event. A backing that has become shorter has lost data
-// and says an error, also to flush.
+// and says an error, also to flush. Where several threads drain, several call.
 typedef struct vblk_backend {
     int64_t (*read)(void *user, uint64_t offset, const vblk_seg *seg,
                     unsigned segs);
@@ -864,11 +877,12 @@ typedef struct vblk_options {
     // vblk_drain() or vblk_next(). NULL: vblk_poll() finds it.
     void (*notify)(void *user, int queue);
     // The driver, or vblk_queue_stop(), takes `queue` or VBLK_ALL_QUEUES away:
-    // bring the threads that drain it outside, and end what is under way, by
-    // waiting for it or by cancelling it; vblk_complete() may be called from
-    // here. 0: nothing of it touches the queue or moves data any more. Else the
-    // device shows DEVICE_NEEDS_RESET, and the next reset asks again. NULL:
-    // nothing is ever under way between two calls of yours.
+    // bring the threads that drain it outside, and end what is under way. Of
+    // one queue it is to be completed, with an error if need be, and
+    // vblk_complete() may be called from here; of all it may be cancelled. 0:
+    // nothing of it touches the queue or moves data any more. Else the device
+    // shows DEVICE_NEEDS_RESET, begins nothing, and the next reset asks again.
+    // NULL: nothing is ever under way between two calls of yours.
     int (*quiesce)(void *user, int queue);
     void *user; // first argument of these four
 } vblk_options;
@@ -878,7 +892,8 @@ typedef struct vblk_options {
 
 #define VBLK_NEVER UINT64_MAX // as a time to call again: until notified
 
-// A validated request. Read-only to the host; may be copied.
+// A validated request. Read-only to the host; may be copied, and a copy points
+// to the same segments.
 typedef struct vblk_request {
     uint32_t  type;    // VBLK_T_IN, VBLK_T_OUT or VBLK_T_FLUSH
     uint16_t  queue, head;
@@ -907,7 +922,7 @@ typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t bytes_read;             // from the backing, padding not counted
     uint64_t bytes_written;
     uint64_t io_errors;
-    uint64_t throttled;              // stalls: drains that had to stop
+    uint64_t throttled;              // requests that had to wait
     uint64_t currently_throttled;    // queues that wait now
     uint64_t throttled_ns;           // time waited, added when one passes
     uint64_t invalid_avail_idx;      // times a queue broke, for any Q4
@@ -1068,14 +1083,15 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns);
 VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns);
 
 // Take the next request of `queue` into `req`, its segments into `seg`, an
-// array of `room`: at least seg_max + 2, and more where regions of guest memory
-// meet inside of buffers. False: there is none now, or a limit holds it up:
+// array of `room`: at least vblk_seg_max() + 2, and more where regions of guest
+// memory meet inside of buffers. False: there is none now, or a limit holds it up:
 // vblk_arm() says when to look again. From here on the driver does not notify.
 // Thread: the queue's drainer.
 VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
                        vblk_request *req, vblk_seg *seg, unsigned room);
 
-// Do `req` with the backend, here and now, and complete it: for a host that
+// Do `req` with the backend, here and now, and complete it, unless it is of an
+// earlier session: for a host that
 // looks around between two requests, where vblk_drain() would not. Thread: the
 // queue's drainer.
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
@@ -1120,6 +1136,10 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
 // The counters, summed over all queues. They survive resets. Each is exact;
 // together they are no snapshot while a queue is drained. Any thread.
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
+
+// Data segments in a request at most, as options.seg_max or its default. Any
+// thread.
+VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev);
 
 // Whether `queue` broke (Q4) and needs a reset. Any thread.
 VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue);
@@ -1208,7 +1228,9 @@ typedef struct vblk_regions {
 // Accessors, map included, over `regions`, which must outlive them.
 VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions);
 
-// A disk in an array. A shared mapping would not be made durable by flush.
+// A disk in an array. A shared mapping would not be made durable by flush. Safe
+// from several threads as memory is: a guest that has two requests on the same
+// sectors at once races with itself.
 typedef struct vblk_ramdisk {
     void    *data;
     uint64_t bytes;
@@ -1312,8 +1334,8 @@ typedef struct vblk_worker_options {
                       // INT_MAX
     // A thread that was left behind, as a call of yours was told, has ended:
     // all it used is out of its hands, and the device has been reset. From
-    // here any call of the worker may be made. vblk_worker_close() waits for it
-    // to return. That thread; may be NULL.
+    // here any call of the worker may be made, unless vblk_worker_close() has
+    // begun, which waits for this to return. That thread; may be NULL.
     void (*released)(void *user);
     void *user; // its argument
 } vblk_worker_options;
@@ -1336,6 +1358,7 @@ typedef struct vblk_worker {
     struct vblk__thread *left_behind; // the same
     struct vblk__thread *returned;    // the same; a list, not joined yet
     bool                held;         // the same; vblk__hold_still() holds
+    bool                refused;      // the same; it could not
     bool                orphaned;     // the same; the one left behind disposes
     unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
     // Under `parking`. `parked` is also read without.
@@ -1398,9 +1421,9 @@ VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0
 // (and, in the standard profile, QueueReady of 0 while live) waits up to
 // stop_ms for the thread, and other register calls for those. VBLK_OK; or
-// VBLK_ERR_BUSY: the thread is stuck for longer and was left behind, or still
-// is. Status reads DEVICE_NEEDS_RESET until it has ended, and 0 then. Any
-// thread.
+// VBLK_ERR_BUSY: the thread is stuck for longer, and Status reads
+// DEVICE_NEEDS_RESET. At a reset it was left behind, or still is: Status reads
+// 0 when it has ended. Any thread.
 VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                    unsigned bytes, uint64_t value);
 
@@ -1763,14 +1786,16 @@ static const struct vblk__event_shape {
     {number, VBLK_LEVEL_##level, VBLK__IS_##a, VBLK__IS_##b},
     VBLK_EVENTS(VBLK_X)
 #undef VBLK_X
+    {VBLK_EV_NONE, VBLK_LEVEL_NOTE, VBLK__IS_NONE, VBLK__IS_NONE}
 };
 
+// Of a code that is none, the last row.
 static const struct vblk__event_shape *vblk__event_row(vblk_event_code code) {
-    unsigned i = 0;
-    while (vblk__event_rows[i].code != (unsigned)code) {
-        i++;
+    const struct vblk__event_shape *row = vblk__event_rows;
+    while (row->code != (unsigned)code && row->code != VBLK_EV_NONE) {
+        row++;
     }
-    return &vblk__event_rows[i];
+    return row;
 }
 
 static void vblk__set_field(vblk_event *e, unsigned field, uint64_t n) {
@@ -1892,6 +1917,9 @@ static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
             dev->waits = dev->queue[next].stalled;
             dev->turn = (uint16_t)next;
         }
+        if (dev->waits) {
+            vblk_notify(dev, dev->turn);
+        }
     }
 }
 
@@ -1905,8 +1933,8 @@ static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     VBLK__STORE(&q->counts.currently_throttled, 0);
 }
 
-// What is under way in a broken queue ends with it, and so does its stall: no
-// other queue waits for it.
+// What is under way in a broken queue goes stale, though it still moves data
+// until the host has ended it. Its stall ends: no other queue waits for it.
 static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
                          uint64_t a, uint64_t b) {
     if (q->poisoned) {
@@ -1914,7 +1942,6 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     }
     VBLK__STORE(&q->poisoned, true);
     VBLK__STORE(&q->epoch, q->epoch + 1);
-    q->under_way = 0;
     vblk__end_stall(dev, q, 0);
     vblk__count(&q->counts.invalid_avail_idx, 1);
     vblk__say_queue(dev, q, code, a, b);
@@ -2104,6 +2131,9 @@ static vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     }
     if (q->avail_next != q->avail_seen) {
         return VBLK__MORE;
+    }
+    if (vblk__halted(dev)) {
+        return VBLK__EMPTY;
     }
     if (!vblk__load16(dev, q->avail, q->avail_gpa, 2, &idx)) {
         vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
@@ -2697,7 +2727,7 @@ static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
     const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
-    while (done.bytes < bytes) {
+    while (done.bytes < bytes && !vblk__halted(dev)) {
         uint64_t at = offset + done.bytes;
         int64_t n = type == VBLK_T_IN ? b->read(b->user, at, seg, segs)
                                       : b->write(b->user, at, seg, segs);
@@ -2766,8 +2796,20 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
 
 // ---- Limits: what must wait, and until when ---------------------------------
 
-// More calls at one moment than a round over all queues has: the clock stands.
 enum { VBLK__CLOCK_NEW, VBLK__CLOCK_SEEN, VBLK__CLOCK_GOES };
+
+// A request waits, and since set-up all calls came at one moment, more than a
+// round over the queues has. At another time than 0 the clock may be coarse, so
+// it gets more of them.
+static void vblk__check_clock(vblk_dev *dev) {
+    uint32_t rounds = dev->clock_ns ? 1000 : 1;
+    if (dev->waits && dev->clock == VBLK__CLOCK_SEEN &&
+        dev->clock_calls > rounds * (dev->queues + 1)) {
+        dev->clock = VBLK__CLOCK_GOES; // once will do
+        vblk__say_queue(dev, &dev->queue[dev->turn], VBLK_EV_CLOCK_STILL,
+                        dev->clock_ns, 0);
+    }
+}
 
 static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
     if (dev->clock == VBLK__CLOCK_NEW) {
@@ -2778,6 +2820,7 @@ static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
         dev->clock = VBLK__CLOCK_GOES;
     }
     dev->clock_calls += calls;
+    vblk__check_clock(dev);
 }
 
 static bool vblk__limited(const vblk_dev *dev) {
@@ -2794,14 +2837,13 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
     }
     q->stalled_bytes = cost;
     q->avail_next--;
-    q->stalled_ns = q->stalled ? q->stalled_ns : now_ns;
-    q->stalled = true;
-    vblk__count(&q->counts.throttled, 1);
-    VBLK__STORE(&q->counts.currently_throttled, 1);
-    if (dev->clock == VBLK__CLOCK_SEEN && dev->clock_calls > dev->queues + 1) {
-        dev->clock = VBLK__CLOCK_GOES; // once will do
-        vblk__say_queue(dev, q, VBLK_EV_CLOCK_STILL, now_ns, 0);
+    if (!q->stalled) {
+        q->stalled = true;
+        q->stalled_ns = now_ns;
+        vblk__count(&q->counts.throttled, 1);
+        VBLK__STORE(&q->counts.currently_throttled, 1);
     }
+    vblk__check_clock(dev);
 }
 
 // Whether `r` fits the limits now; both are looked at before either is
@@ -2837,12 +2879,26 @@ static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
     return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
 }
 
-// When to call again, after a drain that came to `state`.
-static uint64_t vblk__again(vblk_dev *dev, vblk__state state,
-                            uint64_t now_ns) {
-    return state == VBLK__MORE      ? now_ns
-           : state == VBLK__STALLED ? vblk__turn_comes(dev, now_ns)
-                                    : VBLK_NEVER;
+// A queue that waits for another's turn is notified when its own comes. For
+// hosts that do not hear it, it looks once in a while.
+#define VBLK__LOOK_AGAIN UINT64_C(1000000)
+
+// When to call again for `q`, after a drain that came to `state`.
+static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
+                            vblk__state state, uint64_t now_ns) {
+    if (state == VBLK__MORE) {
+        return now_ns;
+    }
+    if (state != VBLK__STALLED) {
+        return VBLK_NEVER;
+    }
+    uint64_t at = vblk__turn_comes(dev, now_ns);
+    bool     its_turn = dev->turn == vblk__index(dev, q);
+    if (its_turn || at - now_ns >= VBLK__LOOK_AGAIN ||
+        now_ns >= VBLK_NEVER - VBLK__LOOK_AGAIN) {
+        return at;
+    }
+    return now_ns + VBLK__LOOK_AGAIN;
 }
 
 
@@ -2899,6 +2955,8 @@ static int vblk__end(vblk_dev *dev, const vblk_request *r,
                      vblk__progress done) {
     vblk_queue *q = &dev->queue[r->queue];
     if (vblk__stale(dev, r)) {
+        bool of_broken = q->poisoned && r->epoch + 1 == q->epoch;
+        q->under_way -= of_broken && q->under_way > 0;
         return VBLK_ERR_STALE;
     }
     VBLK_ASSERT(q->under_way > 0); // else it was completed before
@@ -2953,6 +3011,9 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
     const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    if (vblk__stale(dev, r)) {
+        return;
+    }
     if (r->type != VBLK_T_FLUSH) {
         done = r->direct ? vblk__move(dev, r->type, r->offset, r->seg, r->segs,
                                       r->bytes)
@@ -3181,7 +3242,8 @@ static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
 static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
                                      uint64_t now_ns) {
     vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q) {
+    VBLK_ASSERT(dev->seg_max <= VBLK_MAX_SEGS); // of another static unit
+    if (!q || dev->seg_max > VBLK_MAX_SEGS) {
         return VBLK__EMPTY;
     }
     vblk_seg seg[VBLK__SEGS];
@@ -3205,7 +3267,8 @@ VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     if (vblk__limited(dev)) {
         vblk__watch_clock(dev, now_ns, 1);
     }
-    return vblk__again(dev, vblk__drain_queue(dev, queue, now_ns), now_ns);
+    vblk__state state = vblk__drain_queue(dev, queue, now_ns);
+    return vblk__again(dev, &dev->queue[queue], state, now_ns);
 }
 
 // Whether `q` was notified since it was last asked.
@@ -3223,13 +3286,13 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     uint32_t due = VBLK__LOAD(&dev->due);
     bool timed = now_ns >= dev->again_ns;
     bool more = false;
+    if (vblk__limited(dev)) {
+        vblk__watch_clock(dev, now_ns, dev->queues + 1);
+    }
     if (due) {
         (void)VBLK__CAS(&dev->due, due, 0);
     } else if (!timed) {
         return dev->again_ns;
-    }
-    if (vblk__limited(dev)) {
-        vblk__watch_clock(dev, now_ns, dev->queues + 1);
     }
     unsigned first = dev->waits ? dev->turn : 0;
     for (unsigned i = 0; i < dev->queues; i++) {
@@ -3243,7 +3306,9 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
             }
         }
     }
-    dev->again_ns = dev->waits ? vblk__turn_comes(dev, now_ns) : VBLK_NEVER;
+    bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && dev->memory.read;
+    dev->again_ns = live && dev->waits ? vblk__turn_comes(dev, now_ns)
+                                       : VBLK_NEVER;
     return more ? now_ns : dev->again_ns;
 }
 
@@ -3276,7 +3341,7 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     }
     vblk__state state = vblk__arm_queue(dev, q);
     vblk__publish_queue(dev, q);
-    return vblk__again(dev, q->poisoned ? VBLK__BROKEN : state, now_ns);
+    return vblk__again(dev, q, q->poisoned ? VBLK__BROKEN : state, now_ns);
 }
 
 
@@ -3310,6 +3375,8 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
 
 // Back to where the device was after power-on. No thread drains a queue.
 static void vblk__reset(vblk_dev *dev) {
+    dev->waits = false; // the turn goes to nobody
+    dev->again_ns = VBLK_NEVER;
     for (unsigned i = 0; i < dev->queues; i++) {
         vblk__forget_queue(dev, &dev->queue[i]);
     }
@@ -3325,9 +3392,21 @@ static void vblk__reset(vblk_dev *dev) {
     vblk__change_state(dev, 0, 0);
 }
 
-// Whether the host says that nothing of `queue`, or of all, is under way.
+// Whether the host says that nothing of `queue`, or of all, is under way. A
+// drain that it waits for ends after its request.
 static bool vblk__quiet(vblk_dev *dev, int queue) {
-    return !dev->quiesce || dev->quiesce(dev->user, queue) == 0;
+    if (!dev->quiesce) {
+        return true;
+    }
+    uint32_t yield = VBLK__LOAD(&dev->yield);
+    if (yield == 0) {
+        VBLK__STORE(&dev->yield, VBLK__YIELD);
+    }
+    bool quiet = dev->quiesce(dev->user, queue) == 0;
+    if (yield == 0 && queue != VBLK_ALL_QUEUES) {
+        VBLK__STORE(&dev->yield, 0);
+    }
+    return quiet;
 }
 
 // What Status of 0 does. If the host cannot let go, its threads are told to
@@ -3611,16 +3690,6 @@ static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
     return size > 0 && size <= dev->queue_size && !(size & (size - 1));
 }
 
-// Queues that have waited for one that is gone are looked at.
-static void vblk__take_queue_away(vblk_dev *dev, vblk_queue *q,
-                                  void (*take)(vblk_dev *, vblk_queue *)) {
-    bool held_up = dev->waits && dev->turn == vblk__index(dev, q);
-    take(dev, q);
-    if (held_up && dev->waits) {
-        vblk_notify(dev, VBLK_ALL_QUEUES);
-    }
-}
-
 // P8: on a live device, after the window was checked.
 static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
                                    uint32_t value) {
@@ -3628,11 +3697,11 @@ static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
     if (value == 1 && !q->ready) {
         VBLK__STORE_RELEASE(&q->ready, true);
         vblk_notify(dev, index);
-    } else if (value != 1 && !vblk__quiet(dev, index)) {
+    } else if (value != 1 && q->ready && vblk__quiet(dev, index)) {
+        vblk__stop_queue(dev, q);
+    } else if (value != 1 && q->ready) {
         vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
         vblk__ask_reset(dev);
-    } else if (value != 1) {
-        vblk__take_queue_away(dev, q, vblk__stop_queue);
     }
 }
 
@@ -3767,7 +3836,7 @@ VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
     }
     int position = q->avail_next;
     vblk__publish_queue(dev, q); // what is completed is not lost
-    vblk__take_queue_away(dev, q, vblk__forget_queue);
+    vblk__forget_queue(dev, q);
     return position;
 }
 
@@ -3873,8 +3942,8 @@ static uint64_t vblk__first_epoch(void) {
     uint32_t old = VBLK__LOAD(&made);
     while (!VBLK__CAS(&made, old, old + 1)) {
     }
-    return (uint64_t)old << 32;
-}
+    return (uint64_t)old << 32 | (uint32_t)(uintptr_t)&made; // not as another
+}                                                            // static unit's
 
 static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
                          uint64_t capacity, uint64_t backing) {
@@ -3959,6 +4028,7 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     dev->again_ns = 0;
     // Only a limited device has a turn: without limits its queues may be
     // drained by several threads, and none of them could pass it on.
+    dev->waits = dev->waits && vblk__limited(dev);
     for (unsigned i = 0; !vblk__limited(dev) && i < dev->queues; i++) {
         if (dev->queue[i].stalled) {
             vblk__end_stall(dev, &dev->queue[i], now_ns);
@@ -3978,6 +4048,7 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
         }
     }
     dev->memory = memory;
+    dev->again_ns = 0;
     for (unsigned i = 0; i < dev->queues; i++) {
         vblk_queue *q = &dev->queue[i];
         q->resolved = false;
@@ -3985,6 +4056,10 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
     }
     vblk_notify(dev, VBLK_ALL_QUEUES);
     return VBLK_OK;
+}
+
+VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev) {
+    return dev->seg_max;
 }
 
 VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue) {
@@ -4168,6 +4243,11 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef O_CLOEXEC
+#error "vblk.h: files need POSIX 2008: include vblk.h before any other header \
+in this unit, or compile with -D_GNU_SOURCE or -D_POSIX_C_SOURCE=200809L"
+#endif
 
 // If this fails: include vblk.h before any other header in this unit, or
 // compile with -D_FILE_OFFSET_BITS=64.
@@ -4574,8 +4654,8 @@ struct vblk__thread {
     jmp_buf      leave;
 };
 
-// The thread that is running, or is in released(); NULL in all others.
-static __thread struct vblk__thread *vblk__self, *vblk__releasing;
+// The thread that is running; NULL in all others.
+static __thread struct vblk__thread *vblk__self;
 
 static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
                              uint32_t to) {
@@ -4707,11 +4787,6 @@ static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk__return(t);
 }
 
-static void vblk__worker_notify(void *user, int queue) {
-    (void)queue;
-    vblk_worker_kick((vblk_worker *)user);
-}
-
 // To a moment on the clock; one that has passed fires at once.
 static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
     struct itimerspec t;
@@ -4797,9 +4872,9 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
 }
 
 // What the thread cannot work without is broken.
-static void vblk__give_up(vblk_worker *w, vblk_event_code code) {
-    vblk__say(&w->dev, code, (uint64_t)errno, 0);
-    vblk_needs_reset(&w->dev);
+static void vblk__give_up(vblk_worker *w, vblk_event_code code, int err) {
+    vblk__say(&w->dev, code, (uint64_t)err, 0);
+    vblk__ask_reset(&w->dev);
 }
 
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
@@ -4808,7 +4883,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     for (;;) {
         vblk__rest(w, t);
         if (!vblk__wait(w, next <= now, came)) {
-            vblk__give_up(w, VBLK_EV_WORKER_WAIT);
+            vblk__give_up(w, VBLK_EV_WORKER_WAIT, errno);
             return;
         }
         if (__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
@@ -4828,7 +4903,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
         uint64_t most = now + VBLK__MAX_WAIT;
         if (next > now && next != VBLK_NEVER &&
             !vblk__set_timer(w, next < most ? next : most)) {
-            vblk__give_up(w, VBLK_EV_WORKER_TIMER);
+            vblk__give_up(w, VBLK_EV_WORKER_TIMER, errno);
             return;
         }
     }
@@ -4873,8 +4948,6 @@ static void vblk__come_back(struct vblk__thread *t) {
     if (orphaned) {
         vblk__dispose(w);
         free(t);
-    } else {
-        vblk__releasing = t;
     }
     if (released) {
         released(user);
@@ -4944,11 +5017,23 @@ static void vblk__start(vblk_worker *w) {
     if (err) {
         free(t);
         vblk__at_rest(w);
-        vblk__say(&w->dev, VBLK_EV_WORKER_START, (uint64_t)err, 0);
-        vblk_needs_reset(&w->dev);
+        vblk__give_up(w, VBLK_EV_WORKER_START, err);
         return;
     }
     w->thread = t;
+}
+
+// All queues have work: the driver said DRIVER_OK, which starts the thread, or
+// limits or memory are others. With `registers` held, but for one queue.
+static void vblk__worker_notify(void *user, int queue) {
+    vblk_worker *w = (vblk_worker *)user;
+    uint32_t     live = vblk_status(&w->dev) &
+                    (VBLK_STATUS_DRIVER_OK | VBLK_STATUS_NEEDS_RESET);
+    vblk_worker_kick(w);
+    if (queue == VBLK_ALL_QUEUES && live == VBLK_STATUS_DRIVER_OK &&
+        !w->thread) {
+        vblk__start(w);
+    }
 }
 
 // Whether the thread says within `ms` that it has ended.
@@ -5032,7 +5117,8 @@ static bool vblk__collect(vblk_worker *w) {
     }
     for (struct vblk__thread **p = &w->returned; *p;) {
         t = *p;
-        if (t == vblk__releasing || pthread_tryjoin_np(t->id, NULL)) {
+        if (pthread_equal(t->id, pthread_self()) ||
+            pthread_tryjoin_np(t->id, NULL)) {
             p = &t->next;
         } else {
             *p = t->next;
@@ -5076,7 +5162,8 @@ static int vblk__worker_quiesce(void *user, int queue) {
     vblk_worker *w = (vblk_worker *)user;
     if (queue != VBLK_ALL_QUEUES) {
         w->held = w->thread && vblk__hold_still(w);
-        return w->held || !w->thread ? 0 : -1;
+        w->refused = w->thread && !w->held;
+        return w->refused ? -1 : 0;
     }
     vblk__stop(w);
     bool quiet = vblk__collect(w);
@@ -5152,18 +5239,15 @@ VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
         return VBLK_OK;
     }
     pthread_mutex_lock(&w->registers);
-    uint32_t before = vblk_status(&w->dev);
+    w->refused = false;
     vblk_mmio_write(&w->dev, offset, bytes, value);
-    uint32_t after = vblk_status(&w->dev);
     if (w->held) {
         w->held = false;
         vblk__let_go(w);
-    } else if (after & ~before & VBLK_STATUS_DRIVER_OK) {
-        vblk__start(w);
     }
-    int err = w->left_behind && !vblk__collect(w) ? VBLK_ERR_BUSY : VBLK_OK;
+    bool busy = w->refused || (w->left_behind && !vblk__collect(w));
     pthread_mutex_unlock(&w->registers);
-    return err;
+    return busy ? VBLK_ERR_BUSY : VBLK_OK;
 }
 
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
@@ -5262,7 +5346,6 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
                                      const vblk_worker_options *wo,
                                      int version, size_t bytes) {
     static int numbers;
-    vblk_options mine = *o;
     if (version / 100 != VBLK_VERSION / 100 || bytes != sizeof *w) {
         return VBLK_ERR_LAYOUT;
     }
@@ -5285,6 +5368,7 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     w->parked_fd = -1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
+    vblk_options mine = *o;
     mine.event = vblk__worker_event;
     mine.interrupt = vblk__worker_interrupt;
     mine.notify = vblk__worker_notify;
@@ -5334,9 +5418,8 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
     pthread_mutex_unlock(&w->registers);
     while (t) { // released() is to return, unless this is called by it
         struct vblk__thread *next = t->next;
-        if (t == vblk__releasing) {
+        if (pthread_equal(t->id, pthread_self())) {
             pthread_detach(t->id);
-            vblk__releasing = NULL;
         } else {
             pthread_join(t->id, NULL);
         }

@@ -70,7 +70,7 @@ static void up(vblk_backend backend) {
     region.bytes = RAM_BYTES;
     region.host = ram;
     guest.region = &region;
-    guest.regions = 1;
+    guest.count = 1;
     memset(&o, 0, sizeof o);
     o.memory = vblk_regions_memory(&guest);
     o.backend = backend;

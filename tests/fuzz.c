@@ -971,7 +971,7 @@ static answer answer_of(int queue, uint64_t again) {
         held = f.dev.queue[queue].stalled;
     }
     for (unsigned i = 0; queue == VBLK_ALL_QUEUES && i < f.dev.queues; i++) {
-        held = held && !f.dev.queue[i].due;
+        held = held && (!f.dev.queue[i].due || f.dev.queue[i].stalled);
     }
     rule(again >= f.now, "an answer from the past");
     if (again != VBLK_NEVER) {

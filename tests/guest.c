@@ -565,7 +565,7 @@ outcome drain_at(int queue, uint64_t now) {
         again = vblk_poll(&g.dev, now);
         bool due = false;
         for (unsigned i = 0; i < g.dev.queues; i++) {
-            due |= g.dev.queue[i].due;
+            due |= g.dev.queue[i].due && !g.dev.queue[i].stalled;
         }
         if (due) { // more is more pressing than a stall
             outcome more = {MORE, 0};

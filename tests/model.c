@@ -158,7 +158,6 @@ void model_needs_reset(model *m) {
 
 static void poison(model *m, model_queue *q) { // Q4
     q->poisoned = true;
-    q->under_way = 0;
     q->session++;
     m->counts.invalid_avail_idx++;
     model_needs_reset(m);
@@ -245,6 +244,7 @@ static void end_turn(model *m, const model_queue *q) {
         if (next->stalled) {
             m->turn = next;
             m->turn_bytes = next->stalled_bytes;
+            next->due = true;
         }
     }
 }
@@ -274,6 +274,8 @@ static void reset_all(model *m) { // R1
     m->status = 0;
     acknowledge(m, 3);
     m->resets++;
+    m->again = VBLK_NEVER;
+    m->turn = NULL;
     for (unsigned i = 0; i < MODEL_QUEUES; i++) {
         forget(m, &m->queue[i]);
     }
@@ -363,7 +365,8 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
         const model_queue *turn = m->turn;
         start_over(m, q);
         q->ready = false;
-        return m->turn && m->turn != turn ? VBLK_ALL_QUEUES : VBLK_NO_QUEUE;
+        return m->turn && m->turn != turn ? (int)(m->turn - m->queue)
+                                          : VBLK_NO_QUEUE;
     }
     if (live && q->ready) {
         return VBLK_NO_QUEUE;
@@ -1054,8 +1057,8 @@ static came_to pull(model *m, model_queue *q, uint64_t now_ns,
         leave_switch_open(m, q); // off, until the host waits
         int end = serve(m, q, (uint32_t)head, now_ns, &len, &wait, &r->c);
         if (end == WAITS) {
-            m->counts.throttled++;
             if (!q->stalled) {
+                m->counts.throttled++;
                 m->counts.currently_throttled++;
                 q->stalled = true;
                 q->stalled_ns = now_ns;
@@ -1142,6 +1145,12 @@ static came_to arm(model *m, model_queue *q) {
     return q->poisoned ? BROKEN : out;
 }
 
+// Another's turn is looked for once in a while.
+static uint64_t wait_of(model *m, const model_queue *q, uint64_t now_ns) {
+    uint64_t wait = wait_of_turn(m, now_ns);
+    return m->turn == q || wait > 1000000 ? wait : 1000000;
+}
+
 static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
     outcome out = {EMPTY, 0};
     static model_request r;
@@ -1162,7 +1171,7 @@ static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
     if (out.state != EMPTY) {
         leave_switch_open(m, q);
     }
-    out.wait_ns = out.state == STALLED ? wait_of_turn(m, now_ns) : 0;
+    out.wait_ns = out.state == STALLED ? wait_of(m, q, now_ns) : 0;
     return out;
 }
 
@@ -1194,7 +1203,10 @@ static void move_data(model *m, const model_chain *c, uint64_t n) {
 
 int model_complete(model *m, const model_request *r, int64_t result) {
     const model_chain *c = &r->c;
-    if (r->session != m->queue[r->queue].session) {
+    model_queue *q = &m->queue[r->queue];
+    if (r->session != q->session) {
+        bool broke = q->poisoned && r->session + 1 == q->session;
+        q->under_way -= broke && q->under_way > 0;
         return VBLK_ERR_STALE;
     }
     uint64_t n = result < 0 ? 0 : (uint64_t)result, end = c->sector * 512 + n;
@@ -1241,21 +1253,17 @@ uint64_t model_arm(model *m, unsigned queue, uint64_t now_ns) {
         leave_switch_open(m, q);
     }
     if (out == STALLED) {
-        uint64_t wait = wait_of_turn(m, now_ns);
+        uint64_t wait = wait_of(m, q, now_ns);
         return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
     }
     return out == MORE ? now_ns : VBLK_NEVER;
 }
 
 int model_stop(model *m, unsigned queue) {
-    model_queue       *q = &m->queue[queue];
-    const model_queue *turn = m->turn;
-    int                position = q->next;
+    model_queue *q = &m->queue[queue];
+    int          position = q->next;
     model_publish(m, queue);
     forget(m, q);
-    if (m->turn && m->turn != turn) {
-        model_notify(m, VBLK_ALL_QUEUES);
-    }
     return position;
 }
 
@@ -1309,7 +1317,7 @@ uint64_t model_poll(model *m, uint64_t now_ns) {
         }
     }
     m->again = VBLK_NEVER;
-    if (m->turn) {
+    if (m->turn && m->status & VBLK_STATUS_DRIVER_OK && m->memory_given) {
         uint64_t wait = wait_of_turn(m, now_ns);
         m->again = wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
     }

@@ -726,6 +726,14 @@ void event_lines(void) {
     CHECK_EQ(VBLK_LEVEL_ERROR, g.last.level);
     vblk_event_line(&g.last, line, sizeof line);
     CHECK(strstr(line, " [sector 8, error 5]") != NULL);
+    vblk_event other = {VBLK_EV_NONE, VBLK_LEVEL_NOTE, -1, -1, 0, 0, 0, 0, 0,
+                        0, 0};
+    CHECK_EQ(0, strcmp("unknown event code",
+                       vblk_event_line(&other, line, sizeof line)));
+    other.code = (vblk_event_code)251; // of another version
+    other.queue = 3;
+    CHECK_EQ(0, strcmp("queue 3: unknown event code",
+                       vblk_event_line(&other, line, sizeof line)));
     vblk_needs_reset(&g.dev); // without numbers
     CHECK_EQ(VBLK_LEVEL_NOTE, g.last.level);
     CHECK_EQ(0, strcmp("the host asked for a reset of the device",

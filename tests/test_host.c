@@ -136,8 +136,13 @@ void t9_a_clock_that_stands_still_is_told(void) {
             CHECK_EQ(i < 2, again == VBLK_NEVER);
             CHECK(again > now);
         }
+        for (unsigned i = 0; i < 1000 && how == 1; i++) { // coarse, maybe
+            CHECK_EQ(i > 0 && i > 994, g.events[VBLK_EV_CLOCK_STILL]);
+            vblk_poll(&g.dev, 5);
+        }
         CHECK_EQ(how < 2, g.events[VBLK_EV_CLOCK_STILL]);
         if (how < 2) {
+            CHECK_EQ(0, g.last.queue);
             CHECK_EQ(VBLK_LEVEL_ERROR, g.last.level);
             CHECK_EQ(how * 5, g.last.value);
         }
@@ -399,6 +404,130 @@ void p8_a_queue_that_cannot_be_stopped(void) {
     CHECK_EQ(1, g.events[VBLK_EV_NOT_QUIET]);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
     CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+}
+
+// A queue that is stopped already has nothing to be asked for.
+void p8_a_queue_that_is_stopped_twice(void) {
+    with_quiesce();
+    wr(VBLK_REG_QUEUE_READY, 0);
+    quiet.answer = -1;
+    wr(VBLK_REG_QUEUE_READY, 0);
+    CHECK_EQ(1, quiet.calls);
+    CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+}
+
+// W9, T4: a stall that cannot be served now has no time.
+void t4_a_stall_without_memory_has_no_time(void) {
+    vblk_memory none = {NULL, NULL, NULL, NULL};
+    for (int how = 0; how < 2; how++) {
+        guest_init();
+        g.o.limits.iops = 1;
+        with_quiesce();
+        vblk_poll(&g.dev, 0);
+        request(VBLK_T_IN, 0, 512);
+        req r = request(VBLK_T_IN, 0, 512);
+        wr(VBLK_REG_QUEUE_NOTIFY, 0);
+        CHECK_EQ(SECOND, vblk_poll(&g.dev, 0));
+        if (how == 0) {
+            CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, none));
+        } else {
+            quiet.answer = -1;
+            wr(VBLK_REG_STATUS, 0);
+        }
+        CHECK_EQ(VBLK_NEVER, vblk_poll(&g.dev, 2 * SECOND));
+        if (how == 0) {
+            CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, g.o.memory));
+            CHECK_EQ(VBLK_NEVER, vblk_poll(&g.dev, 2 * SECOND));
+            CHECK_EQ(VBLK_S_OK, status_of(&r));
+        }
+    }
+}
+
+// T4: who waits for the turn hears when it comes, whatever ended the other's.
+void t4_the_next_in_turn_is_notified(void) {
+    for (int how = 0; how < 2; how++) {
+        guest_init();
+        g.o.queues = 2;
+        g.o.limits.bps = 512;
+        g.o.limits.bps_burst = 1 << 20;
+        guest_up();
+        g.dev.bytes.tokens = 0;
+        req large = request(VBLK_T_IN, 0, 1 << 16), small;
+        CHECK_EQ(128 * SECOND, vblk_drain(&g.dev, 0, 0));
+        small = prepare(VBLK_T_IN, 0, 512);
+        send(1, &small);
+        CHECK_EQ(128 * SECOND, vblk_drain(&g.dev, 1, 0));
+        g.notified = VBLK_NO_QUEUE;
+        if (how == 0) { // it passes, and looks on a little later
+            CHECK_EQ(128 * SECOND - 1 + 1000000,
+                     vblk_drain(&g.dev, 1, 128 * SECOND - 1));
+            CHECK_EQ(VBLK_NEVER, vblk_drain(&g.dev, 0, 128 * SECOND));
+            CHECK_EQ(VBLK_S_OK, status_of(&large));
+        } else { // it breaks: the head is another now
+            put16(g.queue[0].avail + 4, 999);
+            CHECK_EQ(VBLK_NEVER, vblk_drain(&g.dev, 0, SECOND));
+            CHECK(vblk_queue_broken(&g.dev, 0));
+        }
+        CHECK_EQ(1, g.notified);
+        CHECK(vblk_drain(&g.dev, 1, 129 * SECOND) == VBLK_NEVER);
+        CHECK_EQ(VBLK_S_OK, status_of(&small));
+    }
+}
+
+// LIB-04: memory is not given back under requests of a queue that broke.
+void w9_memory_stays_while_a_broken_queue_has_requests(void) {
+    vblk_request r;
+    vblk_memory  none = {NULL, NULL, NULL, NULL};
+    guest_up();
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(REQUEST, take(0, 0, &r).state);
+    put16(g.queue[0].avail + 2, 1000);
+    CHECK_EQ(BROKEN, kick(0).state);
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY, (uint64_t)vblk_set_memory(&g.dev, none));
+    CHECK_EQ((uint64_t)VBLK_ERR_STALE,
+             (uint64_t)vblk_complete(&g.dev, &r, 512)); // it has ended
+    CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, none));
+    reset();
+}
+
+// R4: the reset comes while a backend is at work, and the host says no.
+static unsigned reads_after;
+
+static int64_t read_and_reset(void *user, uint64_t offset, const vblk_seg *seg,
+                              unsigned segs) {
+    (void)user, (void)offset, (void)segs;
+    reads_after += vblk_status(&g.dev) == VBLK_STATUS_NEEDS_RESET;
+    quiet.answer = -1;
+    vblk_mmio_write(&g.dev, VBLK_REG_STATUS, 4, 0);
+    put16(g.queue[0].avail + 2, 1000); // the driver's own again
+    memset(seg[0].ptr, 0, 1);
+    return seg[0].n < 512 ? (int64_t)seg[0].n : 512;
+}
+
+void r4_nothing_is_begun_after_a_reset(void) {
+    reads_after = 0;
+    g.o.backend.read = read_and_reset;
+    with_quiesce();
+    req r = request(VBLK_T_IN, 0, 4096);
+    vblk_drain(&g.dev, 0, 0);
+    CHECK_EQ(0, reads_after);
+    CHECK_EQ(0xff, status_of(&r));
+    CHECK_EQ(0, counts().invalid_avail_idx);
+    CHECK_EQ(0, used_count(0));
+    g.queue[0].size = 0;
+}
+
+// An execution of an earlier session does nothing.
+void r1_an_old_request_is_not_executed(void) {
+    vblk_request r;
+    guest_up();
+    req q = request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(REQUEST, take(0, 0, &r).state);
+    reset();
+    fill(q.data, 0x5a, 512);
+    vblk_execute(&g.dev, &r);
+    CHECK_EQ(0, g.calls);
+    CHECK_EQ(0x5a, *at(q.data));
 }
 
 // What the host completes in quiesce() is not lost, and the position is right.

@@ -1359,6 +1359,7 @@ static void set_memory(void) {
     }
     if (!err) {
         m.memory_given = true;
+        m.again = 0;
         model_notify(&m, VBLK_ALL_QUEUES);
     }
 }

@@ -1245,7 +1245,8 @@ void p8_queue_ready_with_a_worker(void) {
     finish();
     up_stuck();
     w.dev.strict = false;
-    store(VBLK_REG_QUEUE_READY, 0);
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+             (uint64_t)vblk_worker_mmio_write(&w, VBLK_REG_QUEUE_READY, 4, 0));
     CHECK_EQ(0x4f, load(VBLK_REG_STATUS)); // it could not be stopped
     let_go();
     finish();

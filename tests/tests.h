@@ -249,6 +249,12 @@
     X(race_of_copies_and_the_drainer, GUEST)                                   \
     X(race_of_notifications_and_poll, GUEST)                                   \
     X(p13_queue_registers_from_driver_on, GUEST)                               \
+    X(p8_a_queue_that_is_stopped_twice, GUEST)                                 \
+    X(t4_a_stall_without_memory_has_no_time, GUEST)                            \
+    X(t4_the_next_in_turn_is_notified, GUEST)                                  \
+    X(w9_memory_stays_while_a_broken_queue_has_requests, GUEST)                \
+    X(r4_nothing_is_begun_after_a_reset, GUEST)                                \
+    X(r1_an_old_request_is_not_executed, GUEST)                                \
     X(all_status_sequences, GUEST)                                             \
     X(all_status_writes_from_every_state, GUEST)                               \
     X(all_descriptor_shapes, GUEST)                                            \
