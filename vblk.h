@@ -1084,9 +1084,9 @@ VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns);
 
 // Take the next request of `queue` into `req`, its segments into `seg`, an
 // array of `room`: at least vblk_seg_max() + 2, and more where regions of guest
-// memory meet inside of buffers. False: there is none now, or a limit holds it up:
-// vblk_arm() says when to look again. From here on the driver does not notify.
-// Thread: the queue's drainer.
+// memory meet inside of buffers. False: there is none now, or a limit holds it
+// up: vblk_arm() says when to look again. From here on the driver does not
+// notify. Thread: the queue's drainer.
 VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
                        vblk_request *req, vblk_seg *seg, unsigned room);
 

@@ -918,6 +918,7 @@ static void check_reset(void) {
 static int reg_write(uint64_t offset, unsigned bytes, uint64_t value) {
     uint32_t v = (uint32_t)value, sel = f.dev.queue_sel;
     bool running = vblk_status(&f.dev) & VBLK_STATUS_DRIVER_OK;
+    bool was = vblk_mmio_read(&f.dev, VBLK_REG_QUEUE_READY, 4);
     begin(VBLK_NO_QUEUE, false);
     notified = VBLK_NO_QUEUE;
     vblk_mmio_write(&f.dev, offset, bytes, value);
@@ -927,9 +928,9 @@ static int reg_write(uint64_t offset, unsigned bytes, uint64_t value) {
     if (bytes == 4 && offset == VBLK_REG_QUEUE_READY && running &&
         f.o.profile == VBLK_STANDARD && v != 1 &&
         sel < (vblk_driver_features(&f.dev) & VBLK_F_MQ ? f.dev.queues : 1)) {
-        rule(!f.busy || vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
+        rule(!f.busy || !was || vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
              "a queue that is not quiet is stopped");
-        if (!f.busy) {
+        if (!f.busy && was) {
             forget(sel);
         }
     }
