@@ -126,11 +126,12 @@ size: $(B)                     ## bytes of code of the core at -Os
 	$(CC) $(STD) -Os -DVBLK_IMPLEMENTATION -x c -c vblk.h -o $(B)/size.o
 	size $(B)/size.o
 
-lint:                          ## what no compiler checks: width, tabs, ASCII
+lint:                          ## what no compiler checks: width, tabs, ASCII, no call downwards
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
 	    { print FILENAME ":" FNR ": " $$0; bad = 1 } END { exit bad }' \
 	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c \
 	    tests/rules.txt
+	@awk -f tests/order.awk vblk.h vblk.h
 
 help:                          ## this list
 	@awk -F ':.*## ' '/^[A-Za-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' \

@@ -900,6 +900,7 @@ typedef struct vblk_request {
     bool      durable; // OUT: must be durable before it is completed
     bool      direct;  // every segment has a pointer
     bool      space;   // private: writable bytes stand before the status byte
+    uint8_t   kind;    // private: the row of its type
     unsigned  segs;
     vblk_seg *seg;     // in the array that vblk_next() was given
     uint64_t  offset;  // bytes from the start of the disk
@@ -1753,7 +1754,7 @@ static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
 }
 
 
-// ---- Events, counters, interrupts -------------------------------------------
+// ---- Device: state, events, interrupts, notifications ----------------------
 
 // dev->state: Status, the bits of InterruptStatus and whether the line is high,
 // in one word, so that they change in one step and a reset leaves nothing of
@@ -1765,6 +1766,21 @@ static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
 
 static inline bool vblk__has_status(const vblk_dev *dev, uint32_t bit) {
     return (VBLK__LOAD(&dev->state) & bit) != 0;
+}
+
+VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
+    return VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__STATUS;
+}
+
+VBLKDEF uint64_t vblk_driver_features(const vblk_dev *dev) {
+    return VBLK__LOAD(&dev->accepted);
+}
+
+static unsigned vblk__queue_count(const vblk_dev *dev) {
+    bool negotiated = vblk__has_status(dev, VBLK_STATUS_FEATURES_OK);
+    return negotiated && !(vblk_driver_features(dev) & VBLK_F_MQ)
+               ? 1
+               : dev->queues;
 }
 
 // Which fields of an event its two numbers are, and its level.
@@ -1906,50 +1922,32 @@ static void vblk__change_state(vblk_dev *dev, uint32_t keep, uint32_t set) {
     }
 }
 
-// `q` had its turn, or gives it up: it goes to the next queue that waits.
-static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
-    unsigned me = (unsigned)vblk__index(dev, q);
-    if (dev->waits && dev->turn == me) {
-        dev->waits = false;
-        dev->again_ns = 0;
-        for (unsigned i = 1; i < dev->queues && !dev->waits; i++) {
-            unsigned next = (me + i) % dev->queues;
-            dev->waits = dev->queue[next].stalled;
-            dev->turn = (uint16_t)next;
+static void vblk__set_due(vblk_dev *dev, vblk_queue *q) {
+    VBLK__STORE_RELEASE(&q->due, true);
+    VBLK__OR(&dev->due, 1u);
+}
+
+// Whether `q` was notified since it was last asked.
+static bool vblk__take_due(vblk_queue *q) {
+    bool due = VBLK__LOAD(&q->due);
+    return due && VBLK__CAS(&q->due, due, false);
+}
+
+VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
+    VBLK_ASSERT(queue == VBLK_ALL_QUEUES ||
+                (queue >= 0 && (unsigned)queue < dev->queues));
+    for (unsigned i = 0; i < dev->queues; i++) {
+        if (queue == VBLK_ALL_QUEUES || (unsigned)queue == i) {
+            vblk__set_due(dev, &dev->queue[i]);
         }
-        if (dev->waits) {
-            vblk_notify(dev, dev->turn);
-        }
+    }
+    if (dev->notify) {
+        dev->notify(dev->user, queue);
     }
 }
 
-// The head has passed, or, at a time of 0, never will.
-static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
-    vblk__end_turn(dev, q);
-    if (now_ns > q->stalled_ns) {
-        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
-    }
-    q->stalled = false;
-    VBLK__STORE(&q->counts.currently_throttled, 0);
-}
 
-// What is under way in a broken queue goes stale, though it still moves data
-// until the host has ended it. Its stall ends: no other queue waits for it.
-static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
-                         uint64_t a, uint64_t b) {
-    if (q->poisoned) {
-        return;
-    }
-    VBLK__STORE(&q->poisoned, true);
-    VBLK__STORE(&q->epoch, q->epoch + 1);
-    vblk__end_stall(dev, q, 0);
-    vblk__count(&q->counts.invalid_avail_idx, 1);
-    vblk__say_queue(dev, q, code, a, b);
-    vblk__ask_reset(dev);
-}
-
-
-// ---- Bucket: integers in, integers out --------------------------------------
+// ---- Bucket: integers in, integers out -------------------------------------
 
 #define VBLK__SECOND UINT64_C(1000000000) // nanoseconds
 
@@ -2060,7 +2058,124 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 }
 
 
-// ---- Queue: take a chain, give it back, publish, switch notifications -------
+// ---- Limits: who must wait, and until when ---------------------------------
+
+static bool vblk__limited(const vblk_dev *dev) {
+    return dev->ops.rate || dev->bytes.rate;
+}
+
+// `q` had its turn, or gives it up: it goes to the next queue that waits.
+static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
+    unsigned me = (unsigned)vblk__index(dev, q);
+    if (dev->waits && dev->turn == me) {
+        dev->waits = false;
+        dev->again_ns = 0;
+        for (unsigned i = 1; i < dev->queues && !dev->waits; i++) {
+            unsigned next = (me + i) % dev->queues;
+            dev->waits = dev->queue[next].stalled;
+            dev->turn = (uint16_t)next;
+        }
+        if (dev->waits) {
+            vblk_notify(dev, dev->turn);
+        }
+    }
+}
+
+// The head does not wait any more.
+static void vblk__forget_stall(vblk_dev *dev, vblk_queue *q) {
+    vblk__end_turn(dev, q);
+    q->stalled = false;
+    VBLK__STORE(&q->counts.currently_throttled, 0);
+}
+
+// It has passed.
+static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
+    vblk__forget_stall(dev, q);
+    if (now_ns > q->stalled_ns) {
+        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
+    }
+}
+
+enum { VBLK__CLOCK_NEW, VBLK__CLOCK_SEEN, VBLK__CLOCK_GOES };
+
+// A request waits, and since set-up all calls came at one moment, more than a
+// round over the queues has. At another time than 0 the clock may be coarse, so
+// it gets more of them.
+static void vblk__check_clock(vblk_dev *dev) {
+    uint32_t rounds = dev->clock_ns ? 1000 : 1;
+    if (dev->waits && dev->clock == VBLK__CLOCK_SEEN &&
+        dev->clock_calls > rounds * (dev->queues + 1)) {
+        dev->clock = VBLK__CLOCK_GOES; // once will do
+        vblk__say_queue(dev, &dev->queue[dev->turn], VBLK_EV_CLOCK_STILL,
+                        dev->clock_ns, 0);
+    }
+}
+
+static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
+    if (dev->clock == VBLK__CLOCK_NEW) {
+        dev->clock = VBLK__CLOCK_SEEN;
+        dev->clock_ns = now_ns;
+        dev->clock_calls = 0;
+    } else if (now_ns != dev->clock_ns) {
+        dev->clock = VBLK__CLOCK_GOES;
+    }
+    dev->clock_calls += calls;
+    vblk__check_clock(dev);
+}
+
+// The head waits.
+static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
+                        uint64_t now_ns) {
+    if (!dev->waits) {
+        dev->waits = true;
+        dev->turn = (uint16_t)vblk__index(dev, q);
+        dev->again_ns = 0;
+    }
+    q->stalled_bytes = cost;
+    if (!q->stalled) {
+        q->stalled = true;
+        q->stalled_ns = now_ns;
+        vblk__count(&q->counts.throttled, 1);
+        VBLK__STORE(&q->counts.currently_throttled, 1);
+    }
+    vblk__check_clock(dev);
+}
+
+// Whether a request of so many bytes fits the limits now; both are looked at
+// before either is charged. The queue that stalls first goes first: until its
+// request fits, nothing of another queue passes, or small requests there could
+// keep a large one waiting for ever.
+static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
+                        uint64_t now_ns) {
+    if (!dev->ops.rate && (!dev->bytes.rate || bytes == 0)) {
+        return true; // costs nothing, so it waits for nobody
+    }
+    vblk_bucket_refill(&dev->ops, now_ns);
+    vblk_bucket_refill(&dev->bytes, now_ns);
+    bool its_turn = !dev->waits || dev->turn == vblk__index(dev, q);
+    if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
+        !vblk_bucket_can_take(&dev->bytes, bytes)) {
+        vblk__stall(dev, q, bytes, now_ns);
+        return false;
+    }
+    vblk_bucket_take(&dev->ops, 1);
+    vblk_bucket_take(&dev->bytes, bytes);
+    return true;
+}
+
+// When the request whose turn it is passes.
+static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
+    const vblk_queue *q = &dev->queue[dev->turn];
+    vblk_bucket_refill(&dev->ops, now_ns);
+    vblk_bucket_refill(&dev->bytes, now_ns);
+    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
+    uint64_t b = vblk_bucket_wait(&dev->bytes, q->stalled_bytes, now_ns);
+    uint64_t wait = a > b ? a : b;
+    return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
+}
+
+
+// ---- Queue: take a chain, give it back, publish, switch notifications ------
 
 // Offsets in the rings [2.7.6, 2.7.8].
 static uint64_t vblk__avail_bytes(const vblk_queue *q) {
@@ -2069,6 +2184,21 @@ static uint64_t vblk__avail_bytes(const vblk_queue *q) {
 
 static uint64_t vblk__used_bytes(const vblk_queue *q) {
     return 6 + VBLK__USED_BYTES * (uint64_t)q->size;
+}
+
+// What is under way in a broken queue goes stale, though it still moves data
+// until the host has ended it. Its stall ends: no other queue waits for it.
+static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
+                         uint64_t a, uint64_t b) {
+    if (q->poisoned) {
+        return;
+    }
+    VBLK__STORE(&q->poisoned, true);
+    VBLK__STORE(&q->epoch, q->epoch + 1);
+    vblk__forget_stall(dev, q);
+    vblk__count(&q->counts.invalid_avail_idx, 1);
+    vblk__say_queue(dev, q, code, a, b);
+    vblk__ask_reset(dev);
 }
 
 // Look at a queue for the first time since DRIVER_OK, or since the memory
@@ -2266,7 +2396,7 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 }
 
 
-// ---- Chain: descriptors to a list -------------------------------------------
+// ---- Chain: descriptors to a list ------------------------------------------
 
 #define VBLK__MAX_WALK 32768u // entries of the largest queue
 
@@ -2276,7 +2406,11 @@ typedef struct vblk__chain {
     vblk_seg *d;         // room for seg_max + 2
     unsigned descs;      // read so far, the empty ones too
     unsigned begin, end; // d[begin] up to d[end] is what is left of it
-    vblk_event_code code; // it has an end, and is refused all the same (P5)
+    vblk_event_code spoilt; // it has an end, and is refused all the same (P5)
+    // Why it is refused, as the event says it, and what the status byte tells.
+    vblk_event_code code;
+    uint64_t why_a, why_b;
+    uint8_t  status;
     uint64_t last_gpa;   // the last writable descriptor
     uint32_t last_n;
     bool     first_ok;   // the first descriptor holds a header
@@ -2286,6 +2420,16 @@ typedef struct vblk__chain {
     uint64_t in_bytes;   // in all writable ones
     uint64_t status_gpa;
 } vblk__chain;
+
+// False, for the caller to return.
+static bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
+                         uint64_t b) {
+    c->code = code;
+    c->why_a = a;
+    c->why_b = b;
+    c->status = VBLK_S_IOERR;
+    return false;
+}
 
 // A descriptor table: the queue's own, or an indirect one.
 typedef struct vblk__table {
@@ -2313,32 +2457,29 @@ static void vblk__append(vblk__chain *c, uint64_t gpa, uint32_t n,
         c->mixed = c->mixed || c->in_bytes > 0;
         c->out_bytes += n;
     }
-    if (!c->code) {
+    if (!c->spoilt) {
         c->d[c->end].gpa = gpa;
         c->d[c->end++].n = n;
     }
 }
 
 // Go from `t` to the indirect table at `gpa` [2.7.5.3].
-static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
-                        vblk__table *t, uint64_t gpa, uint32_t n,
-                        unsigned flags) {
-    vblk_event_code code = VBLK_EV_NONE;
+static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
+                        uint64_t gpa, uint32_t n, unsigned flags) {
     if (!dev->indirect) {
-        code = VBLK_EV_INDIRECT_OFF;
-    } else if (t->indirect) {
-        code = VBLK_EV_INDIRECT_NESTED;
-    } else if (flags & VBLK__DESC_NEXT) {
-        code = VBLK_EV_INDIRECT_NEXT;
-    } else if (n == 0 || n % VBLK__DESC_BYTES) {
-        code = VBLK_EV_INDIRECT_SIZE;
-    } else if (vblk__wraps(gpa, n)) {
-        code = VBLK_EV_CHAIN_UNREADABLE;
+        return vblk__refuse(c, VBLK_EV_INDIRECT_OFF, n, 0);
     }
-    if (code) {
-        uint64_t a = code == VBLK_EV_CHAIN_UNREADABLE ? gpa : n;
-        vblk__say_chain(dev, q, head, code, a, 0);
-        return false;
+    if (t->indirect) {
+        return vblk__refuse(c, VBLK_EV_INDIRECT_NESTED, n, 0);
+    }
+    if (flags & VBLK__DESC_NEXT) {
+        return vblk__refuse(c, VBLK_EV_INDIRECT_NEXT, n, 0);
+    }
+    if (n == 0 || n % VBLK__DESC_BYTES) {
+        return vblk__refuse(c, VBLK_EV_INDIRECT_SIZE, n, 0);
+    }
+    if (vblk__wraps(gpa, n)) {
+        return vblk__refuse(c, VBLK_EV_CHAIN_UNREADABLE, gpa, 0);
     }
     t->ptr = vblk__whole(dev, gpa, n, false);
     t->gpa = gpa;
@@ -2352,7 +2493,7 @@ static bool vblk__enter(vblk_dev *dev, vblk_queue *q, uint16_t head,
 // as many of a table as it has, whatever the guest writes there meanwhile. In
 // the standard profile the end of one that is too long is looked for, as far
 // as any queue could hold it, and not kept.
-static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
+static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
     vblk__table t = {q->desc, q->desc_gpa, q->size, 0, false};
     unsigned limit = dev->seg_max + 2;
@@ -2361,28 +2502,24 @@ static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
         uint8_t d[VBLK__DESC_BYTES];
         uint64_t at = VBLK__DESC_BYTES * (uint64_t)i;
         if (i >= t.entries) {
-            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_NEXT, i, t.entries);
-            return false;
+            return vblk__refuse(c, VBLK_EV_CHAIN_NEXT, i, t.entries);
         }
         if (c->descs == limit) {
-            c->code = VBLK_EV_CHAIN_LONG;
+            c->spoilt = VBLK_EV_CHAIN_LONG;
         }
         if (t.taken++ == t.entries || c->descs == VBLK__MAX_WALK ||
-            (c->code && dev->strict)) {
-            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_LONG,
-                            c->code ? limit : t.entries, 0);
-            return false;
+            (c->spoilt && dev->strict)) {
+            return vblk__refuse(c, VBLK_EV_CHAIN_LONG,
+                                c->spoilt ? limit : t.entries, 0);
         }
         if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
-            vblk__say_chain(dev, q, head, VBLK_EV_CHAIN_UNREADABLE, t.gpa + at,
-                            0);
-            return false;
+            return vblk__refuse(c, VBLK_EV_CHAIN_UNREADABLE, t.gpa + at, 0);
         }
         uint64_t gpa = vblk__get64(d);
         uint32_t n = vblk__get32(d + 8);
         unsigned flags = vblk__get16(d + 12);
         if (flags & VBLK__DESC_INDIRECT) {
-            if (!vblk__enter(dev, q, head, &t, gpa, n, flags)) {
+            if (!vblk__enter(dev, c, &t, gpa, n, flags)) {
                 return false;
             }
             i = 0;
@@ -2397,56 +2534,55 @@ static bool vblk__walk(vblk_dev *dev, vblk_queue *q, uint16_t head,
 }
 
 // Find the status byte and take its descriptor off the list (V2, P1).
-static vblk_event_code vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
+static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
     if (c->in_bytes == 0) {
-        return VBLK_EV_STATUS_MISSING;
+        return vblk__refuse(c, VBLK_EV_STATUS_MISSING, 0, 0);
     }
     if (dev->strict && (!c->last_ok || c->descs == 1)) {
-        return c->mixed ? VBLK_EV_CHAIN_ORDER : VBLK_EV_STATUS_FRAMING;
+        return vblk__refuse(c, c->mixed ? VBLK_EV_CHAIN_ORDER
+                                        : VBLK_EV_STATUS_FRAMING, 0, 0);
     }
     if (vblk__wraps(c->last_gpa, c->last_n)) {
-        return VBLK_EV_STATUS_WRAPS;
+        return vblk__refuse(c, VBLK_EV_STATUS_WRAPS, c->last_gpa, 0);
     }
     c->status_gpa = c->last_gpa + (c->last_n - 1);
-    if (!dev->strict && c->mixed && !c->code) {
-        c->code = VBLK_EV_CHAIN_ORDER;
+    if (!dev->strict && c->mixed && !c->spoilt) {
+        c->spoilt = VBLK_EV_CHAIN_ORDER;
     }
-    if (c->code) {
+    if (c->spoilt) {
         c->in_bytes--;
-        return VBLK_EV_NONE;
+        return true;
     }
     vblk_seg *last = &c->d[c->end - 1];
     size_t cut = dev->strict ? last->n : 1; // V15
     c->in_bytes -= cut;
     last->n -= cut;
     c->end -= last->n == 0;
-    return VBLK_EV_NONE;
+    return true;
 }
 
 // Read the header and take its bytes off the list (V3, V4, P1).
-static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
-                                        uint8_t *header) {
+static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
     size_t got = 0;
-    if (dev->strict && !c->first_ok) {
-        return c->mixed || c->out_bytes < VBLK__HEADER_BYTES
-                   ? VBLK_EV_HEADER_SHORT
-                   : VBLK_EV_HEADER_FRAMING;
+    bool   framed = c->first_ok || !dev->strict;
+    if (c->out_bytes < VBLK__HEADER_BYTES || (!framed && c->mixed)) {
+        return vblk__refuse(c, VBLK_EV_HEADER_SHORT, c->out_bytes, 0);
     }
-    if (c->out_bytes < VBLK__HEADER_BYTES) {
-        return VBLK_EV_HEADER_SHORT;
+    if (!framed) {
+        return vblk__refuse(c, VBLK_EV_HEADER_FRAMING, c->out_bytes, 0);
     }
     while (got < VBLK__HEADER_BYTES) {
         vblk_seg *d = &c->d[c->begin];
         size_t n = VBLK__HEADER_BYTES - got;
         n = d->n < n ? d->n : n;
         if (vblk__wraps(d->gpa, d->n)) {
-            return VBLK_EV_HEADER_UNREADABLE;
+            return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
         }
         uint8_t *p = vblk__whole(dev, d->gpa, n, false);
         if (p && n == VBLK__HEADER_BYTES) {
             vblk__fetch16(dev, p, 0, header);
         } else if (!vblk__read(dev, d->gpa, header + got, n)) {
-            return VBLK_EV_HEADER_UNREADABLE;
+            return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
         }
         got += n;
         n = dev->strict ? d->n : n;
@@ -2455,108 +2591,118 @@ static vblk_event_code vblk__cut_header(vblk_dev *dev, vblk__chain *c,
         d->n -= n;
         c->begin += d->n == 0;
     }
-    return VBLK_EV_NONE;
+    return true;
 }
 
 
-// ---- Request: list to validated request -------------------------------------
+// ---- Request: list to validated request ------------------------------------
 
 // Of the type: an order among requests, which old drivers ask for unasked.
 #define VBLK__T_BARRIER 0x80000000u
 
 enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
+enum { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID };
 
+// The request types. Nothing else in this file compares types: a new one is a
+// row here, and what its columns cannot say.
 static const struct vblk__kind {
     uint32_t type;
-    uint8_t  data;    // direction
-    bool     sectors; // a range of the disk
-    uint64_t feature; // that must be offered
+    uint8_t  feature; // the bit that must be offered; 0: none
+    uint8_t  data;    // its direction; what goes out changes the disk
+    uint8_t  shape;   // what the data is: a range of the disk, the id
+    uint8_t  failed;  // the event of a backend that fails
+    uint8_t  counter; // of successes, which number in vblk_counts
+    uint8_t  bytes;   // what they moved, the same; or `counter`: nothing
 } vblk__kinds[] = {
-    {VBLK_T_IN, VBLK__DATA_IN, true, 0},
-    {VBLK_T_OUT, VBLK__DATA_OUT, true, 0},
-    {VBLK_T_FLUSH, VBLK__NO_DATA, false, VBLK_F_FLUSH},
-    {VBLK_T_GET_ID, VBLK__DATA_IN, false, 0},
+#define VBLK__COUNTER(member) offsetof(vblk_counts, member) / sizeof(uint64_t)
+    {VBLK_T_IN, 0, VBLK__DATA_IN, VBLK__SECTORS, VBLK_EV_READ_FAILED,
+     VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
+    {VBLK_T_OUT, 0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK_EV_WRITE_FAILED,
+     VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
+    {VBLK_T_FLUSH, 9, VBLK__NO_DATA, VBLK__NOTHING, VBLK_EV_FLUSH_FAILED,
+     VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
+    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK_EV_NONE, 0, 0},
+#undef VBLK__COUNTER
 };
 
-static const struct vblk__kind *vblk__kind_of(const vblk_dev *dev,
-                                              uint32_t type) {
-    for (size_t i = 0; i < sizeof vblk__kinds / sizeof vblk__kinds[0]; i++) {
-        const struct vblk__kind *k = &vblk__kinds[i];
-        if (k->type == type && (dev->offered & k->feature) == k->feature) {
-            return k;
+#define VBLK__KINDS (sizeof vblk__kinds / sizeof vblk__kinds[0])
+
+static const struct vblk__kind *vblk__kind(const vblk_request *r) {
+    return &vblk__kinds[r->kind];
+}
+
+// Find the row of `type`, if it is known and was offered.
+static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
+                            uint32_t type) {
+    r->type = type;
+    for (r->kind = 0; r->kind < VBLK__KINDS; r->kind++) {
+        const struct vblk__kind *k = vblk__kind(r);
+        if (k->type == type) {
+            return k->feature == 0 || (dev->offered >> k->feature & 1);
         }
     }
-    return NULL;
+    return false;
 }
 
-// What a refusal's event says beside its code.
-typedef struct vblk__why {
-    vblk_event_code code;
-    uint64_t        a, b;
-} vblk__why;
-
-static vblk__why vblk__because(vblk_event_code code, uint64_t a, uint64_t b) {
-    vblk__why why = {code, a, b};
-    return why;
-}
-
-static vblk__why vblk__check_sizes(const vblk_dev *dev, const vblk__chain *c) {
+static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
     bool binds = (dev->accepted & VBLK_F_SIZE_MAX) != 0;
     bool offered = (dev->offered & VBLK_F_SIZE_MAX) != 0;
     if (!binds && (!offered || !dev->strict)) { // P3
-        return vblk__because(VBLK_EV_NONE, 0, 0);
+        return true;
     }
     for (unsigned i = c->begin; i < c->end; i++) {
         if (c->d[i].n > dev->size_max) {
-            return vblk__because(binds ? VBLK_EV_SEGMENT_LONG
-                                       : VBLK_EV_SEGMENT_LONG_STRICT,
-                                 c->d[i].n, dev->size_max);
+            return vblk__refuse(c, binds ? VBLK_EV_SEGMENT_LONG
+                                         : VBLK_EV_SEGMENT_LONG_STRICT,
+                                c->d[i].n, dev->size_max);
         }
     }
-    return vblk__because(VBLK_EV_NONE, 0, 0);
+    return true;
+}
+
+// V8, V9, V13: a range of the disk.
+static bool vblk__check_range(const vblk_dev *dev, vblk__chain *c, bool out,
+                              uint64_t sector, uint64_t bytes) {
+    if (bytes % VBLK_SECTOR) {
+        return vblk__refuse(c, VBLK_EV_DATA_RAGGED, bytes, 0);
+    }
+    if (out && !dev->backend.write) {
+        return vblk__refuse(c, VBLK_EV_READ_ONLY, sector, 0);
+    }
+    if (sector > dev->capacity ||
+        bytes / VBLK_SECTOR > dev->capacity - sector) {
+        return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector, bytes);
+    }
+    if (bytes >= UINT32_MAX) {
+        return vblk__refuse(c, VBLK_EV_DATA_LONG, bytes, 0);
+    }
+    return true;
 }
 
 // V5 to V9, V12, V13, V16, in the order of a reader's questions: is it the
 // right data, is there enough, may it, is it on the disk.
-static vblk__why vblk__check(const vblk_dev *dev, const vblk__chain *c,
-                             const struct vblk__kind *k, uint64_t sector) {
+static bool vblk__check(const vblk_dev *dev, vblk__chain *c,
+                        const struct vblk__kind *k, uint64_t sector) {
     uint64_t bytes = c->in_bytes + c->out_bytes;
     if (k->data == VBLK__NO_DATA) {
-        if (dev->strict && bytes > 0) {
-            return vblk__because(VBLK_EV_DATA_UNWANTED, bytes, 0);
-        }
-        return vblk__because(VBLK_EV_NONE, 0, 0);
+        return !dev->strict || bytes == 0 ||
+               vblk__refuse(c, VBLK_EV_DATA_UNWANTED, bytes, 0);
     }
-    vblk__why why = vblk__check_sizes(dev, c);
-    if (why.code) {
-        return why;
+    if (!vblk__check_sizes(dev, c)) {
+        return false;
     }
     if (k->data == VBLK__DATA_IN ? c->out_bytes : c->in_bytes) {
-        return vblk__because(VBLK_EV_DATA_DIRECTION, k->type, 0);
+        return vblk__refuse(c, VBLK_EV_DATA_DIRECTION, k->type, 0);
     }
     if (dev->strict && bytes == 0) {
-        return vblk__because(VBLK_EV_DATA_MISSING, k->type, 0);
+        return vblk__refuse(c, VBLK_EV_DATA_MISSING, k->type, 0);
     }
-    if (!k->sectors) {
-        if (dev->strict && c->d[c->begin].n < VBLK_ID_BYTES) {
-            return vblk__because(VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
-        }
-        return vblk__because(VBLK_EV_NONE, 0, 0);
+    if (k->shape == VBLK__SECTORS) {
+        return vblk__check_range(dev, c, k->data == VBLK__DATA_OUT, sector,
+                                 bytes);
     }
-    if (bytes % VBLK_SECTOR) {
-        return vblk__because(VBLK_EV_DATA_RAGGED, bytes, 0);
-    }
-    if (k->type == VBLK_T_OUT && !dev->backend.write) {
-        return vblk__because(VBLK_EV_READ_ONLY, sector, 0);
-    }
-    if (sector > dev->capacity ||
-        bytes / VBLK_SECTOR > dev->capacity - sector) {
-        return vblk__because(VBLK_EV_OUT_OF_RANGE, sector, bytes);
-    }
-    if (bytes >= UINT32_MAX) {
-        return vblk__because(VBLK_EV_DATA_LONG, bytes, 0);
-    }
-    return vblk__because(VBLK_EV_NONE, 0, 0);
+    return !dev->strict || c->d[c->begin].n >= VBLK_ID_BYTES ||
+           vblk__refuse(c, VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
 }
 
 static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
@@ -2603,21 +2749,69 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk_seg d,
 
 // All of the list is guest memory before the backend is asked (X5). The list
 // stands at the end of the request's segments, which overtake it never.
-static vblk__why vblk__map_data(vblk_dev *dev, vblk_request *r,
-                                const vblk__chain *c) {
-    r->segs = 0;
-    r->direct = true;
+static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                           bool in) {
     for (unsigned i = c->begin; i < c->end; i++) {
         vblk_seg d = c->d[i];
-        if (!vblk__map_desc(dev, r, d, &c->d[i + 1], r->type != VBLK_T_OUT)) {
-            return vblk__because(VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
+        if (!vblk__map_desc(dev, r, d, &c->d[i + 1], in)) {
+            return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
-    return vblk__because(VBLK_EV_NONE, 0, 0);
+    return true;
+}
+
+// Only the first `bytes` of the list are to be looked up; there are more.
+static void vblk__keep(vblk__chain *c, uint32_t bytes) {
+    unsigned i = c->begin;
+    for (; c->d[i].n < bytes; i++) {
+        bytes -= (uint32_t)c->d[i].n;
+    }
+    c->d[i].n = bytes;
+    c->end = i + 1;
+}
+
+// Fill in `r` from its header and the rest of its chain, or say why not.
+static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
+    uint8_t header[VBLK__HEADER_BYTES];
+    if (c->spoilt) {
+        bool is_long = c->spoilt == VBLK_EV_CHAIN_LONG;
+        return vblk__refuse(c, c->spoilt, is_long ? dev->seg_max + 2 : 0, 0);
+    }
+    if (!vblk__cut_header(dev, c, header)) {
+        return false;
+    }
+    uint64_t sector = vblk__get64(header + 8);
+    uint32_t type = vblk__get32(header);
+    bool     barrier = (type & VBLK__T_BARRIER) != 0;
+    bool     known = vblk__find_kind(dev, r, type & ~VBLK__T_BARRIER);
+    if (!known || (barrier && dev->strict)) { // P9
+        vblk__refuse(c, known ? VBLK_EV_TYPE_BARRIER : VBLK_EV_TYPE_UNKNOWN,
+                     type, 0);
+        c->status = VBLK_S_UNSUPP;
+        return false;
+    }
+    const struct vblk__kind *k = vblk__kind(r);
+    if (!vblk__check(dev, c, k, sector)) {
+        return false;
+    }
+    r->offset = r->bytes = r->segs = 0;
+    r->direct = true;
+    r->durable = k->data == VBLK__DATA_OUT && dev->write_through;
+    if (k->data == VBLK__NO_DATA) {
+        return true;
+    }
+    r->bytes = c->in_bytes + c->out_bytes;
+    if (k->shape == VBLK__SECTORS) {
+        r->offset = sector * VBLK_SECTOR;
+    } else if (r->bytes > VBLK_ID_BYTES) {
+        r->bytes = VBLK_ID_BYTES;
+        vblk__keep(c, VBLK_ID_BYTES);
+    }
+    return vblk__map_data(dev, r, c, k->data == VBLK__DATA_IN);
 }
 
 
-// ---- Data: between guest memory and the backend -----------------------------
+// ---- Copies: between guest memory and the host -----------------------------
 
 // The piece of segment data at byte `at`; at most `n` bytes of it.
 static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
@@ -2685,6 +2879,218 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
     return vblk__stale(dev, req) ? VBLK_ERR_STALE : VBLK_OK;
 }
 
+
+// ---- Next: the request at the head -----------------------------------------
+
+// The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
+// the error, if it is one. False: there is no status byte any more.
+static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                         uint8_t status, uint32_t written) {
+    bool told = true;
+    if (vblk__halted(dev)) {
+        return false;
+    }
+    if (r->status_ptr) {
+        *r->status_ptr = status;
+    } else {
+        told = vblk__write(dev, r->status_gpa, &status, 1);
+    }
+    if (!told || status == VBLK_S_IOERR) {
+        vblk__count(&q->counts.io_errors, 1);
+    }
+    if (told) {
+        vblk__give_back(dev, q, r->head, written);
+    } else { // V17
+        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
+                        r->status_gpa, 0);
+    }
+    return told;
+}
+
+// The used length when nothing but the status byte was written: it may not
+// count what stands before that byte [2.7.8.2], P6.
+static uint32_t vblk__only_status(const vblk_request *r) {
+    return r->space ? 0 : 1;
+}
+
+static void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
+                                uint64_t bytes) {
+    uint64_t *counts = (uint64_t *)(void *)&q->counts;
+    vblk__count(&counts[k->counter], 1);
+    if (k->bytes != k->counter) {
+        vblk__count(&counts[k->bytes], bytes);
+    }
+}
+
+// V1 and V2, and there is no status byte to tell the driver by (P5).
+static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
+    vblk__count(&q->counts.io_errors, 1);
+    if (!dev->strict) {
+        vblk__give_back(dev, q, head, 0);
+    }
+}
+
+// GET_ID needs no backend: the id goes out as far as there is space (V16).
+static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                         uint64_t space) {
+    bool to_status = r->bytes == space || dev->strict; // P6
+    if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
+        vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
+        return;
+    }
+    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
+}
+
+// Where the status goes (V17).
+static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
+                               vblk__chain *c) {
+    r->space = !dev->strict && c->in_bytes > 0;
+    r->status_gpa = c->status_gpa;
+    r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
+    bool there = dev->memory.map
+                     ? r->status_ptr != NULL
+                     : vblk__write(dev, c->status_gpa, NULL, 1);
+    return there ||
+           vblk__refuse(c, VBLK_EV_STATUS_UNWRITABLE, c->status_gpa, 0);
+}
+
+// What needs neither tokens nor backend: an empty transfer (P4), and a FLUSH
+// of what cannot be written (V10).
+static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
+    return vblk__kind(r)->data == VBLK__NO_DATA ? !dev->backend.write
+                                                : r->bytes == 0;
+}
+
+// A chain to a request, or to its end: dropped, refused, answered. STALLED: it
+// waits at the head.
+static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                               vblk__chain *c, uint64_t now_ns) {
+    if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, c)) {
+        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        vblk__drop(dev, q, r->head);
+        return VBLK__MORE;
+    }
+    if (!vblk__place_status(dev, r, c)) {
+        vblk__count(&q->counts.io_errors, 1);
+        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        return VBLK__MORE;
+    }
+    if (!vblk__parse(dev, r, c)) {
+        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        vblk__finish(dev, q, r, c->status, vblk__only_status(r));
+        return VBLK__MORE;
+    }
+    bool idle = vblk__is_idle(dev, r);
+    if (!idle && !vblk__admit(dev, q, r->bytes, now_ns)) {
+        q->avail_next--;
+        return VBLK__STALLED;
+    }
+    if (vblk__kind(r)->shape == VBLK__ID) {
+        vblk__get_id(dev, q, r, c->in_bytes);
+        return VBLK__MORE;
+    }
+    if (idle) {
+        if (vblk__finish(dev, q, r, VBLK_S_OK, vblk__only_status(r))) {
+            vblk__count_success(q, vblk__kind(r), 0);
+        }
+        return VBLK__MORE;
+    }
+    q->under_way++;
+    return VBLK__REQUEST;
+}
+
+// Take one chain. REQUEST: it is in `r`, whose segments have place for `room`.
+// MORE: it was answered here. STALLED: it is back in the ring.
+static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                               unsigned room, uint64_t now_ns,
+                               uint32_t *budget) {
+    vblk__chain c;
+    if (q->under_way >= q->size) {
+        vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
+        return VBLK__BROKEN;
+    }
+    if (!vblk__take(dev, q, &r->head)) {
+        return VBLK__BROKEN;
+    }
+    r->queue = (uint16_t)vblk__index(dev, q);
+    r->epoch = q->epoch;
+    r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
+    c.d = r->seg + (room - (dev->seg_max + 2));
+    c.descs = c.begin = c.end = 0;
+    c.out_bytes = c.in_bytes = 0;
+    c.last_gpa = c.last_n = 0;
+    c.first_ok = c.last_ok = c.mixed = false;
+    c.spoilt = VBLK_EV_NONE;
+    vblk__state state = vblk__judge(dev, q, r, &c, now_ns);
+    uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
+    *budget -= length < *budget ? length : *budget;
+    return state;
+}
+
+// The next request, past all that is answered on the way. Each chain takes one
+// off `budget`, and a very long one more. MORE: the budget is spent, or the
+// thread is wanted elsewhere.
+static vblk__state vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                              unsigned room, uint64_t now_ns,
+                              uint32_t *budget) {
+    for (;;) {
+        vblk__state state = vblk__peek(dev, q);
+        if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
+            return state;
+        }
+        --*budget;
+        vblk__notify_off(dev, q);
+        state = vblk__serve(dev, q, r, room, now_ns, budget);
+        if (state != VBLK__STALLED && q->stalled) {
+            vblk__end_stall(dev, q, now_ns);
+        }
+        if (state != VBLK__MORE) {
+            return state;
+        }
+    }
+}
+
+// The queue if it may be drained now, else NULL: what was completed before it
+// broke is published.
+static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
+    if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
+        queue >= vblk__queue_count(dev)) {
+        return NULL;
+    }
+    vblk_queue *q = &dev->queue[queue];
+    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
+        return NULL;
+    }
+    if (!dev->memory.read) {
+        bool said = VBLK__LOAD(&dev->no_memory_said);
+        if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
+            vblk__say_queue(dev, q, VBLK_EV_NO_MEMORY, 0, 0);
+        }
+        return NULL;
+    }
+    if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
+        vblk__publish_queue(dev, q);
+        return NULL;
+    }
+    return q;
+}
+
+VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
+                       vblk_request *req, vblk_seg *seg, unsigned room) {
+    VBLK_ASSERT(queue < dev->queues);
+    VBLK_ASSERT(room >= dev->seg_max + 2);
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q || room < dev->seg_max + 2) {
+        return false;
+    }
+    uint32_t budget = q->size;
+    req->seg = seg;
+    return vblk__pull(dev, q, req, room, now_ns, &budget) == VBLK__REQUEST;
+}
+
+
+// ---- Complete: a request has ended -----------------------------------------
+
 // From byte `at` on, the data reads as zeroes (X2).
 static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[VBLK_SECTOR] = {0};
@@ -2718,22 +3124,83 @@ typedef struct vblk__progress {
 // Guest memory refused, and the event is out.
 #define VBLK__TOLD VBLK_EV_END
 
+// `r` has come as far as `done`: the event of a failure, with the sector; then
+// padding, status, used element, counters.
+static int vblk__end(vblk_dev *dev, const vblk_request *r,
+                     vblk__progress done) {
+    vblk_queue *q = &dev->queue[r->queue];
+    if (vblk__stale(dev, r)) {
+        bool of_broken = q->poisoned && r->epoch + 1 == q->epoch;
+        q->under_way -= of_broken && q->under_way > 0;
+        return VBLK_ERR_STALE;
+    }
+    VBLK_ASSERT(q->under_way > 0); // else it was completed before
+    if (q->under_way == 0) {
+        return VBLK_ERR_STALE;
+    }
+    q->under_way--;
+    const struct vblk__kind *k = vblk__kind(r);
+    bool in = k->data == VBLK__DATA_IN, out = k->data == VBLK__DATA_OUT;
+    if (out && done.bytes < r->bytes && !done.code) {
+        done.code = VBLK_EV_WRITE_STUCK;
+    }
+    if (done.code && done.code != VBLK__TOLD) {
+        vblk__say_chain(dev, q, r->head, done.code,
+                        (r->offset + done.bytes) / VBLK_SECTOR,
+                        done.error ? 0 - (uint64_t)done.error
+                                   : r->bytes - done.bytes);
+    }
+    bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
+    uint32_t written = ok && in ? (uint32_t)r->bytes + 1
+                                : vblk__only_status(r);
+    if (vblk__finish(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
+        ok) {
+        vblk__count_success(q, k, done.bytes);
+    }
+    if (ok && out) {
+        vblk__raise_to(&dev->backing, r->offset + r->bytes);
+    }
+    return VBLK_OK;
+}
+
+VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
+                          int64_t result) {
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
+    if (result < 0) {
+        done.error = result;
+        done.code = (vblk_event_code)vblk__kind(req)->failed;
+    } else {
+        done.bytes = (uint64_t)result < req->bytes ? (uint64_t)result
+                                                   : req->bytes;
+    }
+    if (!done.code && done.bytes < req->bytes &&
+        vblk__kind(req)->data == VBLK__DATA_IN &&
+        req->offset + done.bytes < req->backing) {
+        done.code = VBLK_EV_READ_SHORT;
+    }
+    return vblk__end(dev, req, done);
+}
+
+
+// ---- Execute: a request by the backend -------------------------------------
+
 // Call the backend until all is moved, nothing moves, or it fails. A segment
 // that a short transfer ended in is cut for the next call, and whole again
 // afterwards.
-static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
-                                 vblk_seg *seg, unsigned segs,
+static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
+                                 uint64_t offset, vblk_seg *seg, unsigned segs,
                                  uint64_t bytes) {
     const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
     while (done.bytes < bytes && !vblk__halted(dev)) {
         uint64_t at = offset + done.bytes;
-        int64_t n = type == VBLK_T_IN ? b->read(b->user, at, seg, segs)
-                                      : b->write(b->user, at, seg, segs);
+        int64_t n = k->data == VBLK__DATA_IN
+                        ? b->read(b->user, at, seg, segs)
+                        : b->write(b->user, at, seg, segs);
         if (n < 0) {
-            done.code = type == VBLK_T_IN ? VBLK_EV_READ_FAILED
-                                          : VBLK_EV_WRITE_FAILED;
+            done.code = (vblk_event_code)k->failed;
             done.error = n;
         }
         if (n <= 0) {
@@ -2767,19 +3234,20 @@ static vblk__progress vblk__move(vblk_dev *dev, uint32_t type, uint64_t offset,
 // The same without pointers, through a buffer.
 static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
+    const struct vblk__kind *k = vblk__kind(r);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     while (done.bytes < r->bytes && !done.code) {
         uint64_t n = r->bytes - done.bytes;
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
-        if (r->type == VBLK_T_OUT &&
+        if (k->data == VBLK__DATA_OUT &&
             vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
             done.code = VBLK__TOLD;
             break;
         }
-        vblk__progress got = vblk__move(dev, r->type, r->offset + done.bytes,
-                                        &s, 1, n);
-        if (r->type == VBLK_T_IN &&
+        vblk__progress got = vblk__move(dev, k, r->offset + done.bytes, &s,
+                                        1, n);
+        if (k->data == VBLK__DATA_IN &&
             vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
             got.code = VBLK__TOLD;
         }
@@ -2793,90 +3261,34 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     return done;
 }
 
-
-// ---- Limits: what must wait, and until when ---------------------------------
-
-enum { VBLK__CLOCK_NEW, VBLK__CLOCK_SEEN, VBLK__CLOCK_GOES };
-
-// A request waits, and since set-up all calls came at one moment, more than a
-// round over the queues has. At another time than 0 the clock may be coarse, so
-// it gets more of them.
-static void vblk__check_clock(vblk_dev *dev) {
-    uint32_t rounds = dev->clock_ns ? 1000 : 1;
-    if (dev->waits && dev->clock == VBLK__CLOCK_SEEN &&
-        dev->clock_calls > rounds * (dev->queues + 1)) {
-        dev->clock = VBLK__CLOCK_GOES; // once will do
-        vblk__say_queue(dev, &dev->queue[dev->turn], VBLK_EV_CLOCK_STILL,
-                        dev->clock_ns, 0);
+// The backend knows itself where it ends.
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
+    const vblk_backend *b = &dev->backend;
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    if (vblk__stale(dev, r)) {
+        return;
     }
+    const struct vblk__kind *k = vblk__kind(r);
+    bool flush = k->data == VBLK__NO_DATA;
+    if (!flush) {
+        done = r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
+                                      r->bytes)
+                         : vblk__move_copied(dev, r);
+    }
+    bool whole = !done.code && done.bytes == r->bytes;
+    if (flush || (r->durable && whole)) {
+        done.error = b->flush(b->user);
+        done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
+    }
+    vblk__end(dev, r, done);
 }
 
-static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
-    if (dev->clock == VBLK__CLOCK_NEW) {
-        dev->clock = VBLK__CLOCK_SEEN;
-        dev->clock_ns = now_ns;
-        dev->clock_calls = 0;
-    } else if (now_ns != dev->clock_ns) {
-        dev->clock = VBLK__CLOCK_GOES;
-    }
-    dev->clock_calls += calls;
-    vblk__check_clock(dev);
-}
 
-static bool vblk__limited(const vblk_dev *dev) {
-    return dev->ops.rate || dev->bytes.rate;
-}
+// ---- Publish, drain, poll --------------------------------------------------
 
-// Put the head back: it waits.
-static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
-                        uint64_t now_ns) {
-    if (!dev->waits) {
-        dev->waits = true;
-        dev->turn = (uint16_t)vblk__index(dev, q);
-        dev->again_ns = 0;
-    }
-    q->stalled_bytes = cost;
-    q->avail_next--;
-    if (!q->stalled) {
-        q->stalled = true;
-        q->stalled_ns = now_ns;
-        vblk__count(&q->counts.throttled, 1);
-        VBLK__STORE(&q->counts.currently_throttled, 1);
-    }
-    vblk__check_clock(dev);
-}
-
-// Whether `r` fits the limits now; both are looked at before either is
-// charged. If not, its chain goes back to the head of the queue. The queue that
-// stalls first goes first: until its request fits, nothing of another queue
-// passes, or small requests there could keep a large one waiting for ever.
-static bool vblk__admit(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                        uint64_t now_ns) {
-    if (!dev->ops.rate && (!dev->bytes.rate || r->bytes == 0)) {
-        return true; // costs nothing, so it waits for nobody
-    }
-    vblk_bucket_refill(&dev->ops, now_ns);
-    vblk_bucket_refill(&dev->bytes, now_ns);
-    bool its_turn = !dev->waits || dev->turn == vblk__index(dev, q);
-    if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
-        !vblk_bucket_can_take(&dev->bytes, r->bytes)) {
-        vblk__stall(dev, q, r->bytes, now_ns);
-        return false;
-    }
-    vblk_bucket_take(&dev->ops, 1);
-    vblk_bucket_take(&dev->bytes, r->bytes);
-    return true;
-}
-
-// When the request whose turn it is passes.
-static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
-    const vblk_queue *q = &dev->queue[dev->turn];
-    vblk_bucket_refill(&dev->ops, now_ns);
-    vblk_bucket_refill(&dev->bytes, now_ns);
-    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
-    uint64_t b = vblk_bucket_wait(&dev->bytes, q->stalled_bytes, now_ns);
-    uint64_t wait = a > b ? a : b;
-    return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
+VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue) {
+    VBLK_ASSERT(queue < dev->queues);
+    vblk__publish_queue(dev, &dev->queue[queue]);
 }
 
 // A queue that waits for another's turn is notified when its own comes. For
@@ -2901,334 +3313,6 @@ static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
     return now_ns + VBLK__LOOK_AGAIN;
 }
 
-
-// ---- Pipeline: next, complete, publish, drain -------------------------------
-
-// The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
-// the error, if it is one. False: there is no status byte any more.
-static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                         uint8_t status, uint32_t written) {
-    bool told = true;
-    if (vblk__halted(dev)) {
-        return false;
-    }
-    if (r->status_ptr) {
-        *r->status_ptr = status;
-    } else {
-        told = vblk__write(dev, r->status_gpa, &status, 1);
-    }
-    vblk__count(&q->counts.io_errors, !told || status == VBLK_S_IOERR);
-    if (told) {
-        vblk__give_back(dev, q, r->head, written);
-    } else { // V17
-        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
-                        r->status_gpa, 0);
-    }
-    return told;
-}
-
-// The used length when nothing but the status byte was written: it may not
-// count what stands before that byte [2.7.8.2], P6.
-static uint32_t vblk__only_status(const vblk_request *r) {
-    return r->space ? 0 : 1;
-}
-
-static void vblk__count_success(vblk_queue *q, const vblk_request *r,
-                                uint64_t bytes) {
-    vblk_counts *c = &q->counts;
-    switch (r->type) {
-    case VBLK_T_IN:
-        vblk__count(&c->reads, 1);
-        vblk__count(&c->bytes_read, bytes);
-        break;
-    case VBLK_T_OUT:
-        vblk__count(&c->writes, 1);
-        vblk__count(&c->bytes_written, bytes);
-        break;
-    default: vblk__count(&c->flushes, 1); break;
-    }
-}
-
-// `r` has come as far as `done`: the event of a failure, with the sector; then
-// padding, status, used element, counters.
-static int vblk__end(vblk_dev *dev, const vblk_request *r,
-                     vblk__progress done) {
-    vblk_queue *q = &dev->queue[r->queue];
-    if (vblk__stale(dev, r)) {
-        bool of_broken = q->poisoned && r->epoch + 1 == q->epoch;
-        q->under_way -= of_broken && q->under_way > 0;
-        return VBLK_ERR_STALE;
-    }
-    VBLK_ASSERT(q->under_way > 0); // else it was completed before
-    if (q->under_way == 0) {
-        return VBLK_ERR_STALE;
-    }
-    q->under_way--;
-    bool in = r->type == VBLK_T_IN;
-    if (r->type == VBLK_T_OUT && done.bytes < r->bytes && !done.code) {
-        done.code = VBLK_EV_WRITE_STUCK;
-    }
-    if (done.code && done.code != VBLK__TOLD) {
-        vblk__say_chain(dev, q, r->head, done.code,
-                        (r->offset + done.bytes) / VBLK_SECTOR,
-                        done.error ? 0 - (uint64_t)done.error
-                                   : r->bytes - done.bytes);
-    }
-    bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
-    uint32_t written = ok && in ? (uint32_t)r->bytes + 1
-                                : vblk__only_status(r);
-    if (vblk__finish(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
-        ok) {
-        vblk__count_success(q, r, done.bytes);
-    }
-    if (ok && r->type == VBLK_T_OUT && r->bytes > 0) {
-        vblk__raise_to(&dev->backing, r->offset + r->bytes);
-    }
-    return VBLK_OK;
-}
-
-VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
-                          int64_t result) {
-    vblk__progress done = {0, VBLK_EV_NONE, 0};
-    VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
-    if (result < 0) {
-        done.error = result;
-        done.code = req->type == VBLK_T_IN    ? VBLK_EV_READ_FAILED
-                    : req->type == VBLK_T_OUT ? VBLK_EV_WRITE_FAILED
-                                              : VBLK_EV_FLUSH_FAILED;
-    } else {
-        done.bytes = (uint64_t)result < req->bytes ? (uint64_t)result
-                                                   : req->bytes;
-    }
-    if (!done.code && req->type == VBLK_T_IN && done.bytes < req->bytes &&
-        req->offset + done.bytes < req->backing) {
-        done.code = VBLK_EV_READ_SHORT;
-    }
-    return vblk__end(dev, req, done);
-}
-
-// The backend knows itself where it ends.
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
-    const vblk_backend *b = &dev->backend;
-    vblk__progress done = {0, VBLK_EV_NONE, 0};
-    if (vblk__stale(dev, r)) {
-        return;
-    }
-    if (r->type != VBLK_T_FLUSH) {
-        done = r->direct ? vblk__move(dev, r->type, r->offset, r->seg, r->segs,
-                                      r->bytes)
-                         : vblk__move_copied(dev, r);
-    }
-    bool whole = !done.code && done.bytes == r->bytes;
-    if (r->type == VBLK_T_FLUSH || (r->durable && whole)) {
-        done.error = b->flush(b->user);
-        done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
-    }
-    vblk__end(dev, r, done);
-}
-
-// V1 and V2, and there is no status byte to tell the driver by (P5).
-static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
-    vblk__count(&q->counts.io_errors, 1);
-    if (!dev->strict) {
-        vblk__give_back(dev, q, head, 0);
-    }
-}
-
-// GET_ID needs no backend: the id goes out as far as there is space (V16).
-static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                         uint64_t space) {
-    bool to_status = r->bytes == space || dev->strict; // P6
-    if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
-        vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
-        return;
-    }
-    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
-}
-
-// Read the chain at `r->head` and find its status byte. False: it was dropped,
-// or can never be returned.
-static bool vblk__open_chain(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                             vblk__chain *c) {
-    if (!vblk__walk(dev, q, r->head, c)) {
-        vblk__drop(dev, q, r->head);
-        return false;
-    }
-    vblk_event_code code = vblk__cut_status(dev, c);
-    if (code) {
-        vblk__say_chain(dev, q, r->head, code,
-                        code == VBLK_EV_STATUS_WRAPS ? c->last_gpa : 0, 0);
-        vblk__drop(dev, q, r->head);
-        return false;
-    }
-    r->space = !dev->strict && c->in_bytes > 0;
-    r->status_gpa = c->status_gpa;
-    r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
-    if (dev->memory.map ? !r->status_ptr
-                        : !vblk__write(dev, c->status_gpa, NULL, 1)) {
-        vblk__count(&q->counts.io_errors, 1);
-        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
-                        c->status_gpa, 0);
-        return false;
-    }
-    return true;
-}
-
-// Only the first `bytes` of the list are to be looked up; there are more.
-static void vblk__keep(vblk__chain *c, uint32_t bytes) {
-    unsigned i = c->begin;
-    for (; c->d[i].n < bytes; i++) {
-        bytes -= (uint32_t)c->d[i].n;
-    }
-    c->d[i].n = bytes;
-    c->end = i + 1;
-}
-
-// Fill in `r` from its header and the rest of its chain, or say why not.
-static vblk__why vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
-    uint8_t header[VBLK__HEADER_BYTES];
-    if (c->code) {
-        return vblk__because(c->code, c->code == VBLK_EV_CHAIN_LONG
-                                          ? dev->seg_max + 2
-                                          : 0, 0);
-    }
-    vblk_event_code code = vblk__cut_header(dev, c, header);
-    if (code) {
-        uint64_t a = code == VBLK_EV_HEADER_UNREADABLE ? c->d[c->begin].gpa
-                                                       : c->out_bytes;
-        return vblk__because(code, a, 0);
-    }
-    uint64_t sector = vblk__get64(header + 8);
-    uint32_t type = vblk__get32(header);
-    r->type = type & ~VBLK__T_BARRIER;
-    const struct vblk__kind *k = vblk__kind_of(dev, r->type);
-    if (!k) {
-        return vblk__because(VBLK_EV_TYPE_UNKNOWN, type, 0);
-    }
-    if (type != r->type && dev->strict) { // P9
-        return vblk__because(VBLK_EV_TYPE_BARRIER, type, 0);
-    }
-    vblk__why why = vblk__check(dev, c, k, sector);
-    if (why.code || k->data == VBLK__NO_DATA) {
-        r->offset = r->bytes = r->segs = 0;
-        r->direct = true;
-        return why;
-    }
-    r->offset = k->sectors ? sector * VBLK_SECTOR : 0;
-    r->bytes = c->in_bytes + c->out_bytes;
-    if (!k->sectors && r->bytes > VBLK_ID_BYTES) {
-        r->bytes = VBLK_ID_BYTES;
-        vblk__keep(c, VBLK_ID_BYTES);
-    }
-    return vblk__map_data(dev, r, c);
-}
-
-// Take one chain. REQUEST: it is in `r`, whose segments have place for `room`.
-// MORE: it was answered here. STALLED: it is back in the ring.
-static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                               unsigned room, uint64_t now_ns,
-                               uint32_t *budget) {
-    vblk__chain c = {NULL, 0,     0,     0,     VBLK_EV_NONE, 0, 0,
-                     false, false, false, 0, 0, 0};
-    if (q->under_way >= q->size) {
-        vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
-        return VBLK__BROKEN;
-    }
-    if (!vblk__take(dev, q, &r->head)) {
-        return VBLK__BROKEN;
-    }
-    r->queue = (uint16_t)vblk__index(dev, q);
-    r->epoch = q->epoch;
-    r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
-    c.d = r->seg + (room - (dev->seg_max + 2));
-    bool open = vblk__open_chain(dev, q, r, &c);
-    uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
-    *budget -= length < *budget ? length : *budget;
-    if (!open) {
-        return VBLK__MORE;
-    }
-    vblk__why why = vblk__parse(dev, r, &c);
-    if (why.code) {
-        bool unknown = why.code == VBLK_EV_TYPE_UNKNOWN ||
-                       why.code == VBLK_EV_TYPE_BARRIER;
-        vblk__say_chain(dev, q, r->head, why.code, why.a, why.b);
-        vblk__finish(dev, q, r, unknown ? VBLK_S_UNSUPP : VBLK_S_IOERR,
-                     vblk__only_status(r));
-        return VBLK__MORE;
-    }
-    r->durable = r->type == VBLK_T_OUT && dev->write_through;
-    // V10, P4: nothing to do, so nothing to pay.
-    bool idle = r->type == VBLK_T_FLUSH ? !dev->backend.write : r->bytes == 0;
-    if (!idle && !vblk__admit(dev, q, r, now_ns)) {
-        return VBLK__STALLED;
-    }
-    if (r->type == VBLK_T_GET_ID) {
-        vblk__get_id(dev, q, r, c.in_bytes);
-        return VBLK__MORE;
-    }
-    q->under_way++;
-    if (idle) {
-        vblk_complete(dev, r, 0);
-        return VBLK__MORE;
-    }
-    return VBLK__REQUEST;
-}
-
-// The next request, past all that is answered on the way. Each chain takes one
-// off `budget`, and a very long one more. MORE: the budget is spent, or the
-// thread is wanted elsewhere.
-static vblk__state vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              unsigned room, uint64_t now_ns,
-                              uint32_t *budget) {
-    for (;;) {
-        vblk__state state = vblk__peek(dev, q);
-        if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
-            return state;
-        }
-        --*budget;
-        vblk__notify_off(dev, q);
-        state = vblk__serve(dev, q, r, room, now_ns, budget);
-        if (state != VBLK__STALLED && q->stalled) {
-            vblk__end_stall(dev, q, now_ns);
-        }
-        if (state != VBLK__MORE) {
-            return state;
-        }
-    }
-}
-
-static unsigned vblk__queue_count(const vblk_dev *dev) {
-    bool negotiated = vblk__has_status(dev, VBLK_STATUS_FEATURES_OK);
-    return negotiated && !(vblk_driver_features(dev) & VBLK_F_MQ)
-               ? 1
-               : dev->queues;
-}
-
-// The queue if it may be drained now, else NULL: what was completed before it
-// broke is published.
-static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
-    if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
-        queue >= vblk__queue_count(dev)) {
-        return NULL;
-    }
-    vblk_queue *q = &dev->queue[queue];
-    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
-        return NULL;
-    }
-    if (!dev->memory.read) {
-        bool said = VBLK__LOAD(&dev->no_memory_said);
-        if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
-            vblk__say_queue(dev, q, VBLK_EV_NO_MEMORY, 0, 0);
-        }
-        return NULL;
-    }
-    if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
-        vblk__publish_queue(dev, q);
-        return NULL;
-    }
-    return q;
-}
-
 // Before the thread turns away from `q`: completions out, notifications on, and
 // one more look. A request that waits for a limit is no news.
 static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
@@ -3237,6 +3321,20 @@ static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
            : q->stalled ? VBLK__STALLED
            : on         ? vblk__peek(dev, q)
                         : VBLK__EMPTY;
+}
+
+VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
+    VBLK_ASSERT(queue < dev->queues);
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q) {
+        return VBLK_NEVER;
+    }
+    if (vblk__limited(dev)) {
+        vblk__watch_clock(dev, now_ns, 1);
+    }
+    vblk__state state = vblk__arm_queue(dev, q);
+    vblk__publish_queue(dev, q);
+    return vblk__again(dev, q, q->poisoned ? VBLK__BROKEN : state, now_ns);
 }
 
 static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
@@ -3271,17 +3369,6 @@ VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     return vblk__again(dev, &dev->queue[queue], state, now_ns);
 }
 
-// Whether `q` was notified since it was last asked.
-static bool vblk__take_due(vblk_queue *q) {
-    bool due = VBLK__LOAD(&q->due);
-    return due && VBLK__CAS(&q->due, due, false);
-}
-
-static void vblk__set_due(vblk_dev *dev, vblk_queue *q) {
-    VBLK__STORE_RELEASE(&q->due, true);
-    VBLK__OR(&dev->due, 1u);
-}
-
 VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     uint32_t due = VBLK__LOAD(&dev->due);
     bool timed = now_ns >= dev->again_ns;
@@ -3312,45 +3399,13 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     return more ? now_ns : dev->again_ns;
 }
 
-VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
-                       vblk_request *req, vblk_seg *seg, unsigned room) {
-    VBLK_ASSERT(queue < dev->queues);
-    VBLK_ASSERT(room >= dev->seg_max + 2);
-    vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q || room < dev->seg_max + 2) {
-        return false;
-    }
-    uint32_t budget = q->size;
-    req->seg = seg;
-    return vblk__pull(dev, q, req, room, now_ns, &budget) == VBLK__REQUEST;
-}
 
-VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue) {
-    VBLK_ASSERT(queue < dev->queues);
-    vblk__publish_queue(dev, &dev->queue[queue]);
-}
-
-VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
-    VBLK_ASSERT(queue < dev->queues);
-    vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q) {
-        return VBLK_NEVER;
-    }
-    if (vblk__limited(dev)) {
-        vblk__watch_clock(dev, now_ns, 1);
-    }
-    vblk__state state = vblk__arm_queue(dev, q);
-    vblk__publish_queue(dev, q);
-    return vblk__again(dev, q, q->poisoned ? VBLK__BROKEN : state, now_ns);
-}
-
-
-// ---- Device: features, status, reset ----------------------------------------
+// ---- Device: features, status, reset ---------------------------------------
 
 // Stop a queue, so that it can start from position 0. What is under way goes
 // stale.
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
-    vblk__end_stall(dev, q, 0);
+    vblk__forget_stall(dev, q);
     VBLK__STORE(&q->ready, false);
     VBLK__STORE(&q->epoch, q->epoch + 1);
     q->resolved = q->notify_off = q->switch_failed = q->adopt_used = false;
@@ -3420,25 +3475,8 @@ static void vblk__ask_for_reset(vblk_dev *dev) {
     }
 }
 
-VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
-    VBLK_ASSERT(queue == VBLK_ALL_QUEUES ||
-                (queue >= 0 && (unsigned)queue < dev->queues));
-    for (unsigned i = 0; i < dev->queues; i++) {
-        if (queue == VBLK_ALL_QUEUES || (unsigned)queue == i) {
-            vblk__set_due(dev, &dev->queue[i]);
-        }
-    }
-    if (dev->notify) {
-        dev->notify(dev->user, queue);
-    }
-}
-
 VBLKDEF uint64_t vblk_device_features(const vblk_dev *dev) {
     return dev->offered;
-}
-
-VBLKDEF uint64_t vblk_driver_features(const vblk_dev *dev) {
-    return VBLK__LOAD(&dev->accepted);
 }
 
 VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features) {
@@ -3448,10 +3486,6 @@ VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features) {
     } else { // M5
         vblk__say(dev, VBLK_EV_REG_FEATURES_WINDOW, features, status);
     }
-}
-
-VBLKDEF uint32_t vblk_status(const vblk_dev *dev) {
-    return VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__STATUS;
 }
 
 // The bits of Status that a driver sets [2.1].
@@ -4787,6 +4821,10 @@ static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk__return(t);
 }
 
+VBLKDEF void vblk_worker_kick(vblk_worker *w) {
+    vblk__signal(w->kick_fd);
+}
+
 // To a moment on the clock; one that has passed fires at once.
 static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
     struct itimerspec t;
@@ -4799,6 +4837,11 @@ static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
 
 
 // ---- Worker: the thread -----------------------------------------------------
+
+VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
+    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) &&
+           !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
+}
 
 // With `parking` held: the thread rests, or there is none. Release: whoever
 // sees it sees all that the thread wrote.
@@ -4913,7 +4956,7 @@ static void vblk__dispose(vblk_worker *w) {
     const int fds[] = {w->epoll_fd, w->stop_fd, w->timer_fd, w->pause_fd,
                        w->done_fd,  w->irq_fd,  w->kick_fd};
     for (unsigned i = 0; i < w->dev.queues; i++) {
-        vblk__end_stall(&w->dev, &w->dev.queue[i], 0); // T5
+        vblk__forget_stall(&w->dev, &w->dev.queue[i]); // T5
     }
     for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
         if (fds[i] >= 0) {
@@ -5210,20 +5253,11 @@ VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd) {
     pthread_mutex_unlock(&w->parking);
 }
 
-VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
-    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) &&
-           !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
-}
-
 
 // ---- Worker: what the host calls --------------------------------------------
 
 VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w) {
     return &w->dev;
-}
-
-VBLKDEF void vblk_worker_kick(vblk_worker *w) {
-    vblk__signal(w->kick_fd);
 }
 
 VBLKDEF void vblk_worker_needs_reset(vblk_worker *w) {
