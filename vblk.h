@@ -2427,7 +2427,6 @@ static bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
     c->code = code;
     c->why_a = a;
     c->why_b = b;
-    c->status = VBLK_S_IOERR;
     return false;
 }
 
@@ -2627,21 +2626,21 @@ static const struct vblk__kind {
 
 #define VBLK__KINDS (sizeof vblk__kinds / sizeof vblk__kinds[0])
 
-static const struct vblk__kind *vblk__kind(const vblk_request *r) {
+static const struct vblk__kind *vblk__kind_of(const vblk_request *r) {
     return &vblk__kinds[r->kind];
 }
 
 // Find the row of `type`, if it is known and was offered.
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
-    r->type = type;
-    for (r->kind = 0; r->kind < VBLK__KINDS; r->kind++) {
-        const struct vblk__kind *k = vblk__kind(r);
-        if (k->type == type) {
-            return k->feature == 0 || (dev->offered >> k->feature & 1);
-        }
+    unsigned i = 0;
+    while (i < VBLK__KINDS && vblk__kinds[i].type != type) {
+        i++;
     }
-    return false;
+    r->type = type;
+    r->kind = (uint8_t)i;
+    return i < VBLK__KINDS && (vblk__kinds[i].feature == 0 ||
+                               dev->offered >> vblk__kinds[i].feature & 1);
 }
 
 static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
@@ -2790,7 +2789,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         c->status = VBLK_S_UNSUPP;
         return false;
     }
-    const struct vblk__kind *k = vblk__kind(r);
+    const struct vblk__kind *k = vblk__kind_of(r);
     if (!vblk__check(dev, c, k, sector)) {
         return false;
     }
@@ -2957,7 +2956,7 @@ static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
 // What needs neither tokens nor backend: an empty transfer (P4), and a FLUSH
 // of what cannot be written (V10).
 static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
-    return vblk__kind(r)->data == VBLK__NO_DATA ? !dev->backend.write
+    return vblk__kind_of(r)->data == VBLK__NO_DATA ? !dev->backend.write
                                                 : r->bytes == 0;
 }
 
@@ -2985,13 +2984,13 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         q->avail_next--;
         return VBLK__STALLED;
     }
-    if (vblk__kind(r)->shape == VBLK__ID) {
+    if (vblk__kind_of(r)->shape == VBLK__ID) {
         vblk__get_id(dev, q, r, c->in_bytes);
         return VBLK__MORE;
     }
     if (idle) {
         if (vblk__finish(dev, q, r, VBLK_S_OK, vblk__only_status(r))) {
-            vblk__count_success(q, vblk__kind(r), 0);
+            vblk__count_success(q, vblk__kind_of(r), 0);
         }
         return VBLK__MORE;
     }
@@ -3019,6 +3018,9 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     c.descs = c.begin = c.end = 0;
     c.out_bytes = c.in_bytes = 0;
     c.last_gpa = c.last_n = 0;
+    c.code = VBLK_EV_NONE;
+    c.why_a = c.why_b = 0;
+    c.status = VBLK_S_IOERR;
     c.first_ok = c.last_ok = c.mixed = false;
     c.spoilt = VBLK_EV_NONE;
     vblk__state state = vblk__judge(dev, q, r, &c, now_ns);
@@ -3139,7 +3141,7 @@ static int vblk__end(vblk_dev *dev, const vblk_request *r,
         return VBLK_ERR_STALE;
     }
     q->under_way--;
-    const struct vblk__kind *k = vblk__kind(r);
+    const struct vblk__kind *k = vblk__kind_of(r);
     bool in = k->data == VBLK__DATA_IN, out = k->data == VBLK__DATA_OUT;
     if (out && done.bytes < r->bytes && !done.code) {
         done.code = VBLK_EV_WRITE_STUCK;
@@ -3169,13 +3171,13 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
     VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
     if (result < 0) {
         done.error = result;
-        done.code = (vblk_event_code)vblk__kind(req)->failed;
+        done.code = (vblk_event_code)vblk__kind_of(req)->failed;
     } else {
         done.bytes = (uint64_t)result < req->bytes ? (uint64_t)result
                                                    : req->bytes;
     }
     if (!done.code && done.bytes < req->bytes &&
-        vblk__kind(req)->data == VBLK__DATA_IN &&
+        vblk__kind_of(req)->data == VBLK__DATA_IN &&
         req->offset + done.bytes < req->backing) {
         done.code = VBLK_EV_READ_SHORT;
     }
@@ -3234,7 +3236,7 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
 // The same without pointers, through a buffer.
 static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
-    const struct vblk__kind *k = vblk__kind(r);
+    const struct vblk__kind *k = vblk__kind_of(r);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     while (done.bytes < r->bytes && !done.code) {
         uint64_t n = r->bytes - done.bytes;
@@ -3268,7 +3270,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
     if (vblk__stale(dev, r)) {
         return;
     }
-    const struct vblk__kind *k = vblk__kind(r);
+    const struct vblk__kind *k = vblk__kind_of(r);
     bool flush = k->data == VBLK__NO_DATA;
     if (!flush) {
         done = r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
