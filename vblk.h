@@ -1282,6 +1282,14 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
+// A backend around another, in one function for all of its calls: what `op` is,
+// 'r', 'w' or 'f', is done by vblk__inner(). Private.
+typedef struct vblk_wrapper {
+    vblk_backend inner;
+    int64_t (*around)(struct vblk_wrapper *wrapper, char op, uint64_t offset,
+                      const vblk_seg *seg, unsigned segs);
+} vblk_wrapper;
+
 // A backend whose calls wait until they fit a rate: for several devices on one
 // image, or a host without a timer. The calling thread sleeps, so the device's
 // own limits are better where they will do.
@@ -1291,7 +1299,7 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 // come again for the rest, behind those that arrived meanwhile. So none waits
 // for ever, and a thread can be stopped between two shares.
 typedef struct vblk_pacer {
-    vblk_backend    inner;
+    vblk_wrapper    wrapper;    // first: its calls are the pacer's
     uint64_t        share;      // bytes, most of a call; whole sectors
     vblk_bucket     ops, bytes; // in debt for what is promised and to come
     struct {
@@ -1348,7 +1356,7 @@ typedef struct vblk_worker {
     int      number;  // "vblk3" is the thread's name and begins its lines
     // Private from here.
     vblk_dev            dev;
-    vblk_backend        backend; // the host's, as the rest of these
+    vblk_wrapper        backend; // around the host's, as the rest of these
     void (*interrupt)(void *user, int queue, bool fire);
     void (*event)(void *user, const vblk_event *event);
     void               *user;
@@ -4470,7 +4478,50 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
 }
 
 
-// ---- Pacer -------------------------------------------------------
+// ---- Wrappers: one way around a backend -------------------------------------
+
+static int64_t vblk__inner(vblk_wrapper *w, char op, uint64_t offset,
+                           const vblk_seg *seg, unsigned segs) {
+    const vblk_backend *b = &w->inner;
+    return op == 'r'   ? b->read(b->user, offset, seg, segs)
+           : op == 'w' ? b->write(b->user, offset, seg, segs)
+                       : b->flush(b->user);
+}
+
+static int64_t vblk__wrapped_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    vblk_wrapper *w = (vblk_wrapper *)user;
+    return w->around(w, 'r', offset, seg, segs);
+}
+
+static int64_t vblk__wrapped_write(void *user, uint64_t offset,
+                                   const vblk_seg *seg, unsigned segs) {
+    vblk_wrapper *w = (vblk_wrapper *)user;
+    return w->around(w, 'w', offset, seg, segs);
+}
+
+static int vblk__wrapped_flush(void *user) {
+    vblk_wrapper *w = (vblk_wrapper *)user;
+    return (int)w->around(w, 'f', 0, NULL, 0);
+}
+
+static uint64_t vblk__wrapped_size(void *user) {
+    const vblk_backend *b = &((vblk_wrapper *)user)->inner;
+    return b->size(b->user);
+}
+
+// What the inner backend has, the outer has.
+static vblk_backend vblk__wrap(vblk_wrapper *w) {
+    vblk_backend b = {vblk__wrapped_read, NULL, NULL, NULL, NULL};
+    b.write = w->inner.write ? vblk__wrapped_write : NULL;
+    b.flush = w->inner.flush ? vblk__wrapped_flush : NULL;
+    b.size = w->inner.size ? vblk__wrapped_size : NULL;
+    b.user = w;
+    return b;
+}
+
+
+// ---- Pacer ------------------------------------------------------------------
 
 static uint64_t vblk__clock(void) {
     struct timespec t;
@@ -4488,36 +4539,6 @@ static void vblk__sleep(uint64_t ns) {
 
 static uint64_t vblk__steady(uint64_t rate, uint64_t burst) {
     return burst ? burst : rate < 10 ? 1 : rate / 10;
-}
-
-VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
-                              const vblk_limits *limits) {
-    vblk_limits l = *limits;
-    uint64_t tenth = l.bps / 10;
-    if ((l.iops_burst && !l.iops) || (l.bps_burst && !l.bps) ||
-        (l.iops | l.iops_burst | l.bps | l.bps_burst) > INT64_MAX) {
-        return VBLK_ERR_LIMITS;
-    }
-    VBLK_MEMSET(pacer, 0, sizeof *pacer);
-    int err = pthread_mutex_init(&pacer->mutex, NULL);
-    errno = err ? err : errno;
-    pacer->inner = inner;
-    pacer->now = vblk__clock;
-    pacer->sleep = vblk__sleep;
-    // Whole pages suit direct I/O.
-    pacer->share = !l.bps                ? UINT64_MAX
-                     : tenth < VBLK_SECTOR ? VBLK_SECTOR
-                     : tenth < 4096        ? tenth - tenth % VBLK_SECTOR
-                                           : tenth - tenth % 4096;
-    vblk_bucket_init(&pacer->ops, l.iops,
-                     vblk__steady(l.iops, l.iops_burst));
-    vblk_bucket_init(&pacer->bytes, l.bps,
-                     vblk__steady(l.bps, l.bps_burst));
-    return err ? VBLK_ERR_LOCK : VBLK_OK;
-}
-
-VBLKDEF void vblk_pacer_close(vblk_pacer *pacer) {
-    pthread_mutex_destroy(&pacer->mutex);
 }
 
 // Take `n` tokens, which may be yet to come; until when, from now.
@@ -4543,7 +4564,7 @@ static void vblk__pacer_pay(vblk_pacer *l, uint64_t ops, uint64_t bytes) {
 // Whether a call at `offset` goes on with a request that was cut there, and
 // how many bytes that has paid for.
 static bool vblk__pacer_goes_on(vblk_pacer *l, uint64_t offset,
-                                  uint64_t *paid) {
+                                uint64_t *paid) {
     const unsigned room = sizeof l->rest / sizeof l->rest[0];
     bool found = false;
     *paid = 0;
@@ -4568,9 +4589,8 @@ static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
     pthread_mutex_unlock(&l->mutex);
 }
 
-static int64_t vblk__pacer_move(vblk_pacer *l, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs,
-                                  bool in) {
+static int64_t vblk__pacer_move(vblk_pacer *l, char op, uint64_t offset,
+                                const vblk_seg *seg, unsigned segs) {
     vblk_seg part[VBLK__SEGS];
     const unsigned room = sizeof part / sizeof part[0];
     uint64_t paid, n = 0;
@@ -4589,46 +4609,56 @@ static int64_t vblk__pacer_move(vblk_pacer *l, uint64_t offset,
         vblk__pacer_pay(l, !goes_on, n);
         paid = n;
     }
-    int64_t moved = in ? l->inner.read(l->inner.user, offset, part, parts)
-                       : l->inner.write(l->inner.user, offset, part, parts);
+    int64_t moved = vblk__inner(&l->wrapper, op, offset, part, parts);
     if (moved > 0 && (cut || (uint64_t)moved < n)) {
-        vblk__pacer_cut(l, offset + (uint64_t)moved,
-                          paid - (uint64_t)moved);
+        vblk__pacer_cut(l, offset + (uint64_t)moved, paid - (uint64_t)moved);
     }
     return moved;
 }
 
-static int64_t vblk__pacer_read(void *user, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    return vblk__pacer_move((vblk_pacer *)user, offset, seg, segs, true);
-}
-
-static int64_t vblk__pacer_write(void *user, uint64_t offset,
-                                   const vblk_seg *seg, unsigned segs) {
-    return vblk__pacer_move((vblk_pacer *)user, offset, seg, segs, false);
-}
-
-static int vblk__pacer_flush(void *user) {
-    vblk_pacer *l = (vblk_pacer *)user;
+static int64_t vblk__pacer_around(vblk_wrapper *wrapper, char op,
+                                  uint64_t offset, const vblk_seg *seg,
+                                  unsigned segs) {
+    vblk_pacer *l = (vblk_pacer *)(void *)wrapper;
+    if (op != 'f') {
+        return vblk__pacer_move(l, op, offset, seg, segs);
+    }
     vblk__pacer_pay(l, 1, 0);
-    return l->inner.flush(l->inner.user);
+    return vblk__inner(wrapper, op, offset, seg, segs);
 }
 
-static uint64_t vblk__pacer_size(void *user) {
-    vblk_pacer *l = (vblk_pacer *)user;
-    return l->inner.size(l->inner.user);
+VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
+                            const vblk_limits *limits) {
+    vblk_limits l = *limits;
+    uint64_t tenth = l.bps / 10;
+    if ((l.iops_burst && !l.iops) || (l.bps_burst && !l.bps) ||
+        (l.iops | l.iops_burst | l.bps | l.bps_burst) > INT64_MAX) {
+        return VBLK_ERR_LIMITS;
+    }
+    VBLK_MEMSET(pacer, 0, sizeof *pacer);
+    int err = pthread_mutex_init(&pacer->mutex, NULL);
+    errno = err ? err : errno;
+    pacer->wrapper.inner = inner;
+    pacer->wrapper.around = vblk__pacer_around;
+    pacer->now = vblk__clock;
+    pacer->sleep = vblk__sleep;
+    // Whole pages suit direct I/O.
+    pacer->share = !l.bps                ? UINT64_MAX
+                   : tenth < VBLK_SECTOR ? VBLK_SECTOR
+                   : tenth < 4096        ? tenth - tenth % VBLK_SECTOR
+                                         : tenth - tenth % 4096;
+    vblk_bucket_init(&pacer->ops, l.iops, vblk__steady(l.iops, l.iops_burst));
+    vblk_bucket_init(&pacer->bytes, l.bps, vblk__steady(l.bps, l.bps_burst));
+    return err ? VBLK_ERR_LOCK : VBLK_OK;
+}
+
+VBLKDEF void vblk_pacer_close(vblk_pacer *pacer) {
+    pthread_mutex_destroy(&pacer->mutex);
 }
 
 VBLKDEF vblk_backend vblk_pacer_backend(vblk_pacer *pacer) {
-    const vblk_backend *inner = &pacer->inner;
-    vblk_backend b = {vblk__pacer_read, NULL, NULL, NULL, NULL};
-    b.write = inner->write ? vblk__pacer_write : NULL;
-    b.flush = inner->flush ? vblk__pacer_flush : NULL;
-    b.size = inner->size ? vblk__pacer_size : NULL;
-    b.user = pacer;
-    return b;
+    return vblk__wrap(&pacer->wrapper);
 }
-
 
 #endif // VBLK_IMPLEMENTATION_FILES
 
@@ -4727,30 +4757,14 @@ static void vblk__return(struct vblk__thread *t) {
     }
 }
 
-static int64_t vblk__worker_read(void *user, uint64_t offset,
-                                 const vblk_seg *seg, unsigned segs) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__leave_for(w);
-    int64_t n = w->backend.read(w->backend.user, offset, seg, segs);
+static int64_t vblk__worker_around(vblk_wrapper *wrapper, char op,
+                                   uint64_t offset, const vblk_seg *seg,
+                                   unsigned segs) {
+    char *w = (char *)wrapper - offsetof(vblk_worker, backend);
+    struct vblk__thread *t = vblk__leave_for((vblk_worker *)(void *)w);
+    int64_t n = vblk__inner(wrapper, op, offset, seg, segs);
     vblk__return(t);
     return n;
-}
-
-static int64_t vblk__worker_write(void *user, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__leave_for(w);
-    int64_t n = w->backend.write(w->backend.user, offset, seg, segs);
-    vblk__return(t);
-    return n;
-}
-
-static int vblk__worker_flush(void *user) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__leave_for(w);
-    int err = w->backend.flush(w->backend.user);
-    vblk__return(t);
-    return err;
 }
 
 
@@ -5396,7 +5410,8 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
         w->wo = *wo;
     }
     w->wo.stop_ms = w->wo.stop_ms ? w->wo.stop_ms : 1000;
-    w->backend = o->backend;
+    w->backend.inner = o->backend;
+    w->backend.around = vblk__worker_around;
     w->interrupt = o->interrupt;
     w->event = o->event;
     w->user = o->user;
@@ -5432,12 +5447,7 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
         vblk__dispose(w);
         return err;
     }
-    vblk_backend *b = &w->dev.backend;
-    b->read = vblk__worker_read;
-    b->write = b->write ? vblk__worker_write : NULL;
-    b->flush = b->flush ? vblk__worker_flush : NULL;
-    b->size = NULL; // asked once
-    b->user = w;
+    w->dev.backend = vblk__wrap(&w->backend);
     return VBLK_OK;
 }
 
