@@ -939,18 +939,9 @@ typedef struct vblk_bucket {
     uint64_t last_ns;  // when tokens and fraction were right
 } vblk_bucket;
 
-// A virtqueue. Private.
-typedef struct vblk_queue {
-    vblk_counts counts; // any thread reads, the drainer adds
-    uint64_t epoch VBLK__ATOMIC64; // atomic; changes when requests go stale
-    // Register calls, before the queue is ready.
-    uint64_t desc_gpa, avail_gpa, used_gpa;
-    uint32_t size;
-    bool     ready;        // atomic
-    bool     due;          // atomic: vblk_poll() is to look
-    // The drainer, as long as the queue is ready; afresh whenever it starts.
-    // Positions are free-running.
-    bool     poisoned;     // atomic
+// What a running queue has, afresh whenever it starts. Positions are
+// free-running. Private.
+typedef struct vblk_run {
     bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
     bool     switch_failed;
@@ -967,6 +958,22 @@ typedef struct vblk_queue {
     uint8_t *desc, *avail, *used; // NULL: through the accessors
     uint64_t stalled_ns;   // when the stall began
     uint64_t stalled_bytes; // what the request costs
+} vblk_run;
+
+// A virtqueue. Private.
+typedef struct vblk_queue {
+    vblk_counts counts; // any thread reads, the drainer adds
+    uint64_t epoch VBLK__ATOMIC64; // atomic; changes when requests go stale
+    vblk_run run;       // the drainer's, as long as the queue is ready
+    bool     broken;    // atomic; until a reset
+    // Register calls, before the queue is ready.
+    bool     ready;     // atomic
+    bool     due;       // atomic: vblk_poll() is to look
+    uint32_t size;
+    uint64_t desc_gpa, avail_gpa, used_gpa;
+#if UINTPTR_MAX > UINT32_MAX
+    uint8_t  apart[32]; // what a drainer changes shares no cache line with
+#endif                  // what the next queue's does
 } vblk_queue;
 
 // A device. Private, of any storage; must not move while a backend or the
@@ -2080,7 +2087,7 @@ static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
         dev->again_ns = 0;
         for (unsigned i = 1; i < dev->queues && !dev->waits; i++) {
             unsigned next = (me + i) % dev->queues;
-            dev->waits = dev->queue[next].stalled;
+            dev->waits = dev->queue[next].run.stalled;
             dev->turn = (uint16_t)next;
         }
         if (dev->waits) {
@@ -2092,15 +2099,15 @@ static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
 // The head does not wait any more.
 static void vblk__forget_stall(vblk_dev *dev, vblk_queue *q) {
     vblk__end_turn(dev, q);
-    q->stalled = false;
+    q->run.stalled = false;
     VBLK__STORE(&q->counts.currently_throttled, 0);
 }
 
 // It has passed.
 static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     vblk__forget_stall(dev, q);
-    if (now_ns > q->stalled_ns) {
-        vblk__count(&q->counts.throttled_ns, now_ns - q->stalled_ns);
+    if (now_ns > q->run.stalled_ns) {
+        vblk__count(&q->counts.throttled_ns, now_ns - q->run.stalled_ns);
     }
 }
 
@@ -2139,10 +2146,10 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
         dev->turn = (uint16_t)vblk__index(dev, q);
         dev->again_ns = 0;
     }
-    q->stalled_bytes = cost;
-    if (!q->stalled) {
-        q->stalled = true;
-        q->stalled_ns = now_ns;
+    q->run.stalled_bytes = cost;
+    if (!q->run.stalled) {
+        q->run.stalled = true;
+        q->run.stalled_ns = now_ns;
         vblk__count(&q->counts.throttled, 1);
         VBLK__STORE(&q->counts.currently_throttled, 1);
     }
@@ -2177,7 +2184,7 @@ static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
     vblk_bucket_refill(&dev->ops, now_ns);
     vblk_bucket_refill(&dev->bytes, now_ns);
     uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
-    uint64_t b = vblk_bucket_wait(&dev->bytes, q->stalled_bytes, now_ns);
+    uint64_t b = vblk_bucket_wait(&dev->bytes, q->run.stalled_bytes, now_ns);
     uint64_t wait = a > b ? a : b;
     return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
 }
@@ -2198,10 +2205,10 @@ static uint64_t vblk__used_bytes(const vblk_queue *q) {
 // until the host has ended it. Its stall ends: no other queue waits for it.
 static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
                          uint64_t a, uint64_t b) {
-    if (q->poisoned) {
+    if (q->broken) {
         return;
     }
-    VBLK__STORE(&q->poisoned, true);
+    VBLK__STORE(&q->broken, true);
     VBLK__STORE(&q->epoch, q->epoch + 1);
     vblk__forget_stall(dev, q);
     vblk__count(&q->counts.invalid_avail_idx, 1);
@@ -2230,24 +2237,25 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
         vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->used_gpa, 0);
         return false;
     }
-    q->desc = vblk__whole(dev, q->desc_gpa, desc_bytes, false);
-    q->avail = vblk__whole(dev, q->avail_gpa, vblk__avail_bytes(q), false);
-    q->used = vblk__whole(dev, q->used_gpa, vblk__used_bytes(q), true);
-    if ((uintptr_t)q->avail & 1) {
-        q->avail = NULL;
+    q->run.desc = vblk__whole(dev, q->desc_gpa, desc_bytes, false);
+    q->run.avail = vblk__whole(dev, q->avail_gpa, vblk__avail_bytes(q), false);
+    q->run.used = vblk__whole(dev, q->used_gpa, vblk__used_bytes(q), true);
+    if ((uintptr_t)q->run.avail & 1) {
+        q->run.avail = NULL;
     }
-    if ((uintptr_t)q->used & 1) {
-        q->used = NULL;
+    if ((uintptr_t)q->run.used & 1) {
+        q->run.used = NULL;
     }
-    q->resolved = true;
-    q->notify_off = true; // whatever the driver left there [2.7.10.2]
-    if (q->adopt_used) {
-        if (!vblk__load16(dev, q->used, q->used_gpa, 2, &q->used_next)) {
+    q->run.resolved = true;
+    q->run.notify_off = true; // whatever the driver left there [2.7.10.2]
+    if (q->run.adopt_used) {
+        if (!vblk__load16(dev, q->run.used, q->used_gpa, 2,
+                          &q->run.used_next)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
             return false;
         }
-        q->used_shown = q->used_decided = q->used_next;
-        q->adopt_used = false;
+        q->run.used_shown = q->run.used_decided = q->run.used_next;
+        q->run.adopt_used = false;
     }
     return true;
 }
@@ -2264,43 +2272,44 @@ typedef enum vblk__state {
 // EMPTY, MORE or BROKEN.
 static vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx;
-    if (q->poisoned) {
+    if (q->broken) {
         return VBLK__BROKEN;
     }
-    if (q->avail_next != q->avail_seen) {
+    if (q->run.avail_next != q->run.avail_seen) {
         return VBLK__MORE;
     }
     if (vblk__halted(dev)) {
         return VBLK__EMPTY;
     }
-    if (!vblk__load16(dev, q->avail, q->avail_gpa, 2, &idx)) {
+    if (!vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx)) {
         vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
         return VBLK__BROKEN;
     }
-    if ((uint16_t)(idx - q->avail_next) > q->size) {
-        vblk__poison(dev, q, VBLK_EV_AVAIL_JUMP, idx, q->avail_next);
+    if ((uint16_t)(idx - q->run.avail_next) > q->size) {
+        vblk__poison(dev, q, VBLK_EV_AVAIL_JUMP, idx, q->run.avail_next);
         return VBLK__BROKEN;
     }
-    q->avail_seen = idx;
-    return idx == q->avail_next ? VBLK__EMPTY : VBLK__MORE;
+    q->run.avail_seen = idx;
+    return idx == q->run.avail_next ? VBLK__EMPTY : VBLK__MORE;
 }
 
 // Notifications off: a hint, so a failure does not matter. With EVENT_IDX
 // they are off by themselves once avail_event is passed [2.7.10].
 static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
-    if (!dev->event_idx && !q->notify_off) {
-        vblk__store16(dev, q->used, q->used_gpa, 0, VBLK__NO_NOTIFY);
-        q->notify_off = true;
+    if (!dev->event_idx && !q->run.notify_off) {
+        vblk__store16(dev, q->run.used, q->used_gpa, 0, VBLK__NO_NOTIFY);
+        q->run.notify_off = true;
     }
 }
 
 // Let the driver see what is completed.
 static void vblk__show(vblk_dev *dev, vblk_queue *q) {
-    if (q->used_next != q->used_shown) {
-        if (!vblk__store16(dev, q->used, q->used_gpa, 2, q->used_next)) {
+    if (q->run.used_next != q->run.used_shown) {
+        if (!vblk__store16(dev, q->run.used, q->used_gpa, 2,
+                           q->run.used_next)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
         }
-        q->used_shown = q->used_next;
+        q->run.used_shown = q->run.used_next;
     }
 }
 
@@ -2310,26 +2319,26 @@ static void vblk__show(vblk_dev *dev, vblk_queue *q) {
 static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     bool ok = true;
     vblk__show(dev, q);
-    if (q->notify_off) {
-        ok = vblk__store16(dev, q->used, q->used_gpa, 0, 0);
-        q->notify_off = !ok;
+    if (q->run.notify_off) {
+        ok = vblk__store16(dev, q->run.used, q->used_gpa, 0, 0);
+        q->run.notify_off = !ok;
     }
     if (ok && dev->event_idx) {
-        ok = vblk__store16(dev, q->used, q->used_gpa,
-                           vblk__used_bytes(q) - 2, q->avail_seen);
+        ok = vblk__store16(dev, q->run.used, q->used_gpa,
+                           vblk__used_bytes(q) - 2, q->run.avail_seen);
     }
-    if (!ok && !q->switch_failed) {
+    if (!ok && !q->run.switch_failed) {
         vblk__say_queue(dev, q, VBLK_EV_NOTIFY_SWITCH, q->used_gpa, 0);
     }
-    q->switch_failed = !ok;
+    q->run.switch_failed = !ok;
     VBLK__FENCE();
     return ok;
 }
 
 // After vblk__peek() said MORE.
 static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
-    uint64_t at = 4 + 2 * (uint64_t)(q->avail_next & (q->size - 1));
-    if (!vblk__load16(dev, q->avail, q->avail_gpa, at, head)) {
+    uint64_t at = 4 + 2 * (uint64_t)(q->run.avail_next & (q->size - 1));
+    if (!vblk__load16(dev, q->run.avail, q->avail_gpa, at, head)) {
         vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
         return false;
     }
@@ -2337,28 +2346,28 @@ static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
         vblk__poison(dev, q, VBLK_EV_HEAD_RANGE, *head, 0);
         return false;
     }
-    q->avail_next++;
+    q->run.avail_next++;
     return true;
 }
 
 static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
                             uint32_t written) {
     uint64_t at = 4 + VBLK__USED_BYTES *
-                          (uint64_t)(q->used_next & (q->size - 1));
+                          (uint64_t)(q->run.used_next & (q->size - 1));
     uint8_t element[VBLK__USED_BYTES];
     if (vblk__halted(dev)) {
         return false;
     }
     vblk__put(element, head, 4);
     vblk__put(element + 4, written, 4);
-    if (q->used) {
-        VBLK_MEMCPY(q->used + at, element, sizeof element);
+    if (q->run.used) {
+        VBLK_MEMCPY(q->run.used + at, element, sizeof element);
     } else if (!vblk__write(dev, q->used_gpa + at, element, sizeof element)) {
         vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + at, 0);
         return false;
     }
-    q->used_next++;
-    q->undecided += q->undecided <= UINT16_MAX;
+    q->run.used_next++;
+    q->run.undecided += q->run.undecided <= UINT16_MAX;
     return true;
 }
 
@@ -2372,32 +2381,32 @@ static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
 static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
     uint16_t word;
     if (dev->event_idx) {
-        return q->undecided > UINT16_MAX || // once round, past any event
-               !vblk__load16(dev, q->avail, q->avail_gpa,
+        return q->run.undecided > UINT16_MAX || // once round, past any event
+               !vblk__load16(dev, q->run.avail, q->avail_gpa,
                              vblk__avail_bytes(q) - 2, &word) ||
-               vblk__crosses(word, q->used_shown, old);
+               vblk__crosses(word, q->run.used_shown, old);
     }
-    return !vblk__load16(dev, q->avail, q->avail_gpa, 0, &word) ||
+    return !vblk__load16(dev, q->run.avail, q->avail_gpa, 0, &word) ||
            !(word & VBLK__NO_INTERRUPT);
 }
 
 static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
-    uint16_t old = q->used_decided;
+    uint16_t old = q->run.used_decided;
     if (vblk__halted(dev)) {
         return;
     }
-    if (q->used_next != q->used_shown) {
+    if (q->run.used_next != q->run.used_shown) {
         vblk__show(dev, q);
         // Either the driver sees the new index when it switches interrupts
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->undecided == 0) {
+    if (q->run.undecided == 0) {
         return;
     }
-    q->used_decided = q->used_shown;
-    bool fire = vblk__wanted(dev, q, old) || q->switch_failed;
-    q->undecided = 0;
+    q->run.used_decided = q->run.used_shown;
+    bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
+    q->run.undecided = 0;
     if (fire || dev->strict) { // P7
         vblk__raise(dev, vblk__index(dev, q), fire);
     }
@@ -2502,7 +2511,7 @@ static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
 // as any queue could hold it, and not kept.
 static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
-    vblk__table t = {q->desc, q->desc_gpa, q->size, 0, false};
+    vblk__table t = {q->run.desc, q->desc_gpa, q->size, 0, false};
     unsigned limit = dev->seg_max + 2;
     uint32_t i = head;
     for (;;) {
@@ -2989,7 +2998,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     bool idle = vblk__is_idle(dev, r);
     if (!idle && !vblk__admit(dev, q, r->bytes, now_ns)) {
-        q->avail_next--;
+        q->run.avail_next--;
         return VBLK__STALLED;
     }
     if (vblk__kind_of(r)->shape == VBLK__ID) {
@@ -3002,7 +3011,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         }
         return VBLK__MORE;
     }
-    q->under_way++;
+    q->run.under_way++;
     return VBLK__REQUEST;
 }
 
@@ -3012,8 +3021,8 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                unsigned room, uint64_t now_ns,
                                uint32_t *budget) {
     vblk__chain c;
-    if (q->under_way >= q->size) {
-        vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->under_way, 0);
+    if (q->run.under_way >= q->size) {
+        vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->run.under_way, 0);
         return VBLK__BROKEN;
     }
     if (!vblk__take(dev, q, &r->head)) {
@@ -3051,7 +3060,7 @@ static vblk__state vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         --*budget;
         vblk__notify_off(dev, q);
         state = vblk__serve(dev, q, r, room, now_ns, budget);
-        if (state != VBLK__STALLED && q->stalled) {
+        if (state != VBLK__STALLED && q->run.stalled) {
             vblk__end_stall(dev, q, now_ns);
         }
         if (state != VBLK__MORE) {
@@ -3078,7 +3087,7 @@ static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
         }
         return NULL;
     }
-    if (q->poisoned || (!q->resolved && !vblk__resolve(dev, q))) {
+    if (q->broken || (!q->run.resolved && !vblk__resolve(dev, q))) {
         vblk__publish_queue(dev, q);
         return NULL;
     }
@@ -3140,15 +3149,15 @@ static int vblk__end(vblk_dev *dev, const vblk_request *r,
                      vblk__progress done) {
     vblk_queue *q = &dev->queue[r->queue];
     if (vblk__stale(dev, r)) {
-        bool of_broken = q->poisoned && r->epoch + 1 == q->epoch;
-        q->under_way -= of_broken && q->under_way > 0;
+        bool of_broken = q->broken && r->epoch + 1 == q->epoch;
+        q->run.under_way -= of_broken && q->run.under_way > 0;
         return VBLK_ERR_STALE;
     }
-    VBLK_ASSERT(q->under_way > 0); // else it was completed before
-    if (q->under_way == 0) {
+    VBLK_ASSERT(q->run.under_way > 0); // else it was completed before
+    if (q->run.under_way == 0) {
         return VBLK_ERR_STALE;
     }
-    q->under_way--;
+    q->run.under_way--;
     const struct vblk__kind *k = vblk__kind_of(r);
     bool in = k->data == VBLK__DATA_IN, out = k->data == VBLK__DATA_OUT;
     if (out && done.bytes < r->bytes && !done.code) {
@@ -3326,9 +3335,9 @@ static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
 // Before the thread turns away from `q`: completions out, notifications on, and
 // one more look. A request that waits for a limit is no news.
 static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
-    bool on = !q->poisoned && vblk__notify_on(dev, q);
-    return q->poisoned  ? VBLK__BROKEN
-           : q->stalled ? VBLK__STALLED
+    bool on = !q->broken && vblk__notify_on(dev, q);
+    return q->broken  ? VBLK__BROKEN
+           : q->run.stalled ? VBLK__STALLED
            : on         ? vblk__peek(dev, q)
                         : VBLK__EMPTY;
 }
@@ -3344,7 +3353,7 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     }
     vblk__state state = vblk__arm_queue(dev, q);
     vblk__publish_queue(dev, q);
-    return vblk__again(dev, q, q->poisoned ? VBLK__BROKEN : state, now_ns);
+    return vblk__again(dev, q, q->broken ? VBLK__BROKEN : state, now_ns);
 }
 
 static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
@@ -3367,7 +3376,7 @@ static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
         state = vblk__arm_queue(dev, q);
     } while (state == VBLK__MORE && budget > 0 && !VBLK__LOAD(&dev->yield));
     vblk__publish_queue(dev, q);
-    return q->poisoned ? VBLK__BROKEN : state;
+    return q->broken ? VBLK__BROKEN : state;
 }
 
 VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
@@ -3396,7 +3405,7 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
         unsigned n = (first + i) % dev->queues;
         vblk_queue *q = &dev->queue[n];
         bool look = vblk__take_due(q);
-        if (q->stalled ? timed : look) { // a stall ends by time alone
+        if (q->run.stalled ? timed : look) { // a stall ends by time alone
             if (vblk__drain_queue(dev, n, now_ns) == VBLK__MORE) {
                 vblk__set_due(dev, q);
                 more = true;
@@ -3418,17 +3427,13 @@ static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__forget_stall(dev, q);
     VBLK__STORE(&q->ready, false);
     VBLK__STORE(&q->epoch, q->epoch + 1);
-    q->resolved = q->notify_off = q->switch_failed = q->adopt_used = false;
-    q->avail_next = q->avail_seen = 0;
-    q->used_next = q->used_shown = q->used_decided = 0;
-    q->undecided = q->under_way = 0;
-    q->desc = q->avail = q->used = NULL;
+    VBLK_MEMSET(&q->run, 0, sizeof q->run);
 }
 
 // The same, and forget what the driver said of it.
 static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__stop_queue(dev, q);
-    VBLK__STORE(&q->poisoned, false);
+    VBLK__STORE(&q->broken, false);
     q->size = 0;
     q->desc_gpa = q->avail_gpa = q->used_gpa = 0;
 }
@@ -3862,11 +3867,11 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
     q->desc_gpa = ring->desc;
     q->avail_gpa = ring->avail;
     q->used_gpa = ring->used;
-    q->avail_next = q->avail_seen = ring->position;
+    q->run.avail_next = q->run.avail_seen = ring->position;
     // Where there is no memory yet, the first drain takes it.
-    q->adopt_used = q->used_gpa % 4 ||
-                    !vblk__load16(dev, NULL, q->used_gpa, 2, &q->used_next);
-    q->used_shown = q->used_decided = q->used_next;
+    q->run.adopt_used = q->used_gpa % 4 ||
+                    !vblk__load16(dev, NULL, q->used_gpa, 2, &q->run.used_next);
+    q->run.used_shown = q->run.used_decided = q->run.used_next;
     VBLK__STORE_RELEASE(&q->ready, true);
     vblk_notify(dev, (int)queue);
     return VBLK_OK;
@@ -3878,7 +3883,7 @@ VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
     if (!vblk__quiet(dev, (int)queue)) {
         return VBLK_ERR_BUSY;
     }
-    int position = q->avail_next;
+    int position = q->run.avail_next;
     vblk__publish_queue(dev, q); // what is completed is not lost
     vblk__forget_queue(dev, q);
     return position;
@@ -4074,7 +4079,7 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     // drained by several threads, and none of them could pass it on.
     dev->waits = dev->waits && vblk__limited(dev);
     for (unsigned i = 0; !vblk__limited(dev) && i < dev->queues; i++) {
-        if (dev->queue[i].stalled) {
+        if (dev->queue[i].run.stalled) {
             vblk__end_stall(dev, &dev->queue[i], now_ns);
         }
     }
@@ -4087,7 +4092,7 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
         return VBLK_ERR_MEMORY;
     }
     for (unsigned i = 0; i < dev->queues; i++) {
-        if (dev->queue[i].under_way > 0) {
+        if (dev->queue[i].run.under_way > 0) {
             return VBLK_ERR_BUSY;
         }
     }
@@ -4095,8 +4100,8 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
     dev->again_ns = 0;
     for (unsigned i = 0; i < dev->queues; i++) {
         vblk_queue *q = &dev->queue[i];
-        q->resolved = false;
-        q->desc = q->avail = q->used = NULL;
+        q->run.resolved = false;
+        q->run.desc = q->run.avail = q->run.used = NULL;
     }
     vblk_notify(dev, VBLK_ALL_QUEUES);
     return VBLK_OK;
@@ -4108,7 +4113,7 @@ VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev) {
 
 VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue) {
     VBLK_ASSERT(queue < dev->queues);
-    return VBLK__LOAD(&dev->queue[queue].poisoned);
+    return VBLK__LOAD(&dev->queue[queue].broken);
 }
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {

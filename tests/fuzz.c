@@ -565,14 +565,14 @@ static void walk(unsigned queue, uint16_t head) {
 static void collect(unsigned queue) {
     const vblk_queue *q = &f.dev.queue[queue];
     uint16_t idx = peek16(q->avail_gpa + 2);
-    uint16_t ahead = (uint16_t)(q->avail_seen - q->avail_next);
-    uint16_t more = (uint16_t)(idx - q->avail_seen);
+    uint16_t ahead = (uint16_t)(q->run.avail_seen - q->run.avail_next);
+    uint16_t more = (uint16_t)(idx - q->run.avail_seen);
     if (more <= q->size) {
         ahead = (uint16_t)(ahead + more);
     }
     s.first[queue] = s.chains;
     for (unsigned i = 0; i < ahead; i++) {
-        unsigned place = (unsigned)(q->avail_next + i) & (q->size - 1);
+        unsigned place = (unsigned)(q->run.avail_next + i) & (q->size - 1);
         uint16_t head = peek16(q->avail_gpa + 4 + 2 * (uint64_t)place);
         if (head >= q->size) {
             break;
@@ -614,7 +614,7 @@ static void strike(void) {
         uint16_t head = f.ambush_how >> 1 & (q->size - 1) & 0xff;
         uint64_t at_idx = q->avail_gpa + 4 +
                           2 * (uint64_t)(idx & (q->size - 1));
-        s.tangled |= (uint16_t)(idx + 1 - q->avail_next) > q->size;
+        s.tangled |= (uint16_t)(idx + 1 - q->run.avail_next) > q->size;
         s.notified = vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX
                          ? peek16(q->used_gpa + used_bytes(q) - 2) == idx
                          : !(peek16(q->used_gpa) & 1);
@@ -649,7 +649,7 @@ static void begin(int queue, bool takes) {
     s.ended = ended();
     for (unsigned i = 0; i < QUEUES; i++) {
         const vblk_queue *q = &f.dev.queue[i];
-        s.from[i] = q->avail_next;
+        s.from[i] = q->run.avail_next;
         s.waits[i] = 0;
         f.queue[i].fired = 0;
         if (!live(i)) {
@@ -661,7 +661,7 @@ static void begin(int queue, bool takes) {
             s.range[s.ranges - 1].queue = VBLK_NO_QUEUE;
             add_table((int)i, q->desc_gpa, 16 * (uint64_t)q->size);
             add_table((int)i, q->avail_gpa, 6 + 2 * (uint64_t)q->size);
-            if (takes && !s.tangled && !q->poisoned) {
+            if (takes && !s.tangled && !q->broken) {
                 collect(i);
             }
         }
@@ -728,10 +728,10 @@ static void check_counters(void) {
          "a counter went back");
     uint64_t stalled = 0;
     for (unsigned i = 0; i < QUEUES; i++) {
-        stalled += f.dev.queue[i].stalled;
+        stalled += f.dev.queue[i].run.stalled;
     }
     rule(c.currently_throttled == stalled, "the gauge is wrong");
-    rule(f.dev.waits ? f.dev.queue[f.dev.turn].stalled : !stalled,
+    rule(f.dev.waits ? f.dev.queue[f.dev.turn].run.stalled : !stalled,
          "a turn without a stall, or a stall without a turn");
     f.counts = c;
 }
@@ -752,12 +752,12 @@ static void check_used(unsigned queue) {
     const vblk_queue *q = &f.dev.queue[queue];
     seen *k = &f.queue[queue];
     uint16_t idx = peek16(q->used_gpa + 2);
-    uint16_t n = (uint16_t)(q->used_shown - k->used);
-    if (k->tangled || n == 0 || (q->poisoned && idx != q->used_shown)) {
-        k->used = q->used_shown;
+    uint16_t n = (uint16_t)(q->run.used_shown - k->used);
+    if (k->tangled || n == 0 || (q->broken && idx != q->run.used_shown)) {
+        k->used = q->run.used_shown;
         return;
     }
-    rule(idx == q->used_shown, "used.idx is not what the device counted");
+    rule(idx == q->run.used_shown, "used.idx is not what the device counted");
     if (n > q->size) { // a driver that offers what it did not get back
         k->used = (uint16_t)(idx - q->size);
     }
@@ -799,7 +799,7 @@ static bool holds(uint64_t gpa) {
 static void check_taken(unsigned queue) {
     const vblk_queue *q = &f.dev.queue[queue];
     seen *k = &f.queue[queue];
-    uint16_t taken = (uint16_t)(q->avail_next - s.from[queue]);
+    uint16_t taken = (uint16_t)(q->run.avail_next - s.from[queue]);
     if (!s.takes || !live(queue) || s.tangled) {
         k->tangled |= s.takes && s.tangled;
         return;
@@ -828,14 +828,14 @@ static void check_wanted(unsigned queue, bool published) {
     if (!published || !live(queue)) {
         return;
     }
-    uint16_t now = q->used_shown, event = peek16(q->avail_gpa + 4 +
+    uint16_t now = q->run.used_shown, event = peek16(q->avail_gpa + 4 +
                                                  2 * (uint64_t)q->size);
     bool wanted = now != k->decided && !(peek16(q->avail_gpa) & 1);
     if (vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX) {
         wanted = (uint16_t)(now - event - 1) < (uint16_t)(now - k->decided);
     }
     k->decided = now;
-    if (s.refusals || s.tangled || k->tangled || q->poisoned) {
+    if (s.refusals || s.tangled || k->tangled || q->broken) {
         return;
     }
     rule(!wanted || k->fired || !f.o.interrupt, "an interrupt is missing");
@@ -852,8 +852,8 @@ static void end(int queue, bool published) {
     unsigned taken = 0;
     for (unsigned i = 0; i < QUEUES; i++) {
         const vblk_queue *q = &f.dev.queue[i];
-        taken += (uint16_t)(q->avail_next - s.from[i]);
-        rule(!s.takes || (uint16_t)(q->avail_next - s.from[i]) <= q->size,
+        taken += (uint16_t)(q->run.avail_next - s.from[i]);
+        rule(!s.takes || (uint16_t)(q->run.avail_next - s.from[i]) <= q->size,
              "a call takes more chains than the queue has entries");
         check_taken(i);
     }
@@ -863,7 +863,7 @@ static void end(int queue, bool published) {
         check_wanted(i, published && (queue == VBLK_ALL_QUEUES ||
                                       queue == (int)i));
         check_used(i);
-        if (f.dev.queue[i].poisoned && !k->poisoned) {
+        if (f.dev.queue[i].broken && !k->poisoned) {
             k->poisoned = true;
             k->session++;
             rule(vblk_status(&f.dev) & VBLK_STATUS_NEEDS_RESET,
@@ -950,9 +950,10 @@ static void check_armed(unsigned queue) {
         return;
     }
     uint16_t idx = peek16(q->avail_gpa + 2);
-    rule(idx == q->avail_next || s.notified, "EMPTY, but there is an entry");
+    rule(idx == q->run.avail_next || s.notified,
+         "EMPTY, but there is an entry");
     rule(vblk_driver_features(&f.dev) & VBLK_F_EVENT_IDX
-             ? peek16(q->used_gpa + used_bytes(q) - 2) == q->avail_next
+             ? peek16(q->used_gpa + used_bytes(q) - 2) == q->run.avail_next
              : !(peek16(q->used_gpa) & 1),
          "EMPTY, but the driver will not notify");
 }
@@ -969,10 +970,10 @@ static answer answer_of(int queue, uint64_t again) {
     answer out = {IDLE, 0};
     bool   held = f.dev.waits;
     if (queue >= 0) {
-        held = f.dev.queue[queue].stalled;
+        held = f.dev.queue[queue].run.stalled;
     }
     for (unsigned i = 0; queue == VBLK_ALL_QUEUES && i < f.dev.queues; i++) {
-        held = held && (!f.dev.queue[i].due || f.dev.queue[i].stalled);
+        held = held && (!f.dev.queue[i].due || f.dev.queue[i].run.stalled);
     }
     rule(again >= f.now, "an answer from the past");
     if (again != VBLK_NEVER) {
@@ -996,7 +997,7 @@ static unsigned taken_in(int queue) {
     unsigned n = 0;
     for (int i = 0; i < QUEUES; i++) {
         if (queue == VBLK_ALL_QUEUES || queue == i) {
-            n += (uint16_t)(f.dev.queue[i].avail_next - s.from[i]);
+            n += (uint16_t)(f.dev.queue[i].run.avail_next - s.from[i]);
         }
     }
     return n;
@@ -1159,7 +1160,7 @@ static void allow(const slot *t) {
 static void check_completed(const slot *t, uint8_t status, uint64_t bytes) {
     const vblk_request *r = &t->req;
     if (s.refusals || s.tangled || f.queue[r->queue].tangled ||
-        covered(r->status_gpa) != 1 || f.dev.queue[r->queue].poisoned) {
+        covered(r->status_gpa) != 1 || f.dev.queue[r->queue].broken) {
         return;
     }
     rule(*at(r->status_gpa) == status, "the status is not what was completed");
@@ -1646,7 +1647,7 @@ static uint64_t an_offset(uint8_t b) {
 
 static void set_remap(uint8_t how) {
     for (unsigned i = 0; i < f.dev.queues; i++) {
-        if (f.dev.queue[i].under_way > 0) {
+        if (f.dev.queue[i].run.under_way > 0) {
             return; // would be asserted
         }
     }
@@ -1755,8 +1756,8 @@ static void start(uint8_t queue, uint8_t size, uint8_t position) {
     if (err == VBLK_OK) {
         rule(!was, "a queue is started twice");
         forget((unsigned)i);
-        f.queue[i].used = f.queue[i].decided = f.dev.queue[i].used_shown;
-        f.queue[i].tangled = f.dev.queue[i].adopt_used; // known later
+        f.queue[i].used = f.queue[i].decided = f.dev.queue[i].run.used_shown;
+        f.queue[i].tangled = f.dev.queue[i].run.adopt_used; // known later
     }
     end(VBLK_NO_QUEUE, false);
     drain(notified, 0);

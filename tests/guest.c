@@ -401,9 +401,9 @@ void guest_queue_up(unsigned queue, uint32_t size) {
 
 void guest_remap(void) {
     for (unsigned i = 0; i < g.dev.queues; i++) {
-        g.dev.queue[i].resolved = false;
-        g.dev.queue[i].desc = g.dev.queue[i].avail = NULL;
-        g.dev.queue[i].used = NULL;
+        g.dev.queue[i].run.resolved = false;
+        g.dev.queue[i].run.desc = g.dev.queue[i].run.avail = NULL;
+        g.dev.queue[i].run.used = NULL;
     }
 }
 
@@ -546,7 +546,7 @@ static outcome outcome_of(uint64_t again, uint64_t now, int queue) {
     unsigned begin = queue < 0 ? 0 : (unsigned)queue;
     unsigned end = queue < 0 ? g.dev.queues : begin + 1;
     for (unsigned i = begin; i < end; i++) {
-        stalled |= g.dev.queue[i].stalled;
+        stalled |= g.dev.queue[i].run.stalled;
         if (vblk_queue_broken(&g.dev, i)) {
             out.state = BROKEN;
         }
@@ -565,7 +565,7 @@ outcome drain_at(int queue, uint64_t now) {
         again = vblk_poll(&g.dev, now);
         bool due = false;
         for (unsigned i = 0; i < g.dev.queues; i++) {
-            due |= g.dev.queue[i].due && !g.dev.queue[i].stalled;
+            due |= g.dev.queue[i].due && !g.dev.queue[i].run.stalled;
         }
         if (due) { // more is more pressing than a stall
             outcome more = {MORE, 0};

@@ -262,7 +262,7 @@ void case_cve_2026_45782_completion_after_reset(void) {
     guest_negotiate(VBLK_F_EVENT_IDX);
     guest_queue_up(0, 16);
     guest_go();
-    CHECK_EQ(0, g.dev.queue[0].under_way);
+    CHECK_EQ(0, g.dev.queue[0].run.under_way);
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
 }
 

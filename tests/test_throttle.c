@@ -480,14 +480,14 @@ void t4_a_stall_at_position_0(void) {
     limits(1, 0);
     req r = request(VBLK_T_IN, 0, 512);
     g.dev.ops.tokens = 0;
-    g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0xffff;
+    g.dev.queue[0].run.avail_next = g.dev.queue[0].run.avail_seen = 0xffff;
     put16(g.queue[0].avail + 2, 1);
     put16(g.queue[0].avail + 4 + 2 * 255, r.head);
     CHECK_EQ(STALLED, drain_at(0, 0).state);
-    CHECK_EQ(0xffff, g.dev.queue[0].avail_next);
-    g.dev.queue[0].avail_next = g.dev.queue[0].avail_seen = 0;
+    CHECK_EQ(0xffff, g.dev.queue[0].run.avail_next);
+    g.dev.queue[0].run.avail_next = g.dev.queue[0].run.avail_seen = 0;
     CHECK_EQ(STALLED, drain_at(0, 0).state);
-    CHECK_EQ(0, g.dev.queue[0].avail_next);
+    CHECK_EQ(0, g.dev.queue[0].run.avail_next);
 }
 
 // Nothing behind a stalled head passes it, however cheap.
@@ -526,7 +526,7 @@ void t5_reset_and_a_change_of_mind_end_a_stall(void) {
     request(VBLK_T_IN, 0, 512);
     CHECK_EQ(STALLED, drain_at(0, 5).state);
     put16(g.queue[0].avail + 2, 5000);
-    g.dev.queue[0].avail_seen = g.dev.queue[0].avail_next;
+    g.dev.queue[0].run.avail_seen = g.dev.queue[0].run.avail_next;
     CHECK_EQ(BROKEN, drain_at(0, 6).state);
 }
 
@@ -680,7 +680,7 @@ void t_switching_on_fails_at_a_stall(void) {
     CHECK_EQ(0, g.fired);
     CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
     CHECK_EQ(0xff, status_of(&r));
-    CHECK_EQ(0, g.dev.queue[0].avail_next);
+    CHECK_EQ(0, g.dev.queue[0].run.avail_next);
     CHECK_EQ(1, counts().throttled);
 }
 

@@ -210,7 +210,7 @@ void transport_a_broken_queue_publishes_first(void) {
     g.hole = ring.used + 12; // the second element
     g.hole_bytes = 8;
     guest_remap();
-    g.dev.queue[0].used = NULL;
+    g.dev.queue[0].run.used = NULL;
     vblk_complete(&g.dev, &r[1], 0);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
     CHECK_EQ(BROKEN, take(0, 0, &r[0]).state);
