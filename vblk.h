@@ -245,7 +245,7 @@
 
     IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
     returned (standard: IOERR, or returned with length 0, P5). Each but V11
-    and Q4 counts one io_error; Q4 counts one invalid_avail_idx. Other letters
+    and Q4 counts one io_error; Q4 counts one broken_queues. Other letters
     in the text of an event name its group: M registers, F features and
     status, B backends, W the host; Q3 a queue's notifications.
 
@@ -398,6 +398,8 @@
             options.read_only, backend.read_only, memdisk.read_only
                                   backend.write = NULL
             options.cache         backend.flush = NULL
+            counts.invalid_avail_idx
+                                  broken_queues
             true and false of get, put, complete, pause, queue_start
                                   VBLK_OK and a VBLK_ERR_
             VBLK_STRICT as default
@@ -926,7 +928,7 @@ typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t throttled;              // requests that had to wait
     uint64_t currently_throttled;    // queues that wait now
     uint64_t throttled_ns;           // time waited, added when one passes
-    uint64_t invalid_avail_idx;      // times a queue broke, for any Q4
+    uint64_t broken_queues;          // times a queue broke (Q4)
 } vblk_counts;
 
 // A token bucket; all of it is integer arithmetic and exact. See vblk_bucket_
@@ -1908,7 +1910,7 @@ static void vblk__raise(vblk_dev *dev, int queue, bool fire) {
 
 // Status and, on a live device, the configuration interrupt, in one step. A
 // DRIVER_OK that comes later is refused.
-static void vblk__ask_reset(vblk_dev *dev) {
+static void vblk__set_needs_reset(vblk_dev *dev) {
     uint32_t old = VBLK__LOAD(&dev->state), set;
     do {
         set = VBLK_STATUS_NEEDS_RESET;
@@ -2211,9 +2213,9 @@ static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     VBLK__STORE(&q->broken, true);
     VBLK__STORE(&q->epoch, q->epoch + 1);
     vblk__forget_stall(dev, q);
-    vblk__count(&q->counts.invalid_avail_idx, 1);
+    vblk__count(&q->counts.broken_queues, 1);
     vblk__say_queue(dev, q, code, a, b);
-    vblk__ask_reset(dev);
+    vblk__set_needs_reset(dev);
 }
 
 // Look at a queue for the first time since DRIVER_OK, or since the memory
@@ -2313,12 +2315,11 @@ static void vblk__show(vblk_dev *dev, vblk_queue *q) {
     }
 }
 
-// Notifications on for whatever comes after avail_seen, and completions out,
-// with one full barrier for both. avail.idx must be looked at again after it:
-// either the driver sees the switch, or the device sees its entry.
+// Notifications on for whatever comes after avail_seen. avail.idx must be
+// looked at again after it: either the driver sees the switch, or the device
+// sees its entry.
 static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     bool ok = true;
-    vblk__show(dev, q);
     if (q->run.notify_off) {
         ok = vblk__store16(dev, q->run.used, q->used_gpa, 0, 0);
         q->run.notify_off = !ok;
@@ -2900,8 +2901,9 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 
 // The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
 // the error, if it is one. False: there is no status byte any more.
-static bool vblk__finish(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                         uint8_t status, uint32_t written) {
+static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
+                               const vblk_request *r, uint8_t status,
+                               uint32_t written) {
     bool told = true;
     if (vblk__halted(dev)) {
         return false;
@@ -2951,10 +2953,10 @@ static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
                          uint64_t space) {
     bool to_status = r->bytes == space || dev->strict; // P6
     if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
-        vblk__finish(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
+        vblk__return_chain(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
         return;
     }
-    vblk__finish(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
+    vblk__return_chain(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
 }
 
 // Where the status goes (V17).
@@ -2993,7 +2995,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     if (!vblk__parse(dev, r, c)) {
         vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
-        vblk__finish(dev, q, r, c->status, vblk__only_status(r));
+        vblk__return_chain(dev, q, r, c->status, vblk__only_status(r));
         return VBLK__MORE;
     }
     bool idle = vblk__is_idle(dev, r);
@@ -3006,7 +3008,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         return VBLK__MORE;
     }
     if (idle) {
-        if (vblk__finish(dev, q, r, VBLK_S_OK, vblk__only_status(r))) {
+        if (vblk__return_chain(dev, q, r, VBLK_S_OK, vblk__only_status(r))) {
             vblk__count_success(q, vblk__kind_of(r), 0);
         }
         return VBLK__MORE;
@@ -3145,12 +3147,14 @@ typedef struct vblk__progress {
 
 // `r` has come as far as `done`: the event of a failure, with the sector; then
 // padding, status, used element, counters.
-static int vblk__end(vblk_dev *dev, const vblk_request *r,
-                     vblk__progress done) {
+static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
+                             vblk__progress done) {
     vblk_queue *q = &dev->queue[r->queue];
     if (vblk__stale(dev, r)) {
         bool of_broken = q->broken && r->epoch + 1 == q->epoch;
-        q->run.under_way -= of_broken && q->run.under_way > 0;
+        if (of_broken && q->run.under_way > 0) {
+            q->run.under_way--;
+        }
         return VBLK_ERR_STALE;
     }
     VBLK_ASSERT(q->run.under_way > 0); // else it was completed before
@@ -3172,7 +3176,7 @@ static int vblk__end(vblk_dev *dev, const vblk_request *r,
     bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
     uint32_t written = ok && in ? (uint32_t)r->bytes + 1
                                 : vblk__only_status(r);
-    if (vblk__finish(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
+    if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
         ok) {
         vblk__count_success(q, k, done.bytes);
     }
@@ -3198,7 +3202,7 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
         req->offset + done.bytes < req->backing) {
         done.code = VBLK_EV_READ_SHORT;
     }
-    return vblk__end(dev, req, done);
+    return vblk__end_request(dev, req, done);
 }
 
 
@@ -3299,7 +3303,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
         done.error = b->flush(b->user);
         done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
     }
-    vblk__end(dev, r, done);
+    vblk__end_request(dev, r, done);
 }
 
 
@@ -3335,7 +3339,11 @@ static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
 // Before the thread turns away from `q`: completions out, notifications on, and
 // one more look. A request that waits for a limit is no news.
 static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
-    bool on = !q->broken && vblk__notify_on(dev, q);
+    bool on = false;
+    if (!q->broken) {
+        vblk__show(dev, q); // one barrier will do for it and the switch
+        on = vblk__notify_on(dev, q);
+    }
     return q->broken  ? VBLK__BROKEN
            : q->run.stalled ? VBLK__STALLED
            : on         ? vblk__peek(dev, q)
@@ -3444,7 +3452,7 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
 }
 
 // Back to where the device was after power-on. No thread drains a queue.
-static void vblk__reset(vblk_dev *dev) {
+static void vblk__reset_device(vblk_dev *dev) {
     dev->waits = false; // the turn goes to nobody
     dev->again_ns = VBLK_NEVER;
     for (unsigned i = 0; i < dev->queues; i++) {
@@ -3481,9 +3489,9 @@ static bool vblk__quiet(vblk_dev *dev, int queue) {
 
 // What Status of 0 does. If the host cannot let go, its threads are told to
 // write nothing more, and the queues stay in their hands.
-static void vblk__ask_for_reset(vblk_dev *dev) {
+static void vblk__driver_resets(vblk_dev *dev) {
     if (vblk__quiet(dev, VBLK_ALL_QUEUES)) {
-        vblk__reset(dev);
+        vblk__reset_device(dev);
     } else {
         VBLK__STORE(&dev->yield, VBLK__HALT);
         vblk__change_state(dev, 0, VBLK_STATUS_NEEDS_RESET);
@@ -3579,7 +3587,7 @@ static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
 
 VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
     if (written == 0) {
-        vblk__ask_for_reset(dev);
+        vblk__driver_resets(dev);
         return;
     }
     // A drainer may add NEEDS_RESET or an interrupt meanwhile: look again.
@@ -3750,7 +3758,7 @@ static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
         vblk__stop_queue(dev, q);
     } else if (value != 1 && q->ready) {
         vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
-        vblk__ask_reset(dev);
+        vblk__set_needs_reset(dev);
     }
 }
 
@@ -3895,7 +3903,7 @@ VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
 
 VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
     vblk__say(dev, VBLK_EV_HOST_RESET, 0, 0);
-    vblk__ask_reset(dev);
+    vblk__set_needs_reset(dev);
 }
 
 
@@ -4129,7 +4137,7 @@ VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
         sum.throttled += VBLK__LOAD(&c->throttled);
         sum.currently_throttled += VBLK__LOAD(&c->currently_throttled);
         sum.throttled_ns += VBLK__LOAD(&c->throttled_ns);
-        sum.invalid_avail_idx += VBLK__LOAD(&c->invalid_avail_idx);
+        sum.broken_queues += VBLK__LOAD(&c->broken_queues);
     }
     return sum;
 }
@@ -4687,7 +4695,49 @@ header in this unit, or compile with -D_GNU_SOURCE"
 #include <sys/timerfd.h>
 
 
-// ---- Worker: the thread's own -----------------------------------------------
+// ---- Worker: how it works ---------------------------------------------------
+
+// A device, a thread that polls it from DRIVER_OK to the next reset, and a host
+// that stores to registers, pauses and changes things at any time. Nothing that
+// the host calls waits for the thread longer than stop_ms.
+//
+//     DRIVER_OK: vblk__start_thread()
+//         |
+//         v       a callback begins
+//      WORKING  --------------------->  AWAY
+//         |     <---------------------    |
+//         |         and returns           |
+//         | stop                          | stop, and the time is over (from
+//         v                               v WORKING too: a page does not come)
+//       ENDED                           LEFT
+//      joined by the stopper            the stopper goes on; the device is
+//                                       halted and shows DEVICE_NEEDS_RESET
+//                                         |
+//                                         | the callback returns
+//                                         v
+//                                       GONE
+//                                       it has reset the device, and calls
+//                                       released(); joined by whoever comes
+//                                       next. Or, if the worker was closed, it
+//                                       has freed all
+//
+// The thread makes each step but one, the stopper makes LEFT, both by
+// compare-and-swap: whoever comes second knows. A thread that comes out of a
+// callback and finds that it was LEFT, or is to stop, leaves by a jump to
+// vblk__thread_main(): what it was at is thrown away by the reset.
+//
+// Locks, in the order in which they are taken:
+//
+//     registers   one register call at a time, and who is who: thread,
+//                 left_behind, returned
+//     parking     whether the thread is to rest, and does: pause (the host
+//                 wants it), hold (the library does), parked
+//     printing    the default printer
+//
+// The thread takes `parking` to rest, and `registers` when it is LEFT no more;
+// it holds neither while it serves. What ends a drain early is
+// dev.yield: YIELD after the request it is at, HALT without another word to the
+// guest.
 
 #define VBLK__MAX_WAIT VBLK__SECOND // the timer is set to no more
 
@@ -4695,7 +4745,7 @@ header in this unit, or compile with -D_GNU_SOURCE"
 // processor to run on, for some milliseconds.
 #define VBLK__AT_WORK_MS 100
 
-// Tokens of the descriptors in the epoll set.
+// Tokens of the descriptors in the epoll set: eventfds but for the timer.
 enum { VBLK__STOP, VBLK__KICK, VBLK__TIMER, VBLK__PAUSE, VBLK__TOKENS };
 
 // What an event means: its token, or VBLK__TOKENS for one that is not ours.
@@ -4705,13 +4755,6 @@ static int vblk__meaning(uint64_t token) {
     return token < VBLK__TOKENS ? (int)token : VBLK__TOKENS;
 }
 
-// Where the thread is. AWAY: in a callback of the host, which may take
-// forever; WORKING may take as long, on a page of guest memory.
-//
-//     thread      WORKING <-> AWAY, WORKING -> ENDED
-//     the rest    AWAY, WORKING -> LEFT when the bound is over
-//     thread      LEFT -> GONE, under `registers`: whoever finds it so frees
-//                 this; or the thread itself, if `orphaned` was set before
 enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__GONE };
 
 struct vblk__thread {
@@ -4734,12 +4777,10 @@ static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
-// Around every callback of the host that the thread makes. The thread leaves
-// by a jump if it was left behind, when the device is not its own any more, or
-// if it is to stop: what it was at is thrown away by the reset that follows.
-// Other threads make callbacks too, and so does the thread of another device
-// from inside its backend: nothing to do for them, and NULL.
-static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
+// Around every callback of the host. Other threads make them too, and so does
+// the thread of another device from inside its backend: nothing to do for them,
+// and NULL. Both jump.
+static struct vblk__thread *vblk__before_callback(const vblk_worker *w) {
     struct vblk__thread *t = vblk__self;
     if (!t || t->w != w || t->inside) {
         return NULL;
@@ -4751,7 +4792,7 @@ static struct vblk__thread *vblk__leave_for(const vblk_worker *w) {
     return t;
 }
 
-static void vblk__return(struct vblk__thread *t) {
+static void vblk__after_callback(struct vblk__thread *t) {
     if (!t) {
         return;
     }
@@ -4766,9 +4807,9 @@ static int64_t vblk__worker_around(vblk_wrapper *wrapper, char op,
                                    uint64_t offset, const vblk_seg *seg,
                                    unsigned segs) {
     char *w = (char *)wrapper - offsetof(vblk_worker, backend);
-    struct vblk__thread *t = vblk__leave_for((vblk_worker *)(void *)w);
+    struct vblk__thread *t = vblk__before_callback((vblk_worker *)(void *)w);
     int64_t n = vblk__inner(wrapper, op, offset, seg, segs);
-    vblk__return(t);
+    vblk__after_callback(t);
     return n;
 }
 
@@ -4783,7 +4824,9 @@ static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
     vblk_bucket_refill(&w->lines, vblk__clock());
     bool may = vblk_bucket_can_take(&w->lines, 1);
     uint64_t left_out = w->left_out;
-    vblk_bucket_take(&w->lines, may);
+    if (may) {
+        vblk_bucket_take(&w->lines, 1);
+    }
     w->left_out = may ? 0 : w->left_out + 1;
     pthread_mutex_unlock(&w->printing);
     if (!may) {
@@ -4800,7 +4843,7 @@ static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
 
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__leave_for(w);
+    struct vblk__thread *t = vblk__before_callback(w);
     if (t) {
         __atomic_store_n(&t->speaking, 1, __ATOMIC_RELEASE);
     }
@@ -4812,7 +4855,7 @@ static void vblk__worker_event(void *user, const vblk_event *e) {
     if (t) {
         __atomic_store_n(&t->speaking, 0, __ATOMIC_RELEASE);
     }
-    vblk__return(t);
+    vblk__after_callback(t);
 }
 
 // Add 1 to an eventfd. A full counter is as good; other failures are not to be
@@ -4832,14 +4875,14 @@ static bool vblk__drain_fd(int fd) {
 
 static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__leave_for(w);
+    struct vblk__thread *t = vblk__before_callback(w);
     if (fire) {
         vblk__signal(w->irq_fd);
     }
     if (w->interrupt) {
         w->interrupt(w->user, queue, fire);
     }
-    vblk__return(t);
+    vblk__after_callback(t);
 }
 
 VBLKDEF void vblk_worker_kick(vblk_worker *w) {
@@ -4884,7 +4927,7 @@ static void vblk__at_rest(vblk_worker *w) {
 }
 
 // Rest as long as the host or the library asks for it.
-static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
+static void vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
     cpu_set_t set;
     pthread_mutex_lock(&w->parking);
     while ((w->pause || w->hold) &&
@@ -4906,7 +4949,7 @@ static void vblk__rest(vblk_worker *w, struct vblk__thread *t) {
 }
 
 // Wait for events and tell which came. False: epoll or a descriptor is broken.
-static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
+static bool vblk__wait_for_events(vblk_worker *w, bool dont, bool *came) {
     const int fds[VBLK__TOKENS] = {w->stop_fd, w->kick_fd, w->timer_fd,
                                    w->pause_fd};
     struct epoll_event events[VBLK__TOKENS];
@@ -4938,15 +4981,15 @@ static bool vblk__wait(vblk_worker *w, bool dont, bool *came) {
 // What the thread cannot work without is broken.
 static void vblk__give_up(vblk_worker *w, vblk_event_code code, int err) {
     vblk__say(&w->dev, code, (uint64_t)err, 0);
-    vblk__ask_reset(&w->dev);
+    vblk__set_needs_reset(&w->dev);
 }
 
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     bool came[VBLK__TOKENS];
     uint64_t now = 0, next = 0; // at first for what waits already (Q10)
     for (;;) {
-        vblk__rest(w, t);
-        if (!vblk__wait(w, next <= now, came)) {
+        vblk__rest_while_asked(w, t);
+        if (!vblk__wait_for_events(w, next <= now, came)) {
             vblk__give_up(w, VBLK_EV_WORKER_WAIT, errno);
             return;
         }
@@ -4973,7 +5016,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     }
 }
 
-static void vblk__dispose(vblk_worker *w) {
+static void vblk__free_worker(vblk_worker *w) {
     const int fds[] = {w->epoll_fd, w->stop_fd, w->timer_fd, w->pause_fd,
                        w->done_fd,  w->irq_fd,  w->kick_fd};
     for (unsigned i = 0; i < w->dev.queues; i++) {
@@ -4999,7 +5042,7 @@ static void vblk__come_back(struct vblk__thread *t) {
     pthread_mutex_lock(&w->registers);
     bool orphaned = w->orphaned;
     if (!orphaned) {
-        vblk__reset(&w->dev);
+        vblk__reset_device(&w->dev);
     }
     pthread_mutex_lock(&w->parking);
     __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
@@ -5010,7 +5053,7 @@ static void vblk__come_back(struct vblk__thread *t) {
     pthread_mutex_unlock(&w->parking);
     pthread_mutex_unlock(&w->registers);
     if (orphaned) {
-        vblk__dispose(w);
+        vblk__free_worker(w);
         free(t);
     }
     if (released) {
@@ -5050,7 +5093,7 @@ static uint64_t vblk__deadline(unsigned ms, struct timespec *at) {
 
 // A thread with the signals of its own faults alone: a handler for the rest
 // belongs to others, and the caller's mask is an accident.
-static int vblk__create(struct vblk__thread *t) {
+static int vblk__create_thread(struct vblk__thread *t) {
     static const int own[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};
     sigset_t others, before;
     sigfillset(&others);
@@ -5063,7 +5106,7 @@ static int vblk__create(struct vblk__thread *t) {
     return err;
 }
 
-static void vblk__start(vblk_worker *w) {
+static void vblk__start_thread(vblk_worker *w) {
     struct vblk__thread *t =
         (struct vblk__thread *)calloc(1, sizeof *t);
     int err = ENOMEM;
@@ -5076,7 +5119,7 @@ static void vblk__start(vblk_worker *w) {
         // A pause that was asked for before holds from the first moment on.
         __atomic_store_n(&w->parked, w->pause, __ATOMIC_RELEASE);
         pthread_mutex_unlock(&w->parking);
-        err = vblk__create(t);
+        err = vblk__create_thread(t);
     }
     if (err) {
         free(t);
@@ -5096,7 +5139,7 @@ static void vblk__worker_notify(void *user, int queue) {
     vblk_worker_kick(w);
     if (queue == VBLK_ALL_QUEUES && live == VBLK_STATUS_DRIVER_OK &&
         !w->thread) {
-        vblk__start(w);
+        vblk__start_thread(w);
     }
 }
 
@@ -5134,7 +5177,7 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
 }
 
 // Stop and join the thread, or leave it behind. With `registers` held.
-static void vblk__stop(vblk_worker *w) {
+static void vblk__stop_thread(vblk_worker *w) {
     struct vblk__thread *t = w->thread;
     vblk_event_code how = VBLK_EV_NONE;
     if (!t) {
@@ -5172,7 +5215,7 @@ static void vblk__stop(vblk_worker *w) {
 
 // With `registers` held: whether no thread is left behind. One that is back
 // may still be in released(), and is not waited for.
-static bool vblk__collect(vblk_worker *w) {
+static bool vblk__join_returned(vblk_worker *w) {
     struct vblk__thread *t = w->left_behind;
     if (t && __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
         t->next = w->returned;
@@ -5229,8 +5272,8 @@ static int vblk__worker_quiesce(void *user, int queue) {
         w->refused = w->thread && !w->held;
         return w->refused ? -1 : 0;
     }
-    vblk__stop(w);
-    bool quiet = vblk__collect(w);
+    vblk__stop_thread(w);
+    bool quiet = vblk__join_returned(w);
     vblk__drain_fd(w->irq_fd);
     vblk__drain_fd(w->kick_fd);
     vblk__drain_fd(w->pause_fd);
@@ -5300,7 +5343,7 @@ VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
         w->held = false;
         vblk__let_go(w);
     }
-    bool busy = w->refused || (w->left_behind && !vblk__collect(w));
+    bool busy = w->refused || (w->left_behind && !vblk__join_returned(w));
     pthread_mutex_unlock(&w->registers);
     return busy ? VBLK_ERR_BUSY : VBLK_OK;
 }
@@ -5443,13 +5486,13 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     }
     if (!vblk__open_all(w)) {
         int saved = errno;
-        vblk__dispose(w);
+        vblk__free_worker(w);
         errno = saved;
         return VBLK_ERR_WORKER;
     }
     err = vblk_init(&w->dev, &mine);
     if (err) {
-        vblk__dispose(w);
+        vblk__free_worker(w);
         return err;
     }
     w->dev.backend = vblk__wrap(&w->backend);
@@ -5458,8 +5501,8 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
 
 VBLKDEF int vblk_worker_close(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
-    vblk__stop(w);
-    bool left = !vblk__collect(w);
+    vblk__stop_thread(w);
+    bool left = !vblk__join_returned(w);
     struct vblk__thread *t = w->returned;
     w->returned = NULL;
     if (left) { // it disposes of all when it comes back
@@ -5478,7 +5521,7 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
         t = next;
     }
     if (!left) {
-        vblk__dispose(w);
+        vblk__free_worker(w);
     }
     return left ? VBLK_ERR_BUSY : VBLK_OK;
 }

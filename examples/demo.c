@@ -237,9 +237,9 @@ int main(void) {
            " errors (an unknown type is none); %" PRIu64 " broken queue; %d "
            "interrupts\n",
            c.reads, c.bytes_read, c.writes, c.bytes_written, c.flushes,
-           c.io_errors, c.invalid_avail_idx, interrupts);
+           c.io_errors, c.broken_queues, interrupts);
     expect(c.reads == 3 && c.writes == 1 && c.flushes == 1 &&
-               c.io_errors == 4 && c.invalid_avail_idx == 1,
+               c.io_errors == 4 && c.broken_queues == 1,
            "the counters show just this traffic");
     vblk_file_close(&file);
     expect(image_is_right(path), "the image file holds what was written");

@@ -1083,7 +1083,7 @@ static void print_counters(void) {
            "bytes_written %" PRIu64 "\nflushes %" PRIu64 "\nio_errors %" PRIu64
            "\nstalls %" PRIu64 "\nbroken_rings %" PRIu64 "\n",
            c.reads, c.bytes_read, c.writes, c.bytes_written, c.flushes,
-           c.io_errors, c.throttled, c.invalid_avail_idx);
+           c.io_errors, c.throttled, c.broken_queues);
 }
 
 static void on_timer(void) {

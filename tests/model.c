@@ -159,7 +159,7 @@ void model_needs_reset(model *m) {
 static void poison(model *m, model_queue *q) { // Q4
     q->poisoned = true;
     q->session++;
-    m->counts.invalid_avail_idx++;
+    m->counts.broken_queues++;
     model_needs_reset(m);
 }
 

@@ -411,7 +411,7 @@ void x6_counters(void) {
     CHECK_EQ(1024, c.bytes_written);
     CHECK_EQ(2, c.flushes);
     CHECK_EQ(2, c.io_errors);
-    CHECK_EQ(0, c.throttled + c.currently_throttled + c.invalid_avail_idx);
+    CHECK_EQ(0, c.throttled + c.currently_throttled + c.broken_queues);
 }
 
 

@@ -60,7 +60,7 @@ static unsigned every_nth(bool accessor, bool persistent, bool event_idx) {
         scenario(event_idx);
         bool passed = g.tripped == 0;
         if (passed) {
-            CHECK_EQ(0, counts().io_errors + counts().invalid_avail_idx);
+            CHECK_EQ(0, counts().io_errors + counts().broken_queues);
         }
         usable_again();
         guest_check();

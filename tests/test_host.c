@@ -512,7 +512,7 @@ void r4_nothing_is_begun_after_a_reset(void) {
     vblk_drain(&g.dev, 0, 0);
     CHECK_EQ(0, reads_after);
     CHECK_EQ(0xff, status_of(&r));
-    CHECK_EQ(0, counts().invalid_avail_idx);
+    CHECK_EQ(0, counts().broken_queues);
     CHECK_EQ(0, used_count(0));
     g.queue[0].size = 0;
 }

@@ -260,7 +260,7 @@ static void compare_counts(void) {
     if (!m.time_unknown) {
         COMPARE(throttled_ns)
     }
-    COMPARE(invalid_avail_idx)
+    COMPARE(broken_queues)
 #undef COMPARE
 }
 

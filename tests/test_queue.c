@@ -26,7 +26,7 @@ void q1_a_poisoned_queue_is_left_alone(void) {
     CHECK_EQ(accesses, g.accesses);
     CHECK_EQ(0xff, status_of(&r));
     CHECK_EQ(status, rd(VBLK_REG_INTERRUPT_STATUS));
-    CHECK_EQ(1, counts().invalid_avail_idx);
+    CHECK_EQ(1, counts().broken_queues);
     CHECK_EQ(1, g.fired);
 }
 
@@ -191,7 +191,7 @@ static void told(vblk_event_code code, uint64_t a, uint64_t b) {
 static void poisoned(vblk_event_code code, uint64_t a, uint64_t b) {
     CHECK_EQ(BROKEN, kick(0).state);
     told(code, a, b);
-    CHECK_EQ(1, counts().invalid_avail_idx);
+    CHECK_EQ(1, counts().broken_queues);
     CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
     CHECK_EQ(2, rd(VBLK_REG_INTERRUPT_STATUS) & 2);
     CHECK_EQ(1, g.fired);
@@ -242,7 +242,7 @@ void q4_avail_ring_outside_memory(void) {
     vblk_set_memory(&g.dev, g.o.memory);
     poisoned(VBLK_EV_AVAIL_UNREADABLE, g.queue[0].avail, 0);
     CHECK_EQ(BROKEN, kick(0).state);
-    CHECK_EQ(1, counts().invalid_avail_idx);
+    CHECK_EQ(1, counts().broken_queues);
 }
 
 void q4_avail_entry_outside_memory(void) {
@@ -301,7 +301,7 @@ void q4_a_queue_breaks_for_one_reason(void) {
     vblk_set_memory(&g.dev, g.o.memory);
     CHECK_EQ(BROKEN, kick(0).state);
     told(VBLK_EV_HEAD_RANGE, 256, 0);
-    CHECK_EQ(1, counts().invalid_avail_idx);
+    CHECK_EQ(1, counts().broken_queues);
     CHECK_EQ(0, g.events[VBLK_EV_USED_UNWRITABLE]);
 }
 
@@ -314,7 +314,7 @@ void q4_a_queue_breaks_once(void) {
     vblk_set_memory(&g.dev, g.o.memory);
     CHECK_EQ(BROKEN, kick(0).state);
     CHECK_EQ(1, g.events[VBLK_EV_USED_UNWRITABLE]);
-    CHECK_EQ(1, counts().invalid_avail_idx);
+    CHECK_EQ(1, counts().broken_queues);
 }
 
 // A map whose pointers to the rings are odd and lead nowhere: 16-bit words
@@ -416,7 +416,7 @@ void q4_only_the_queue_at_fault_stops(void) {
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     offer(1, 9999);
     CHECK_EQ(BROKEN, kick(1).state);
-    CHECK_EQ(2, counts().invalid_avail_idx);
+    CHECK_EQ(2, counts().broken_queues);
 }
 
 // Chain faults: strict drops, standard returns with length 0.

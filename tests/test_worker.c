@@ -1444,7 +1444,7 @@ static void have_a_party(bool event_idx, bool resets, uint64_t requests,
     vblk_counts c = vblk_counters(&w.dev);
     CHECK(c.reads + c.writes >= party.done);
     CHECK(resets || c.reads + c.writes <= party.done + (uint64_t)depth);
-    CHECK_EQ(0, c.io_errors + c.invalid_avail_idx);
+    CHECK_EQ(0, c.io_errors + c.broken_queues);
     finish();
 }
 
