@@ -43,9 +43,9 @@
         static uint8_t ram[64 << 20];                 // guest memory at 0
         static uint8_t disk[1 << 20];
 
-        static const vblk_region  region = {0, sizeof ram, ram, false};
-        static const vblk_regions guest  = {&region, 1};
-        static vblk_ramdisk       image  = {disk, sizeof disk};
+        static const vblk_region  region = {.bytes = sizeof ram, .host = ram};
+        static const vblk_regions guest  = {.region = &region, .count = 1};
+        static vblk_ramdisk       image  = {.data = disk, .bytes = sizeof disk};
         static vblk_dev           dev;
 
         static void interrupt(void *user, int queue, bool fire) {
@@ -1853,8 +1853,8 @@ static void vblk__emit(const vblk_dev *dev, int queue, int head,
                        vblk_event_code code, uint64_t a, uint64_t b) {
     if (dev->event) {
         const struct vblk__event_shape *row = vblk__event_row(code);
-        vblk_event e = {VBLK_EV_NONE, VBLK_LEVEL_NOTE, 0, 0, 0, 0, 0,
-                        0,            0,               0, 0};
+        vblk_event e;
+        VBLK_MEMSET(&e, 0, sizeof e);
         e.code = code;
         e.level = (vblk_level)row->level;
         e.queue = queue;
@@ -4125,7 +4125,8 @@ VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue) {
 }
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
-    vblk_counts sum = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    vblk_counts sum;
+    VBLK_MEMSET(&sum, 0, sizeof sum);
     for (unsigned i = 0; i < dev->queues; i++) {
         const vblk_counts *c = &dev->queue[i].counts;
         sum.reads += VBLK__LOAD(&c->reads);
@@ -4240,8 +4241,10 @@ VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
         VBLK_ASSERT((size_t)regions->region[i].bytes ==
                     regions->region[i].bytes);
     }
-    vblk_memory memory = {vblk__regions_read, vblk__regions_write,
-                          vblk__regions_map, NULL};
+    vblk_memory memory;
+    memory.read = vblk__regions_read;
+    memory.write = vblk__regions_write;
+    memory.map = vblk__regions_map;
     memory.user = (void *)(uintptr_t)regions;
     return memory;
 }
@@ -4283,8 +4286,11 @@ static uint64_t vblk__ramdisk_size(void *user) {
 }
 
 VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
-    vblk_backend b = {vblk__ramdisk_read, vblk__ramdisk_write,
-                      vblk__ramdisk_flush, vblk__ramdisk_size, NULL};
+    vblk_backend b;
+    b.read = vblk__ramdisk_read;
+    b.write = vblk__ramdisk_write;
+    b.flush = vblk__ramdisk_flush;
+    b.size = vblk__ramdisk_size;
     b.user = disk;
     return b;
 }
@@ -4483,8 +4489,10 @@ static int vblk__file_flush(void *user) {
 }
 
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
-    vblk_backend b = {vblk__file_read, NULL, vblk__file_flush, vblk__file_size,
-                      NULL};
+    vblk_backend b;
+    b.read = vblk__file_read;
+    b.flush = vblk__file_flush;
+    b.size = vblk__file_size;
     b.write = file->read_only ? NULL : vblk__file_write;
     b.user = file;
     return b;
@@ -4525,7 +4533,8 @@ static uint64_t vblk__wrapped_size(void *user) {
 
 // What the inner backend has, the outer has.
 static vblk_backend vblk__wrap(vblk_wrapper *w) {
-    vblk_backend b = {vblk__wrapped_read, NULL, NULL, NULL, NULL};
+    vblk_backend b;
+    b.read = vblk__wrapped_read;
     b.write = w->inner.write ? vblk__wrapped_write : NULL;
     b.flush = w->inner.flush ? vblk__wrapped_flush : NULL;
     b.size = w->inner.size ? vblk__wrapped_size : NULL;

@@ -196,8 +196,8 @@ int main(void) {
     }
     close(fd);
 
-    vblk_region region = {RAM, sizeof ram_words, ram, false};
-    vblk_regions guest = {&region, 1};
+    vblk_region region = {.gpa = RAM, .bytes = sizeof ram_words, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
     vblk_file file;
     vblk_options o = {0};
     int err = vblk_file_open(&file, path, false);

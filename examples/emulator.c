@@ -115,9 +115,9 @@ static bool step(bool line) {
 }
 
 int main(void) {
-    vblk_region  region = {RAM, sizeof ram_words, ram, false};
-    vblk_regions guest = {&region, 1};
-    vblk_ramdisk image = {disk, sizeof disk};
+    vblk_region  region = {.gpa = RAM, .bytes = sizeof ram_words, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
+    vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
     vblk_options o = {0};
     strcpy((char *)disk + 7 * 512, "what the guest reads");
     o.memory = vblk_regions_memory(&guest);

@@ -150,10 +150,10 @@ static void start_requests(unsigned type) {
 
 int main(void) {
     char         path[] = "/tmp/vblk_pool_XXXXXX";
-    vblk_region  region = {0, sizeof ram, ram, false};
-    vblk_regions guest = {&region, 1};
+    vblk_region  region = {.bytes = sizeof ram, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
     vblk_options o = {0};
-    vblk_ramdisk only = {NULL, 1 << 20}; // says what there is: not called
+    vblk_ramdisk only = {.bytes = 1 << 20}; // says what there is, not called
     pthread_t    thread;
     unsigned     completed = 0;
     image = mkstemp(path);

@@ -93,9 +93,9 @@ static void bar(double share) {
 }
 
 int main(void) {
-    vblk_region region = {0, sizeof ram_words, ram, false};
-    vblk_regions guest = {&region, 1};
-    vblk_ramdisk image = {disk, sizeof disk};
+    vblk_region region = {.bytes = sizeof ram_words, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
+    vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
     vblk_options o = {0};
     o.memory = vblk_regions_memory(&guest);
     o.backend = vblk_ramdisk_backend(&image);

@@ -77,7 +77,8 @@ static void up(vblk_backend backend) {
     if (vblk_init(&dev, &o)) {
         abort();
     }
-    vblk_ring ring = {QUEUE, DESC, AVAIL, USED, 0};
+    vblk_ring ring = {.size = QUEUE, .desc = DESC, .avail = AVAIL,
+                      .used = USED};
     vblk_set_status(&dev, 1);
     vblk_set_status(&dev, 3);
     vblk_set_driver_features(&dev, vblk_device_features(&dev));
@@ -191,7 +192,7 @@ int main(void) {
         return 1;
     }
     unlink(path);
-    vblk_ramdisk disk = {image, DISK};
+    vblk_ramdisk disk = {.data = image, .bytes = DISK};
     vblk_backend memory = vblk_ramdisk_backend(&disk);
     vblk_backend shm = vblk_file_backend(&file);
     printf("%-22s %5s  %-8s %9s  %-7s %8s %7s\n", "request", "batch",

@@ -174,8 +174,8 @@ int main(void) {
     char path[] = "/dev/shm/vblk_bench_XXXXXX";
     int fd = mkstemp(path);
     vblk_file file;
-    vblk_region region = {0, sizeof ram_words, ram, false};
-    vblk_regions guest = {&region, 1};
+    vblk_region region = {.bytes = sizeof ram_words, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
     vblk_options o = {0};
     vblk_worker_options wo = {0};
     for (int i = 0; i < DISK / 65536; i++) {

@@ -1307,7 +1307,7 @@ static void clear_rings(const vblk_ring *r) {
 }
 
 static void queue_up(unsigned queue, uint32_t size, uint8_t place) {
-    vblk_ring r = {size, 0, 0, 0, 0};
+    vblk_ring r = {.size = size};
     place_rings(&r, place);
     clear_rings(&r);
     wr(VBLK_REG_QUEUE_SEL, queue);
@@ -1730,7 +1730,7 @@ static void host(uint8_t what) {
 }
 
 static void start(uint8_t queue, uint8_t size, uint8_t position) {
-    vblk_ring r = {size & 0x80 ? size : 1u << (size & 7), 0, 0, 0, 0};
+    vblk_ring r = {.size = size & 0x80 ? size : 1u << (size & 7)};
     uint16_t idx = (uint16_t)(position * 257);
     if (queue & 0x40) { // where it was stopped
         const vblk_queue *q = &f.dev.queue[queue % 4u];

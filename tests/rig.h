@@ -10,10 +10,10 @@ static vblk_options        o;
 static vblk_queue          queues[2];
 static vblk_worker_options wo;
 static uint8_t             ram[1 << 16];
-static vblk_region         region = {0, sizeof ram, ram, false};
-static vblk_regions            guest_ram = {&region, 1};
+static vblk_region         region = {.bytes = sizeof ram, .host = ram};
+static vblk_regions            guest_ram = {.region = &region, .count = 1};
 static uint8_t             disk[1 << 16];
-static vblk_ramdisk        image = {disk, sizeof disk};
+static vblk_ramdisk        image = {.data = disk, .bytes = sizeof disk};
 
 static void rig_options(void) {
     memset(&o, 0, sizeof o);

@@ -59,11 +59,12 @@ void x3_interrupted_calls_are_repeated(void) {
     unlink(path);
 }
 
-static const vblk_limits one = {1, 1, 1, 1};
+static const vblk_limits one = {
+    .iops = 1, .iops_burst = 1, .bps = 1, .bps_burst = 1};
 
 void b_locks_that_cannot_be_made(void) {
     vblk_pacer limiter;
-    vblk_backend inner = {NULL, NULL, NULL, NULL, NULL};
+    vblk_backend inner = {0};
     test_calls_fail("pthread_mutex_init", ENOMEM, 0, 1);
     errno = 0;
     CHECK_EQ((uint64_t)VBLK_ERR_LOCK,
@@ -74,7 +75,7 @@ void b_locks_that_cannot_be_made(void) {
 
 void t8_a_signal_does_not_shorten_a_sleep(void) {
     vblk_pacer l;
-    vblk_backend inner = {NULL, NULL, NULL, NULL, NULL};
+    vblk_backend inner = {0};
     CHECK_EQ(VBLK_OK, vblk_pacer_init(&l, inner, &one));
     test_calls_fail("nanosleep", EINTR, 0, 3);
     uint64_t start = clock_ns();

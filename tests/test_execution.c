@@ -540,7 +540,7 @@ void w9_memory_later(void) {
         kick(0);
         CHECK_EQ(VBLK_S_OK, status_of(&r));
         reset();
-        vblk_memory none = {NULL, NULL, NULL, NULL};
+        vblk_memory none = {0};
         vblk_set_memory(&g.dev, none);
     }
 }
@@ -820,7 +820,7 @@ static void read_only_backend(vblk_backend b) {
 
 void b2_b5_memory_disk(void) {
     static uint8_t data[64 * 512];
-    vblk_ramdisk disk = {data, sizeof data};
+    vblk_ramdisk disk = {.data = data, .bytes = sizeof data};
     over_backend(vblk_ramdisk_backend(&disk));
     vblk_backend never = vblk_ramdisk_backend(&disk);
     never.write = NULL;
@@ -841,8 +841,8 @@ static void make_file(char *path, off_t bytes) {
 }
 
 static void ram_of_5_gib(void) {
-    const vblk_region region = {0, UINT64_C(5) << 30, g.ram, false};
-    const vblk_regions ram = {&region, 1};
+    const vblk_region region = {.bytes = UINT64_C(5) << 30, .host = g.ram};
+    const vblk_regions ram = {.region = &region, .count = 1};
     vblk_regions_memory(&ram);
 }
 
@@ -931,7 +931,7 @@ void callers_mistakes_are_asserted(void) {
     CHECK_EQ((uint64_t)VBLK_ERR_MEMORY,
              (uint64_t)vblk_set_memory(&g.dev, half));
     CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512)); // the old one is there
-    vblk_memory none = {NULL, NULL, NULL, NULL};
+    vblk_memory none = {0};
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_set_memory(&g.dev, none));
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_set_memory(&g.dev, g.o.memory));
 }
@@ -1327,10 +1327,10 @@ static int64_t read_nothing(void *user, uint64_t offset, const vblk_seg *seg,
 }
 
 void b_limiter_offers_what_its_backend_has(void) {
-    const vblk_limits large = {0, 0, 1, UINT64_C(1) << 63};
-    const vblk_limits none = {0, 0, 0, 0};
+    const vblk_limits large = {.bps = 1, .bps_burst = UINT64_C(1) << 63};
+    const vblk_limits none = {0};
     vblk_pacer l;
-    vblk_backend inner = {read_nothing, NULL, NULL, NULL, NULL};
+    vblk_backend inner = {.read = read_nothing};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)vblk_pacer_init(&l, inner, &large));
     CHECK_EQ(VBLK_OK, vblk_pacer_init(&l, inner, &none));
@@ -1383,7 +1383,7 @@ void b2_no_flush_passes_beside_one_that_fails(void) {
 void x1_a_file_beyond_4_gib(void) {
     char path[64];
     uint8_t data[512], back[512] = {0};
-    vblk_seg seg = {data, 512, 0};
+    vblk_seg seg = {.ptr = data, .n = 512};
     vblk_file file;
     make_file(path, 4096);
     CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));

@@ -92,7 +92,7 @@ void t4_drain_and_poll_share_a_stall(void) {
     CHECK_EQ(VBLK_NEVER, vblk_drain(&g.dev, 0, SECOND));
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(VBLK_NEVER, vblk_poll(&g.dev, SECOND));
-    vblk_limits none = {0, 0, 0, 0}, slow = {1, 0, 0, 0};
+    vblk_limits none = {0}, slow = {.iops = 1};
     request(VBLK_T_IN, 0, 512);
     wr(VBLK_REG_QUEUE_NOTIFY, 0);
     CHECK_EQ(2 * SECOND, vblk_poll(&g.dev, SECOND));
@@ -290,7 +290,7 @@ void x3_segments_are_whole_after_short_transfers(void) {
 // ---- Notify, quiesce --------------------------------------------------------
 
 void q10_the_host_hears_who_has_work(void) {
-    vblk_limits none = {0, 0, 0, 0};
+    vblk_limits none = {0};
     g.o.queues = 2;
     g.o.profile = VBLK_STANDARD;
     guest_make();
@@ -418,7 +418,7 @@ void p8_a_queue_that_is_stopped_twice(void) {
 
 // W9, T4: a stall that cannot be served now has no time.
 void t4_a_stall_without_memory_has_no_time(void) {
-    vblk_memory none = {NULL, NULL, NULL, NULL};
+    vblk_memory none = {0};
     for (int how = 0; how < 2; how++) {
         guest_init();
         g.o.limits.iops = 1;
@@ -477,7 +477,7 @@ void t4_the_next_in_turn_is_notified(void) {
 // LIB-04: memory is not given back under requests of a queue that broke.
 void w9_memory_stays_while_a_broken_queue_has_requests(void) {
     vblk_request r;
-    vblk_memory  none = {NULL, NULL, NULL, NULL};
+    vblk_memory  none = {0};
     guest_up();
     request(VBLK_T_IN, 0, 512);
     CHECK_EQ(REQUEST, take(0, 0, &r).state);

@@ -1283,8 +1283,9 @@ static void step_complete(void) {
 }
 
 static void step_stop(unsigned queue) {
-    vblk_ring r = {d.ring[queue].size, d.ring[queue].desc,
-                   d.ring[queue].avail, d.ring[queue].used, 0};
+    const rings *now = &d.ring[queue];
+    vblk_ring r = {.size = now->size, .desc = now->desc, .avail = now->avail,
+                   .used = now->used};
     if (m.queue[queue].ready || one_in(4)) {
         int want = model_stop(&m, queue);
         int got = vblk_queue_stop(&g.dev, queue);

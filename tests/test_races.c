@@ -222,7 +222,7 @@ static vblk_file growing;
 static void *grow(void *arg) {
     static uint8_t data[512];
     vblk_backend b = vblk_file_backend(&growing);
-    vblk_seg seg = {data, sizeof data, 0};
+    vblk_seg seg = {.ptr = data, .n = sizeof data};
     (void)arg;
     for (uint64_t at_ = 0; !get(&over); at_ += 512) {
         if (b.write(b.user, at_, &seg, 1) != 512) {
@@ -236,7 +236,7 @@ static void *grow(void *arg) {
 void race_of_a_file_that_grows(void) {
     static uint8_t data[512];
     char path[] = "/tmp/vblk_test_XXXXXX";
-    vblk_seg seg = {data, sizeof data, 0};
+    vblk_seg seg = {.ptr = data, .n = sizeof data};
     close(mkstemp(path));
     CHECK_EQ(VBLK_OK, vblk_file_open(&growing, path, false));
     unlink(path);

@@ -574,12 +574,12 @@ void t_limits_change_at_run_time(void) {
     request(VBLK_T_IN, 0, 512);
     req r = request(VBLK_T_IN, 0, 512);
     CHECK_EQ(SECOND, drain_at(0, 0).wait_ns);
-    vblk_limits faster = {10, 0, 0, 0};
+    vblk_limits faster = {.iops = 10};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &faster, 0));
     CHECK_EQ(faster.iops, g.dev.ops.rate);
     CHECK_EQ((uint64_t)VBLK_ALL_QUEUES, (uint64_t)g.notified);
     CHECK_EQ(100000000, drain_at(0, 0).wait_ns);
-    vblk_limits none = {0, 0, 0, 0};
+    vblk_limits none = {0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, 0));
     CHECK_EQ(EMPTY, drain_at(0, 0).state);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
@@ -598,11 +598,11 @@ void t_without_limits_nobody_waits(void) {
     }
     CHECK_EQ(STALLED, drain_at(VBLK_ALL_QUEUES, 0).state);
     CHECK_EQ(3, counts().currently_throttled);
-    vblk_limits none = {0, 0, 0, 0};
+    vblk_limits none = {0};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &none, SECOND / 4));
     CHECK_EQ(0, counts().currently_throttled);
     CHECK_EQ(3 * SECOND / 4, counts().throttled_ns);
-    vblk_limits again = {1, 1, 0, 0};
+    vblk_limits again = {.iops = 1, .iops_burst = 1};
     CHECK_EQ(VBLK_OK, vblk_set_limits(&g.dev, &again, SECOND / 4));
     CHECK_EQ(SECOND, drain_at(2, SECOND / 4).wait_ns); // one passes
     // It is another's turn, so it looks again a little later.
@@ -727,7 +727,7 @@ static void fake_sleep(uint64_t ns) {
 
 static int limiter(vblk_pacer *l, vblk_backend inner, uint64_t bps,
                    uint64_t burst) {
-    vblk_limits limits = {0, 0, bps, burst};
+    vblk_limits limits = {.bps = bps, .bps_burst = burst};
     return vblk_pacer_init(l, inner, &limits);
 }
 
@@ -772,8 +772,8 @@ static uint8_t limited_data[1000 * 1024];
 // More than the burst holds waits for what is missing, and what comes after it
 // too.
 void t8_more_than_the_burst_waits_its_time(void) {
-    static const vblk_limits limits = {0, 0, 1024, 100};
-    vblk_seg seg = {limited_data, 100, 0};
+    static const vblk_limits limits = {.bps = 1024, .bps_burst = 100};
+    vblk_seg seg = {.ptr = limited_data, .n = 100};
     vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
@@ -783,7 +783,7 @@ void t8_more_than_the_burst_waits_its_time(void) {
     CHECK_EQ(256, b.write(b.user, 0, &seg, 1));
     CHECK_EQ(SECOND / 4, limiter_slept);
     vblk_pacer_close(&l);
-    const vblk_limits steady = {0, 0, 1 << 20, 0};
+    const vblk_limits steady = {.bps = 1 << 20};
     start_limiter(&l, &b, &steady);
     seg.n = 1 << 19;
     move_all(&b, true, &seg, 1); // half a second's, of which a tenth was saved
@@ -794,8 +794,9 @@ void t8_more_than_the_burst_waits_its_time(void) {
 
 // What a share has paid for is not paid for again when it comes in pieces.
 void t8_a_backend_that_moves_little(void) {
-    static const vblk_limits limits = {10, 10, 1 << 20, 0};
-    vblk_seg seg = {limited_data, 1 << 19, 0};
+    static const vblk_limits limits = {
+        .iops = 10, .iops_burst = 10, .bps = 1 << 20};
+    vblk_seg seg = {.ptr = limited_data, .n = 1 << 19};
     vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
@@ -821,7 +822,7 @@ static int64_t whole_sectors_read(void *user, uint64_t offset,
 }
 
 void t8_shares_are_whole_sectors(void) {
-    static const vblk_limits limits = {0, 0, 20480, 0};
+    static const vblk_limits limits = {.bps = 20480};
     vblk_seg seg[3] = {{limited_data, 100, 0}, {limited_data + 100, 3000, 0},
                        {limited_data + 3100, 996, 0}};
     vblk_pacer l;
@@ -848,7 +849,7 @@ static void sleep_alone(uint64_t ns) {
 
 // Four that read 4 KiB over and over, and one that wants 1000 KiB.
 void t8_large_and_small_requests_take_turns(void) {
-    static const vblk_limits limits = {0, 0, 1 << 20, 0};
+    static const vblk_limits limits = {.bps = 1 << 20};
     uint64_t ready[5], at = 0, start = 7 * SECOND;
     unsigned small = 0;
     vblk_pacer l;
@@ -864,7 +865,7 @@ void t8_large_and_small_requests_take_turns(void) {
             who = ready[i] < ready[who] ? i : who;
         }
         bool large = who == 4;
-        vblk_seg seg = {limited_data, 4096, 0};
+        vblk_seg seg = {.ptr = limited_data, .n = 4096};
         seg.n = large ? sizeof limited_data - (size_t)at : seg.n;
         limiter_now = ready[who];
         own_sleep = 0;
@@ -883,8 +884,9 @@ void t8_large_and_small_requests_take_turns(void) {
 // One for a request, in however many shares it comes; a FLUSH is one, and
 // waits for operations alone.
 void t8_operations(void) {
-    static const vblk_limits limits = {2, 1, 1 << 20, 0};
-    vblk_seg seg = {limited_data, sizeof limited_data, 0};
+    static const vblk_limits limits = {
+        .iops = 2, .iops_burst = 1, .bps = 1 << 20};
+    vblk_seg seg = {.ptr = limited_data, .n = sizeof limited_data};
     vblk_pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
@@ -903,7 +905,7 @@ void t8_operations(void) {
     l.bytes.tokens = -1000000;
     CHECK_EQ(0, b.flush(b.user));
     CHECK_EQ(2 * SECOND, limiter_slept);
-    const vblk_limits odd = {0, 5, 0, 0};
+    const vblk_limits odd = {.iops_burst = 5};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)vblk_pacer_init(&l, g.o.backend, &odd));
     vblk_pacer_close(&l);
@@ -941,7 +943,7 @@ void t8_blocking_limiter(void) {
 
 void t8_no_rate_passes_everything(void) {
     uint8_t data[4096];
-    vblk_seg seg = {data, sizeof data, 0};
+    vblk_seg seg = {.ptr = data, .n = sizeof data};
     vblk_pacer l;
     guest_make();
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
@@ -990,7 +992,7 @@ void t8_rate_and_burst_of_a_limiter(void) {
 // The shortest wait there is.
 void t8_a_wait_of_a_nanosecond(void) {
     uint8_t byte;
-    vblk_seg seg = {&byte, 1, 0};
+    vblk_seg seg = {.ptr = &byte, .n = 1};
     vblk_pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, SECOND, 1));
@@ -1010,7 +1012,7 @@ void t8_a_wait_of_a_nanosecond(void) {
 // The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.
 void t8_real_time(void) {
     uint8_t data[1024];
-    vblk_seg seg = {data, sizeof data, 0};
+    vblk_seg seg = {.ptr = data, .n = sizeof data};
     vblk_pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, 1000000, 1024));

@@ -23,7 +23,8 @@ static vblk_ring lay_out(unsigned queue, uint32_t size) {
     fill(q->avail, 0, 6 + 2 * (size_t)size);
     fill(q->used, 0, 6 + 8 * (size_t)size);
     mark(q->used, 6 + 8 * (uint64_t)size, RING);
-    return (vblk_ring){size, q->desc, q->avail, q->used, 0};
+    return (vblk_ring){.size = size, .desc = q->desc, .avail = q->avail,
+                       .used = q->used};
 }
 
 void transport_binds_without_registers(void) {
@@ -106,8 +107,9 @@ void transport_moves_a_queue_to_another_device(void) {
 // A position is read from a used ring that is not there: the first drain says
 // so.
 void transport_starts_where_no_ring_can_be(void) {
-    vblk_ring ring = {16, 0x1000, 0x2000, UINT64_MAX - 1, 7};
-    vblk_memory none = {NULL, NULL, NULL, NULL}, later;
+    vblk_ring ring = {.size = 16, .desc = 0x1000, .avail = 0x2000,
+                      .used = UINT64_MAX - 1, .position = 7};
+    vblk_memory none = {0}, later;
     g.o.queues = 1;
     later = g.o.memory;
     g.o.memory = none;
@@ -175,7 +177,7 @@ void transport_start_before_memory(void) {
 // The position is taken from the ring once: what a guest writes there later
 // does not count, be the memory new or not.
 void transport_a_position_is_read_once(void) {
-    vblk_memory memory = g.o.memory, none = {NULL, NULL, NULL, NULL};
+    vblk_memory memory = g.o.memory, none = {0};
     g.o.memory = none;
     bind_by_calls(~VBLK_F_EVENT_IDX);
     vblk_ring ring = lay_out(0, 16);

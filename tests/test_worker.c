@@ -29,10 +29,10 @@ static vblk_worker w;
 static vblk_options o;
 static vblk_worker_options wo;
 static uint8_t ram[1 << 20];
-static vblk_region region = {0, sizeof ram, ram, false};
-static vblk_regions guest_ram = {&region, 1};
+static vblk_region region = {.bytes = sizeof ram, .host = ram};
+static vblk_regions guest_ram = {.region = &region, .count = 1};
 static uint8_t disk[1 << 20];
-static vblk_ramdisk image = {disk, sizeof disk};
+static vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
 
 enum { QUEUE = 64 };
 #define DESC   0x0000u
@@ -378,7 +378,7 @@ void w_limits_change_under_way(void) {
     }
     store(VBLK_REG_QUEUE_NOTIFY, 0);
     EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
-    vblk_limits none = {0, 0, 0, 0}, bad = {0, 1, 0, 0};
+    vblk_limits none = {0}, bad = {.iops_burst = 1};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)vblk_worker_set_limits(&w, &bad));
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &none));
@@ -388,7 +388,7 @@ void w_limits_change_under_way(void) {
 
 void w9_memory_later_with_a_worker(void) {
     worker_options();
-    vblk_memory later = o.memory, none = {NULL, NULL, NULL, NULL};
+    vblk_memory later = o.memory, none = {0};
     o.memory = none;
     up();
     chain(0, VBLK_T_IN, 0);
@@ -581,7 +581,7 @@ void w5_pause_in_every_state(void) {
     CHECK(vblk_worker_paused(&w));
     again_from_reset();
     CHECK(!vblk_worker_paused(&w));
-    vblk_limits slow = {1, 0, 0, 0};
+    vblk_limits slow = {.iops = 1};
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_limits(&w, &slow));
     for (unsigned i = 0; i < 4; i++) { // stalled on the throttle
         chain(i, VBLK_T_IN, i);
@@ -788,7 +788,7 @@ void w7_pause_of_a_stuck_worker(void) {
     CHECK(vblk_worker_pause(&w, 20));
     CHECK(clock_ns() - start < 5 * SECOND);
     CHECK(!vblk_worker_paused(&w));
-    vblk_limits none = {0, 0, 0, 0};
+    vblk_limits none = {0};
     CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
              (uint64_t)vblk_worker_set_limits(&w, &none));
     CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
@@ -815,7 +815,7 @@ void w7_pause_of_a_stuck_worker(void) {
 void w8_rest_after_a_thread_came_back(void) {
     uint64_t count = 0;
     int parked_fd = eventfd(0, EFD_NONBLOCK);
-    vblk_limits none = {0, 0, 0, 0};
+    vblk_limits none = {0};
     up_stuck();
     vblk_worker_set_parked_fd(&w, parked_fd);
     store(VBLK_REG_STATUS, 0);
@@ -1149,7 +1149,7 @@ static unsigned shares_of(vblk_pacer *l) {
 
 // T8, W7: the thread stops between two shares of a limited backend.
 void t8_w7_a_reset_while_a_limiter_sleeps(void) {
-    static const vblk_limits slow = {0, 0, 10240, 0};
+    static const vblk_limits slow = {.bps = 10240};
     vblk_pacer l;
     worker_options();
     CHECK_EQ(VBLK_OK, vblk_pacer_init(&l, o.backend, &slow));

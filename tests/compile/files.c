@@ -8,7 +8,7 @@
 int main(int argc, char **argv) {
     static char a[600] = "first", b[424] = "second", back[1024];
     vblk_seg out[2] = {{(uint8_t *)a, sizeof a, 0}, {(uint8_t *)b, sizeof b, 0}};
-    vblk_seg in = {(uint8_t *)back, sizeof back, 0};
+    vblk_seg in = {.ptr = (uint8_t *)back, .n = sizeof back};
     vblk_file file;
     int64_t n = 0, done = 0;
     FILE *made = argc == 2 ? fopen(argv[1], "w") : NULL;

@@ -38,9 +38,9 @@ int main(void) {
                            sizeof(vblk_options), sizeof(vblk_event),
                            sizeof(vblk_worker),  sizeof(vblk_file),
                            sizeof(vblk_pacer)};
-    vblk_region  region = {0, sizeof ram, ram, false};
-    vblk_regions guest = {&region, 1};
-    vblk_ramdisk image = {disk, sizeof disk};
+    vblk_region  region = {.bytes = sizeof ram, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
+    vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
     vblk_options o = {0};
     for (unsigned i = 0; i < sizeof here / sizeof here[0]; i++) {
         if (here[i] != size_there((int)i)) {

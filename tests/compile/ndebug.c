@@ -18,9 +18,9 @@ int main(void) {
         {0x70, 1},  {0x70, 3},      {0x24, 1},      {0x20, 1},
         {0x70, 11}, {0x38, 16},     {0x90, 0x1000}, {0xa0, 0x2000},
         {0x44, 1},  {0x70, 15}};
-    vblk_region region = {0, sizeof ram, ram, false};
-    vblk_regions guest = {&region, 1};
-    vblk_ramdisk image = {disk, sizeof disk};
+    vblk_region region = {.bytes = sizeof ram, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
+    vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
     vblk_options o = {0};
     vblk_request r;
     vblk_seg seg[130];

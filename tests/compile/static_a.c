@@ -34,9 +34,9 @@ static void wait_for(const uint32_t *flag) {
 int main(void) {
     static uint8_t ram[1 << 16], disk[1 << 16];
     static vblk_worker w;
-    vblk_region region = {0, sizeof ram, ram, false};
-    vblk_regions guest = {&region, 1};
-    vblk_ramdisk image = {disk, sizeof disk};
+    vblk_region region = {.bytes = sizeof ram, .host = ram};
+    vblk_regions guest = {.region = &region, .count = 1};
+    vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};
     vblk_options o = {0};
     vblk_worker_options wo = {0};
     o.memory = vblk_regions_memory(&guest);

@@ -219,8 +219,8 @@ static void disk_start(const char *path) {
         die(path, vblk_strerror(err));
     }
     m.disk = vblk_file_backend(&m.file);
-    m.region = (vblk_region){RAM_GPA, RAM_BYTES, m.ram, false};
-    m.guest = (vblk_regions){&m.region, 1};
+    m.region = (vblk_region){.gpa = RAM_GPA, .bytes = RAM_BYTES, .host = m.ram};
+    m.guest = (vblk_regions){.region = &m.region, .count = 1};
 
     vblk_options o = {0};
     o.memory = vblk_regions_memory(&m.guest);
