@@ -5244,8 +5244,16 @@ static bool vblk__join_returned(vblk_worker *w) {
     return !w->left_behind;
 }
 
-// Bring the thread to rest for the library's own purposes; on true, `parking`
-// is held until vblk__let_go(). With `registers` held.
+static void vblk__let_go(vblk_worker *w) {
+    pthread_mutex_lock(&w->parking);
+    w->hold = false;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+}
+
+// Bring the thread to rest for a change that the library makes, until
+// vblk__let_go(). False: it does not come to rest in time. With `registers`
+// held.
 static bool vblk__hold_still(vblk_worker *w) {
     struct timespec at;
     if (__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
@@ -5259,18 +5267,12 @@ static bool vblk__hold_still(vblk_worker *w) {
     while (!w->parked && pthread_cond_timedwait(&w->changed, &w->parking,
                                                 &at) != ETIMEDOUT) {
     }
-    w->hold = false;
-    if (!w->parked) {
-        pthread_cond_broadcast(&w->changed);
-        pthread_mutex_unlock(&w->parking);
-        return false;
-    }
-    return true;
-}
-
-static void vblk__let_go(vblk_worker *w) {
-    pthread_cond_broadcast(&w->changed);
+    bool still = w->parked;
     pthread_mutex_unlock(&w->parking);
+    if (!still) {
+        vblk__let_go(w);
+    }
+    return still;
 }
 
 // The device takes a queue away, or all. With `registers` held.
