@@ -15,6 +15,9 @@ TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
            tests/test_worker_edges.c tests/test_calls.c tests/test_races.c \
            tests/model.c tests/test_model.c tests/test_habits.c \
            tests/fuzz.c
+SERVE    = examples/serve/main.c examples/serve/options.c \
+           examples/serve/memory.c examples/serve/protocol.c \
+           examples/serve/rings.c examples/serve/loop.c
 HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
@@ -129,6 +132,7 @@ size: $(B)                     ## bytes of code of the core at -Os
 lint:                          ## what no compiler checks: width, tabs, ASCII, no call downwards
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
 	    { print FILENAME ":" FNR ": " $$0; bad = 1 } END { exit bad }' \
+	    examples/serve/*.[ch] \
 	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c \
 	    tests/rules.txt
 	@awk -f tests/order.awk vblk.h vblk.h
@@ -168,9 +172,9 @@ $(B)/emulator: examples/emulator.c vblk.h
 	@mkdir -p $(B)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -o $@ examples/emulator.c
 
-$(B)/vblk-serve: examples/vhost_user_blk.c vblk.h
+$(B)/vblk-serve: $(SERVE) examples/serve/serve.h vblk.h
 	@mkdir -p $(B)
-	$(COMPILE) -o $@ examples/vhost_user_blk.c $(LIBS)
+	$(COMPILE) -o $@ $(SERVE) $(LIBS)
 
 $(B)/bench_worker: tests/bench_worker.c vblk.h
 	@mkdir -p $(B)

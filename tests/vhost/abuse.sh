@@ -60,7 +60,7 @@ echo 'int main(void) { return 0; }' >"$tmp/probe.c"
 if $i686 -static "$tmp/probe.c" -o "$tmp/probe" 2>/dev/null &&
     "$tmp/probe" 2>/dev/null; then
     build "$tmp/front-small" -DSMALL "$here/front.c" "$here/abuse.c"
-    CC=$i686 build "$tmp/small" -static "$here/../../examples/vhost_user_blk.c"
+    CC=$i686 build "$tmp/small" -static "$here"/../../examples/serve/*.c
     lie_to daemon-of-32-bits "$tmp/small" "$tmp/front-small"
 else
     echo "SKIP: abuse of 32 bits needs a compiler and a processor for them" \
@@ -147,7 +147,7 @@ printf '#include <errno.h>\nint flock(int fd, int how);
 int flock(int fd, int how) { errno = ENOLCK; return how ? -1 : fd; }\n' \
     >"$tmp/flock.c"
 build "$tmp/flock.so" -shared -fPIC "$tmp/flock.c"
-build "$tmp/plain" "$here/../../examples/vhost_user_blk.c"
+build "$tmp/plain" "$here"/../../examples/serve/*.c
 LD_PRELOAD="$tmp/flock.so" timeout 10 "$tmp/plain" --socket "$shm/y" \
     --image "$shm/other" >"$tmp/flock.log" 2>&1
 check no-locks-to-be-had "$(differs $? 1)"

@@ -50,7 +50,7 @@ build() { # output, flags and sources...
 
 build_both() { # flags of the daemon...
     build "$tmp/front" "$here/front.c" "$here/abuse.c"
-    build "$tmp/vblk-serve" "$@" "$here/../../examples/vhost_user_blk.c"
+    build "$tmp/vblk-serve" "$@" "$here"/../../examples/serve/*.c
 }
 
 # Runs in the background; false unless its socket comes to be. A path of a

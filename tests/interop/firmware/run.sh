@@ -1,5 +1,5 @@
 #!/bin/sh
-# Firmware as it is shipped uses a disk of examples/vhost_user_blk.c, under
+# Firmware as it is shipped uses a disk of examples/serve, under
 # QEMU: SeaBIOS, GRUB on it, EDK2 for x86-64 and AArch64, SLOF. One line per
 # check; the status is 0 if all are ok, or if something is not installed and
 # INTEROP_REQUIRED is not 1. vhost/common.sh has the variables.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Linux under QEMU, without hardware virtualization, uses disks of
-# examples/vhost_user_blk.c through vhost-user-blk-pci and, on a microvm,
+# examples/serve through vhost-user-blk-pci and, on a microvm,
 # through virtio-mmio. One line per check; the status is 0 if all are ok, or if
 # something is not installed and INTEROP_REQUIRED is not 1. vhost/common.sh has
 # the variables.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Linux, as a process of the host, uses a disk of examples/vhost_user_blk.c.
+# Linux, as a process of the host, uses a disk of examples/serve.
 # One line per check; the status is 0 if all are ok, or if something is not
 # installed and INTEROP_REQUIRED is not 1. vhost/common.sh has the variables.
 test=uml

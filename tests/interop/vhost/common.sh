@@ -1,4 +1,4 @@
-# What the tests of examples/vhost_user_blk.c share; sourced with `test` set to
+# What the tests of examples/serve share; sourced with `test` set to
 # the name of the test and `packages` to what it needs of Debian.
 #
 #     BUILD     where temporary files go, and are removed from; default /tmp
@@ -94,7 +94,7 @@ build() { # output, flags...
     output=$1
     shift
     # shellcheck disable=SC2086
-    $CC $WARN $CFLAGS "$@" -I"$root" "$root/examples/vhost_user_blk.c" \
+    $CC $WARN $CFLAGS "$@" -I"$root" "$root"/examples/serve/*.c \
         -o "$output" -lpthread || { echo "FAIL build"; exit 1; }
 }
 

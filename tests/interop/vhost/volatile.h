@@ -1,5 +1,5 @@
 // A disk with a volatile cache, for powerloss.sh: built into
-// examples/vhost_user_blk.c by -DVBLK_SERVE_BACKEND='"volatile.h"'.
+// examples/serve by -DVBLK_SERVE_BACKEND='"volatile.h"'.
 //
 // Writes stay in memory until a flush has put them into the file. SIGUSR1 is
 // the loss of power: some steps later a random part of what is not flushed is

@@ -1,5 +1,5 @@
 #!/bin/sh
-# xv6 for RISC-V, unmodified, lives on a disk of examples/vhost_user_blk.c over
+# xv6 for RISC-V, unmodified, lives on a disk of examples/serve over
 # virtio-mmio: its own tests pass, and what it wrote is there after a restart.
 # XV6 names its sources (https://github.com/mit-pdos/xv6-riscv). One line per
 # check; the status is 0 if all are ok, or if something is not there and

@@ -1,0 +1,482 @@
+// The device and its rings: set up as the front end says, served, and looked
+// at a little longer.
+#define VBLK_MAX_SEGS 1022 // QEMU's own back end takes chains of 1024
+#define VBLK_IMPLEMENTATION_THREADED
+#include "serve.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+// The tests put something worse between the device and the file.
+#ifdef VBLK_SERVE_BACKEND
+#include VBLK_SERVE_BACKEND
+#else
+#define serve_backend(file)     vblk_file_backend(file)
+#define serve_features(offered) (offered)
+#endif
+
+#define MAX_RING 4096u
+
+// A ring runs from when it is enabled and has a size, addresses and a kick
+// descriptor. GET_VRING_BASE takes the kick descriptor away. It is broken by
+// what the guest does there, or said of it, and then does not run.
+typedef struct ring {
+    uint32_t  size;
+    bool      sized;             // what was said of it; size may be 0 still
+    uint16_t  base;              // position, while it does not run
+    bool      placed, enabled;
+    bool      running, broken;
+    uint64_t  desc, avail, used; // in the address space of the front end
+    int       fd[3];             // of each enum ring_fd, or -1
+    uint16_t *avail_idx;         // the guest's, or NULL
+    uint16_t  seen;              // its value before it was served last
+    uint64_t  wake_ns;           // when a stalled ring may go on, else 0
+} ring;
+
+static vblk_dev   device;
+static bool       limited;  // it has to know the time
+static vblk_queue queues[MAX_QUEUES];
+static vblk_seg   seg[VBLK_MAX_SEGS + 18]; // of the request under way
+static ring       rings[MAX_QUEUES];
+static unsigned   count;    // of them, --queues
+static unsigned   rings_up; // none above this one ran since the front end came
+static uint64_t   pending;  // rings to look at, a bit for each
+static uint64_t   work_ends_ns, work_bytes; // of this turn, see over()
+static bool       blocks;   // the front end made a call of ours block
+static const vblk_regions *memory; // of the guest; NULL: never had any
+
+unsigned ring_count(void) {
+    return count;
+}
+
+static uint64_t ring_bit(unsigned i) {
+    return UINT64_C(1) << i;
+}
+
+static uint64_t all_rings(void) {
+    return ring_bit(count - 1) * 2 - 1;
+}
+
+// A descriptor that is full has been signalled; one without a reader is gone.
+// The front end may have made it block meanwhile: then the watchdog's signal
+// comes in between.
+static void signal_guest(int fd) {
+    const uint64_t one = 1;
+    if (fd >= 0 && !blocks && write(fd, &one, sizeof one) < 0) {
+        blocks = errno == EINTR;
+    }
+}
+
+static void interrupt(void *user, int queue, bool fire) {
+    (void)user;
+    if (fire && queue != VBLK_NO_QUEUE) {
+        signal_guest(rings[queue].fd[RING_CALL]);
+    }
+}
+
+static void event(void *user, const vblk_event *e) {
+    char line[400];
+    (void)user;
+    if (e->queue == VBLK_NO_QUEUE) {
+        say("the disk: %s", vblk_event_line(e, line, sizeof line));
+        return;
+    }
+    unsigned n = count_event();
+    if (n <= MAX_EVENTS) {
+        say("%s%s", vblk_event_line(e, line, sizeof line),
+            n == MAX_EVENTS ? "; no more until the next front end" : "");
+    }
+}
+
+
+// ---- Rings -----------------------------------------------------------------
+
+static void find_avail_idx(ring *r) {
+    uint64_t gpa;
+    uint8_t *host;
+    bool     there = find(r->avail, &gpa, &host) && ((uintptr_t)host & 1) == 0;
+    r->avail_idx = there ? (uint16_t *)(void *)(host + 2) : NULL;
+}
+
+void memory_changed(const vblk_regions *now) {
+    memory = now;
+    vblk_set_memory(&device, vblk_regions_memory(memory));
+    for (unsigned i = 0; i < count; i++) {
+        if (rings[i].running) {
+            find_avail_idx(&rings[i]);
+        }
+    }
+}
+
+static void stop_ring(ring *r) {
+    if (r->running) {
+        r->base = (uint16_t)vblk_queue_stop(&device, (unsigned)(r - rings));
+        pending |= all_rings(); // who waited behind it need not any more
+    }
+    r->running = r->broken = false;
+    r->avail_idx = NULL;
+    r->wake_ns = 0;
+}
+
+// Not the front end's doing: the guest hears of it by its own time-out.
+static void break_ring(ring *r) {
+    r->broken = true;
+    pending |= all_rings();
+    signal_guest(r->fd[RING_ERR]);
+}
+
+static void start_ring(ring *r) {
+    int       index = (int)(r - rings);
+    uint8_t  *host;
+    vblk_ring v = {.size = r->size, .position = r->base};
+    if (r->size == 0) {
+        grumble("ring %d does not run: it has no valid size", index);
+    } else if (!find(r->desc, &v.desc, &host) ||
+               !find(r->avail, &v.avail, &host) ||
+               !find(r->used, &v.used, &host)) {
+        grumble("ring %d does not run, it is outside guest memory: %#" PRIx64
+                ", %#" PRIx64 ", %#" PRIx64, index, r->desc, r->avail,
+                r->used);
+    } else if (vblk_queue_start(&device, (unsigned)index, &v)) {
+        grumble("ring %d does not run: the driver did not accept "
+                "VIRTIO_BLK_F_MQ", index);
+    } else {
+        find_avail_idx(r);
+        r->running = true;
+        rings_up = rings_up > (unsigned)index ? rings_up : (unsigned)index + 1;
+        pending |= ring_bit((unsigned)index);
+        signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect
+        return;
+    }
+    break_ring(r);
+}
+
+void start_what_is_ready(void) {
+    if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) ||
+        !memory || !memory->count) {
+        return;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        ring *r = &rings[i];
+        if (!r->running && !r->broken && r->enabled && r->sized &&
+            r->placed && r->fd[RING_KICK] >= 0) {
+            start_ring(r);
+        }
+    }
+}
+
+// An eventfd or a pipe: whatever else might keep whoever writes to it, or
+// closes it, waiting.
+static bool is_event_fd(int fd) {
+    char        path[32], name[32];
+    struct stat st;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode)) {
+        return true;
+    }
+    ssize_t n = readlink(path, name, sizeof name - 1);
+    name[n > 0 ? n : 0] = 0;
+    return strcmp(name, "anon_inode:[eventfd]") == 0 ||
+           refuse("an event descriptor is an eventfd or a pipe; this is %s",
+                  n > 0 ? name : "neither");
+}
+
+// A write may not block. Of a pipe, this descriptor becomes one that the front
+// end has no hand on; an eventfd is shared, so that the watchdog has to help.
+static bool make_nonblocking(int fd) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int own = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+    if (own >= 0) {
+        dup3(own, fd, O_CLOEXEC);
+        close(own);
+        return true;
+    }
+    return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0 ||
+           refuse("event descriptor: %s", strerror(errno));
+}
+
+bool set_ring_fd(unsigned index, enum ring_fd which, int fd) {
+    ring *r = &rings[index];
+    let_go(&r->fd[which]);
+    r->fd[which] = fd;
+    if (fd < 0) {
+        return true;
+    }
+    if (!is_event_fd(fd)) {
+        return false;
+    }
+    if (which == RING_KICK) {
+        return watch_kick(fd, index) ||
+               refuse("kick descriptor: %s", strerror(errno));
+    }
+    bool ok = make_nonblocking(fd);
+    if (which == RING_CALL && r->running) {
+        signal_guest(fd); // for what was completed without one
+    }
+    return ok;
+}
+
+bool set_ring_size(unsigned index, uint32_t size) {
+    ring *r = &rings[index];
+    if (r->running && size != r->size) {
+        return refuse("another size for a ring that runs");
+    }
+    r->sized = true;
+    r->size = size;
+    if (size == 0 || size > MAX_RING || size & (size - 1)) {
+        r->size = 0;
+        grumble("ring %u of %u entries; a power of two up to %u will do",
+                index, size, MAX_RING);
+    }
+    return true;
+}
+
+bool place_ring(unsigned index, uint64_t desc, uint64_t avail, uint64_t used) {
+    ring *r = &rings[index];
+    if (r->running && (desc != r->desc || avail != r->avail ||
+                       used != r->used)) {
+        return refuse("other addresses for a ring that runs");
+    }
+    r->desc = desc;
+    r->avail = avail;
+    r->used = used;
+    r->placed = true;
+    return true;
+}
+
+bool set_ring_base(unsigned index, uint16_t base) {
+    if (rings[index].running) {
+        return refuse("another position for a ring that runs");
+    }
+    rings[index].base = base;
+    return true;
+}
+
+uint16_t end_ring(unsigned index) {
+    stop_ring(&rings[index]);
+    let_go(&rings[index].fd[RING_KICK]);
+    return rings[index].base;
+}
+
+void enable_ring(unsigned index, bool yes) {
+    rings[index].enabled = yes;
+    if (!yes) {
+        stop_ring(&rings[index]);
+    }
+}
+
+
+// ---- The device ------------------------------------------------------------
+
+void make_device(const options *o, vblk_file *file) {
+    vblk_options v = {0};
+    v.backend = serve_backend(file);
+    v.id = o->id;
+    v.backend.flush = o->unsafe ? NULL : v.backend.flush;
+    v.queues = o->queues;
+    v.queue = queues;
+    v.queue_size = MAX_RING;
+    v.seg_max = VBLK_MAX_SEGS; // of what is told see read_config()
+    v.limits = o->limits;
+    v.interrupt = interrupt;
+    v.event = event;
+    int err = vblk_init(&device, &v);
+    if (err) {
+        die("%s", vblk_strerror(err));
+    }
+    limited = o->limits.iops || o->limits.bps;
+    count = o->queues;
+    for (unsigned i = 0; i < count; i++) {
+        rings[i] = (ring){.fd = {-1, -1, -1}};
+    }
+}
+
+static void clear_rings(void) {
+    for (unsigned i = 0; i < count; i++) {
+        for (unsigned k = 0; k < 3; k++) {
+            let_go(&rings[i].fd[k]);
+        }
+        rings[i] = (ring){.fd = {-1, -1, -1}};
+    }
+}
+
+static void stop_device(void) {
+    for (unsigned i = 0; i < count; i++) {
+        stop_ring(&rings[i]);
+    }
+    vblk_set_status(&device, 0);
+}
+
+void reset_device(void) {
+    stop_device();
+    clear_rings();
+}
+
+// Without a word to the guest, whose memory may be gone.
+void drop_device(void) {
+    for (unsigned i = 0; i < count; i++) {
+        rings[i].running = false;
+    }
+    reset_device();
+    pending = 0;
+    rings_up = 0;
+    blocks = false;
+}
+
+vblk_counts device_counts(void) {
+    return vblk_counters(&device);
+}
+
+uint64_t device_features(void) {
+    return serve_features(vblk_device_features(&device));
+}
+
+// There is no device status in vhost-user, so it runs its course here. Rings
+// that run go on with the new features.
+bool set_features(uint64_t features) {
+    const uint32_t ok = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER |
+                        VBLK_STATUS_FEATURES_OK | VBLK_STATUS_DRIVER_OK;
+    stop_device();
+    vblk_set_status(&device, VBLK_STATUS_ACKNOWLEDGE);
+    vblk_set_status(&device, VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER);
+    vblk_set_driver_features(&device, features & ~F_PROTOCOL_FEATURES);
+    vblk_set_status(&device, ok & ~VBLK_STATUS_DRIVER_OK);
+    if (vblk_status(&device) & VBLK_STATUS_FEATURES_OK) {
+        vblk_set_status(&device, ok);
+    }
+    for (unsigned i = 0; i < count; i++) {
+        rings[i].enabled |= !(features & F_PROTOCOL_FEATURES);
+    }
+    return vblk_status(&device) == ok ||
+           refuse("features %#" PRIx64, features);
+}
+
+// seg_max is what fits the rings of the front end; QEMU's have 128 entries
+// unless it is told otherwise. The device itself takes more.
+void read_config(uint8_t *space, size_t bytes) {
+    uint32_t entries = 0;
+    for (unsigned i = 0; i < count; i++) {
+        uint32_t size = rings[i].size;
+        entries = size > 2 && (!entries || size < entries) ? size : entries;
+    }
+    entries = entries ? entries : 128;
+    entries = entries < VBLK_MAX_SEGS + 2 ? entries : VBLK_MAX_SEGS + 2;
+    vblk_read_config(&device, 0, space, bytes);
+    space[12] = (uint8_t)(entries - 2);
+    space[13] = (uint8_t)((entries - 2) >> 8);
+    space[14] = space[15] = 0;
+}
+
+
+// ---- Work ------------------------------------------------------------------
+
+// A turn of work, after which we look at socket, signals and timer.
+#define WORK_NS    10000000u
+#define WORK_BYTES (64u << 20)
+
+static uint64_t coarse_ns(void) { // some milliseconds old, and cheap
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
+
+static bool over(uint64_t bytes) {
+    work_bytes += bytes;
+    return work_bytes > WORK_BYTES || coarse_ns() > work_ends_ns || blocks;
+}
+
+static void serve(ring *r, uint64_t now) {
+    unsigned     index = (unsigned)(r - rings);
+    const unsigned room = sizeof seg / sizeof seg[0];
+    vblk_request req;
+    if (!r->running || r->broken) {
+        return;
+    }
+    if (r->avail_idx) {
+        r->seen = __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED);
+    }
+    r->wake_ns = 0;
+    while (vblk_next(&device, index, now, &req, seg, room)) {
+        vblk_execute(&device, &req);
+        if (over(req.bytes)) {
+            vblk_publish(&device, index);
+            pending |= ring_bit(index);
+            return;
+        }
+    }
+    uint64_t again = vblk_arm(&device, index, now);
+    if (again == now) {
+        pending |= ring_bit(index);
+    } else if (again != VBLK_NEVER) {
+        r->wake_ns = again;
+    } else if (vblk_queue_broken(&device, index)) {
+        break_ring(r);
+    }
+}
+
+static void serve_pending(void) {
+    static unsigned first;
+    uint64_t now = limited ? now_ns() : 0;
+    uint64_t todo = pending;
+    pending &= rings_up ? ring_bit(rings_up - 1) * 2 - 1 : 0;
+    for (unsigned i = 0; i < rings_up && !over(0); i++) {
+        unsigned k = (first + i) % rings_up;
+        if (todo & ring_bit(k)) {
+            pending &= ~ring_bit(k);
+            serve(&rings[k], now);
+        }
+    }
+    first++; // who came last comes first
+}
+
+// A guest that waits for every request is slowed down most by our falling
+// asleep in between. So look on a little, where the last wait was that short.
+#define LOOK_ON_NS 50000
+
+static bool new_work(void) {
+    for (unsigned i = 0; i < rings_up; i++) {
+        const ring *r = &rings[i];
+        if (r->avail_idx && !r->broken && !r->wake_ns &&
+            __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED) != r->seen) {
+            pending |= ring_bit(i);
+        }
+    }
+    return pending != 0;
+}
+
+bool work(void) {
+    static uint64_t idle_since;
+    bool            look_on = now_ns() - idle_since < LOOK_ON_NS;
+    work_ends_ns = coarse_ns() + WORK_NS;
+    work_bytes = 0;
+    while (pending && !over(0)) {
+        serve_pending();
+        idle_since = now_ns();
+        while (look_on && !new_work()) {
+            look_on = now_ns() - idle_since < LOOK_ON_NS;
+        }
+    }
+    return !blocks || refuse("its event descriptor blocks whoever signals it");
+}
+
+void kick_ring(unsigned index) {
+    pending |= ring_bit(index);
+}
+
+bool rings_wait(void) {
+    return pending != 0;
+}
+
+uint64_t wake_rings(uint64_t now) {
+    uint64_t next = 0;
+    for (unsigned i = 0; i < count; i++) {
+        if (rings[i].wake_ns && rings[i].wake_ns <= now) {
+            pending |= ring_bit(i);
+        }
+        next = sooner(next, rings[i].wake_ns);
+    }
+    return next;
+}

@@ -1,0 +1,104 @@
+// What the parts of vblk-serve share; main.c says what it is.
+#ifndef SERVE_H
+#define SERVE_H
+
+// In all parts alike, and so before any other header.
+#define _GNU_SOURCE       1  // as with -D
+#define _FILE_OFFSET_BITS 64 // a 32-bit program's files over 2 GiB
+#define VBLK_FILES
+#include "../../vblk.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_QUEUES  64 // QEMU asks for one for each vCPU
+#define MAX_REGIONS 32u
+#define MAX_EVENTS  20u
+#define SECOND      UINT64_C(1000000000)
+
+#define F_PROTOCOL_FEATURES (UINT64_C(1) << 30) // among the device's features
+
+typedef struct options {
+    const char *socket, *image, *id;
+    uint64_t    create;
+    bool        read_only, unsafe, stats, no_lock;
+    unsigned    queues;
+    vblk_limits limits;
+} options;
+
+typedef struct mem_region { // as in the messages
+    uint64_t gpa, bytes, user, offset;
+} mem_region;
+
+enum ring_fd { RING_KICK, RING_CALL, RING_ERR };
+
+static inline bool end_line(int printed) {
+    (void)printed;
+    fputc('\n', stderr);
+    return false;
+}
+
+#define say(...)    end_line(fprintf(stderr, "vblk-serve: " __VA_ARGS__))
+#define refuse(...) say("front end refused: " __VA_ARGS__)
+// What a guest can bring about at will is said some times for a connection.
+#define grumble(...) ((void)(count_event() <= MAX_EVENTS && say(__VA_ARGS__)))
+#define die(...)    exit((say(__VA_ARGS__), 1))
+
+static inline uint64_t sooner(uint64_t a, uint64_t b) { // 0: never
+    return a && (!b || a < b) ? a : b;
+}
+
+// Where a function can refuse something, false ends the connection.
+
+// options.c
+options parse(int argc, char **argv);
+
+// memory.c
+bool set_memory(const mem_region *r, const int *fds, unsigned count);
+bool add_memory(const mem_region *r, const int *fds, unsigned nfds);
+bool remove_memory(const mem_region *r);
+void forget_memory(void);
+bool find(uint64_t user, uint64_t *gpa, uint8_t **host);
+void catch_escapes(void);      // once, before escaped()
+bool escaped(void (*f)(void)); // whether guest memory was gone within `f`
+
+// rings.c
+void make_device(const options *o, vblk_file *file);
+vblk_counts device_counts(void);
+uint64_t device_features(void);
+bool set_features(uint64_t features);
+void read_config(uint8_t *space, size_t bytes);
+void reset_device(void);
+void drop_device(void); // the front end is gone
+void memory_changed(const vblk_regions *now);
+unsigned ring_count(void);
+bool set_ring_size(unsigned index, uint32_t size);
+bool place_ring(unsigned index, uint64_t desc, uint64_t avail, uint64_t used);
+bool set_ring_base(unsigned index, uint16_t base);
+bool set_ring_fd(unsigned index, enum ring_fd which, int fd); // -1: none
+void enable_ring(unsigned index, bool yes);
+uint16_t end_ring(unsigned index); // its position
+void start_what_is_ready(void);
+void kick_ring(unsigned index);
+uint64_t wake_rings(uint64_t now); // when to call it next; 0: never
+bool rings_wait(void);             // there is work
+bool work(void);                   // a turn of it
+
+// protocol.c
+bool receive(int connection);
+bool message_in_time(uint64_t now);
+uint64_t message_due_ns(void); // 0: none is arriving
+void forget_messages(void);    // the front end is gone
+
+// loop.c
+void run(const char *socket_path, bool stats);
+bool watch_kick(int fd, unsigned index);
+void let_go(int *fd);
+void close_foreign(int fd);
+unsigned count_event(void); // of this connection, see grumble()
+uint64_t now_ns(void);
+
+#endif // SERVE_H
