@@ -80,7 +80,7 @@ FILENAME ~ /txt$/ {
             rest = substr(rest, i + 1)
         }
     }
-}' vblk.h tests/rules.txt tests/*.[ch] examples/*.c >"$tmp/cited" || exit 1
+}' vblk.h tests/rules.txt tests/*.[ch] examples/*.c examples/serve/*.c >"$tmp/cited" || exit 1
 
 awk -v id="$id" -v run="$tmp/run" '
 function fail(line) { failed++; failures = failures "FAILED " line "\n" }
