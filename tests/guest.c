@@ -497,7 +497,7 @@ uint64_t put_header(uint32_t type, uint64_t sector) {
 }
 
 req prepare(uint32_t type, uint64_t sector, uint32_t bytes) {
-    req r = {0, 0, 0, bytes, 0};
+    req r = {.bytes = bytes, .out = (type & 0x7fffffff) == VBLK_T_OUT};
     r.header = put_header(type, sector);
     r.data = alloc(bytes + 2, 1) + 1; // a byte of dirt on either side
     r.status = alloc(3, 1) + 1;
@@ -506,10 +506,9 @@ req prepare(uint32_t type, uint64_t sector, uint32_t bytes) {
 }
 
 uint16_t send(unsigned queue, const req *r) {
-    uint32_t type = get32(r->header) & 0x7fffffff; // P9
     part p[3] = {
         {r->header, 16, 0},
-        {r->data, r->bytes, type == VBLK_T_OUT ? 0 : WRITE},
+        {r->data, r->bytes, r->out ? 0 : WRITE},
         {r->status, 1, WRITE},
     };
     if (r->bytes == 0) {

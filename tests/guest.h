@@ -148,6 +148,7 @@ uint16_t submit(unsigned queue, const part *p, unsigned n); // both
 typedef struct req {
     uint64_t header, data, status;
     uint32_t bytes;
+    bool     out; // the data is the device's to read; OUT's is
     uint16_t head;
 } req;
 

@@ -84,7 +84,7 @@ void race_of_interrupt_bits(void) {
     }
 }
 
-// MMIO-37, R1: nothing of a NEEDS_RESET that came before a reset, or beside it,
+// R1: nothing of a NEEDS_RESET that came before a reset, or beside it,
 // is in InterruptStatus or on the line afterwards.
 void race_of_needs_reset_and_a_reset(void) {
     guest_init();

@@ -1,57 +1,80 @@
-/* A thread that was left behind comes back: released() speaks of what is so, and
- * a reset in it, or beside it, brings the device back; a second one, that comes
- * late, does nothing to the driver that is up by then.
+/* A thread that was left behind comes back: it makes the reset whole that left
+ * it, and no driver that is up by then is reset; or, if the worker was closed
+ * meanwhile, it frees all, which then nobody else does.
  *
  *     spin -a release.pml && cc -o pan pan.c && ./pan
- *     spin -a -DCALL_FIRST release.pml ...      must find a reset in vain
  *     spin -a -DLATE release.pml ...            must find a driver reset
+ *     spin -a -DUNLOCKED release.pml ...        must find a leak
  */
-bool back;                 /* under `parking` */
-bool left = true, live;    /* under `registers`: left_behind, a driver */
+bool back, left = true, orphaned;  /* under `registers`: left_behind, GONE */
+bool live;                         /* a driver is up */
+bool freed, closed, ended;
 bool locked;
 
-inline reset(late_check, ok) {
-    atomic { !locked -> locked = true };
-    if
-    :: late_check && !left -> ok = true /* somebody was quicker */
-    :: else ->
-        if
-        :: left && back -> left = false
-        :: else
-        fi;
-        if
-        :: !left -> live = false; ok = true
-        :: else -> ok = false
-        fi
-    fi;
-    locked = false
-}
+inline lock()   { atomic { !locked -> locked = true } }
+inline unlock() { locked = false }
 
 active proctype thread() {
-    bool ok;
-#ifndef CALL_FIRST
-    back = true;
+    bool all_is_mine;
+#ifdef UNLOCKED
+    all_is_mine = orphaned;
+    lock();
+#else
+    lock();
+    all_is_mine = orphaned;
 #endif
 #ifndef LATE
-    reset(true, ok);
-#else
-    reset(false, ok);
+    if
+    :: !all_is_mine -> assert(!live) /* the reset */
+    :: else
+    fi;
 #endif
-    assert(ok);
-    back = true
+    back = true;
+    unlock();
+#ifdef LATE
+    assert(!live || all_is_mine);
+#endif
+    if
+    :: all_is_mine -> assert(!freed); freed = true
+    :: else
+    fi;
+    ended = true
 }
 
-active proctype guest() {
-    bool ok;
+inline collect() {
+    if
+    :: left && back -> left = false
+    :: else
+    fi
+}
+
+active proctype host() {
+    /* a driver's resets, until one is whole, or not even that */
     do
-    :: reset(false, ok);
+    :: lock();
+        collect();
         if
-        :: ok -> break
-        :: else
+        :: !left -> unlock(); live = true; break
+        :: else -> unlock()
         fi
+    :: break
     od;
-    live = true;
-    (back);
-end: (!live);
-    assert(false)          /* nobody resets a driver that is up */
+    if
+    :: lock(); /* close */
+        collect();
+        live = false;
+        orphaned = left;
+        unlock();
+        if
+        :: !orphaned -> (ended); assert(!freed); freed = true
+        :: else
+        fi;
+        closed = true
+    :: skip
+    fi
+}
+
+active proctype all() {
+end: (ended && closed);
+    assert(freed)
 }

@@ -38,7 +38,7 @@ check stall.pml 0
 check stall.pml 1 -DSWALLOW
 check stall.pml 1 -DLOSE_KICK
 check release.pml 0
-check release.pml 1 -DCALL_FIRST
 check release.pml 1 -DLATE
+check release.pml 1 -DUNLOCKED
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
