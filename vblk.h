@@ -1875,10 +1875,9 @@ static void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
     vblk__emit(dev, vblk__index(dev, q), VBLK_NO_HEAD, code, a, b);
 }
 
-static void vblk__say_chain(const vblk_dev *dev, const vblk_queue *q,
-                            uint16_t head, vblk_event_code code, uint64_t a,
-                            uint64_t b) {
-    vblk__emit(dev, vblk__index(dev, q), head, code, a, b);
+static void vblk__say_request(const vblk_dev *dev, const vblk_request *r,
+                              vblk_event_code code, uint64_t a, uint64_t b) {
+    vblk__emit(dev, r->queue, r->head, code, a, b);
 }
 
 // One writer, the queue's drainer, so that no locked instruction is needed.
@@ -2854,7 +2853,7 @@ static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
 // Guest memory refuses the data at byte `at`, which it had agreed to (X5).
 static int vblk__refused(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     vblk_seg s = vblk__piece(r, at, r->bytes - at);
-    vblk__emit(dev, r->queue, r->head, VBLK_EV_DATA_UNMAPPED, s.gpa, s.n);
+    vblk__say_request(dev, r, VBLK_EV_DATA_UNMAPPED, s.gpa, s.n);
     return VBLK_ERR_REFUSED;
 }
 
@@ -2919,8 +2918,7 @@ static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
     if (told) {
         vblk__give_back(dev, q, r->head, written);
     } else { // V17
-        vblk__say_chain(dev, q, r->head, VBLK_EV_STATUS_UNWRITABLE,
-                        r->status_gpa, 0);
+        vblk__say_request(dev, r, VBLK_EV_STATUS_UNWRITABLE, r->status_gpa, 0);
     }
     return told;
 }
@@ -2984,17 +2982,17 @@ static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
 static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                vblk__chain *c, uint64_t now_ns) {
     if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, c)) {
-        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
         vblk__drop(dev, q, r->head);
         return VBLK__MORE;
     }
     if (!vblk__place_status(dev, r, c)) {
         vblk__count(&q->counts.io_errors, 1);
-        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
         return VBLK__MORE;
     }
     if (!vblk__parse(dev, r, c)) {
-        vblk__say_chain(dev, q, r->head, c->code, c->why_a, c->why_b);
+        vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
         vblk__return_chain(dev, q, r, c->status, vblk__only_status(r));
         return VBLK__MORE;
     }
@@ -3168,10 +3166,10 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
         done.code = VBLK_EV_WRITE_STUCK;
     }
     if (done.code && done.code != VBLK__TOLD) {
-        vblk__say_chain(dev, q, r->head, done.code,
-                        (r->offset + done.bytes) / VBLK_SECTOR,
-                        done.error ? 0 - (uint64_t)done.error
-                                   : r->bytes - done.bytes);
+        vblk__say_request(dev, r, done.code,
+                          (r->offset + done.bytes) / VBLK_SECTOR,
+                          done.error ? 0 - (uint64_t)done.error
+                                     : r->bytes - done.bytes);
     }
     bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
     uint32_t written = ok && in ? (uint32_t)r->bytes + 1
