@@ -22,7 +22,7 @@ HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/mod
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
 all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/emulator \
-     $(B)/pool $(B)/vblk-serve
+     $(B)/pool $(B)/queues $(B)/vblk-serve
 
 test: $(B)/vblk_test           ## build and run every test, and the compile matrix
 	$(B)/vblk_test
@@ -37,6 +37,9 @@ throttle: $(B)/throttle        ## a limited disk in real time
 
 threaded: $(B)/threaded        ## a worker thread, a file, three seconds of reads
 	$(B)/threaded
+
+queues: $(B)/queues            ## a host with a thread of its own for each queue
+	$(B)/queues
 
 pool: $(B)/pool                ## an asynchronous host: a pool of threads, resets under way
 	$(B)/pool
@@ -62,7 +65,9 @@ tsan:                          ## the threads under the thread sanitizer (clang)
 	    -o $(B)/static_tsan tests/compile/static_a.c \
 	    tests/compile/static_b.c $(LIBS) && $(B)/static_tsan && \
 	clang -std=c99 -D_GNU_SOURCE -O1 -g -fsanitize=thread \
-	    -o $(B)/pool_tsan examples/pool.c $(LIBS) && $(B)/pool_tsan
+	    -o $(B)/pool_tsan examples/pool.c $(LIBS) && $(B)/pool_tsan && \
+	clang -std=c99 -D_GNU_SOURCE -O1 -g -fsanitize=thread \
+	    -o $(B)/queues_tsan examples/queues.c $(LIBS) && $(B)/queues_tsan
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
 	VBLK_SOAK=100 $(B)/vblk_test w_party
@@ -163,6 +168,10 @@ $(B)/throttle: examples/throttle.c vblk.h
 $(B)/threaded: examples/threaded.c vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ examples/threaded.c $(LIBS)
+
+$(B)/queues: examples/queues.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ examples/queues.c $(LIBS)
 
 $(B)/pool: examples/pool.c vblk.h
 	@mkdir -p $(B)

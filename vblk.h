@@ -173,6 +173,7 @@
     quiesce() takes that lock, and whoever made the register call gives it
     back when that has returned; notify() may come in between, so it takes
     another. A drain that is under way ends after its request then.
+    examples/queues.c does all that.
 
     For a thread per device, vblk_worker_init() and what follows it (Linux).
     A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
