@@ -31,7 +31,10 @@ def load_library():
     public = TEXT[:TEXT.index("#if defined(VBLK_IMPLEMENTATION) && !")]
     public = re.sub(r"#include .*", "", public)
     ffi = cffi.FFI()
-    ffi.cdef(subprocess.run([cc, "-E", "-P", "-U__GNUC__", "-"], check=True,
+    # Without stdint.h, which the parser cannot read, its limits are given.
+    ffi.cdef(subprocess.run([cc, "-E", "-P", "-U__GNUC__",
+                             "-DUINTPTR_MAX=__UINTPTR_MAX__",
+                             "-DUINT32_MAX=__UINT32_MAX__", "-"], check=True,
                             input=public, text=True, capture_output=True).stdout)
     with tempfile.TemporaryDirectory() as where:
         so = os.path.join(where, "vblk.so")
