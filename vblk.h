@@ -2621,7 +2621,10 @@ enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
 enum { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID };
 
 // The request types. Nothing else in this file compares types: a new one is a
-// row here, and what its columns cannot say.
+// row here, its feature in vblk__offer, its counter in vblk_counters; and where
+// its data is like no other's, what the columns decide: vblk__check,
+// vblk__parse, vblk_execute, vblk__end_request, and a call of its own among
+// the wrappers.
 static const struct vblk__kind {
     uint32_t type;
     uint8_t  feature; // the bit that must be offered; 0: none
@@ -2638,7 +2641,8 @@ static const struct vblk__kind {
      VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
     {VBLK_T_FLUSH, 9, VBLK__NO_DATA, VBLK__NOTHING, VBLK_EV_FLUSH_FAILED,
      VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
-    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK_EV_NONE, 0, 0},
+    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK_EV_NONE,
+     0, 0}, // is answered without the backend, and not counted
 #undef VBLK__COUNTER
 };
 

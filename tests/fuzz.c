@@ -1175,19 +1175,17 @@ static void check_completed(const slot *t, uint8_t status, uint64_t bytes) {
     }
 }
 
-static void host_complete(slot *t, uint8_t how, uint8_t part) {
+// With the first `most` bytes, if it is a read.
+static void host_complete(slot *t, bool fails, uint64_t most) {
     vblk_request *r = &t->req;
     int queue = r->queue;
     bool stale = t->session != f.queue[queue].session;
-    uint8_t status = how & 1 ? VBLK_S_IOERR : VBLK_S_OK;
-    uint64_t bytes = r->bytes;
+    uint8_t status = fails ? VBLK_S_IOERR : VBLK_S_OK;
+    uint64_t bytes = r->type == VBLK_T_IN && most < r->bytes ? most : r->bytes;
     if (!t->used) {
         return;
     }
     t->used = false;
-    if (how & 2 && r->type == VBLK_T_IN) {
-        bytes = bytes * part / 256;
-    }
     begin(stale ? VBLK_NO_QUEUE : queue, false);
     if (!stale) {
         allow(t);
@@ -1222,11 +1220,9 @@ static void serve(int queue) {
     host_next(queue, 1);
     for (unsigned i = 0; i < SLOTS; i++) {
         slot *t = &f.slot[SLOTS - 1 - i];
-        uint64_t got = share(t->req.offset, t->req.bytes) * 256;
         if (t->used && t->req.queue == queue) {
             bool fails = f.fail_call > 0 && --f.fail_call == 0;
-            uint64_t part = t->req.bytes ? (got - 1) / t->req.bytes : 0;
-            host_complete(t, fails ? 1 : 2, (uint8_t)part);
+            host_complete(t, fails, share(t->req.offset, t->req.bytes));
             first = i;
         }
     }
@@ -1889,8 +1885,13 @@ static void act(uint8_t action) {
     case KICK:     drain(wr(VBLK_REG_QUEUE_NOTIFY, a), a >> 7);          break;
     case DRAIN:    drain(a < 0xf0 ? a % 9 : a - 0xff, byte());           break;
     case NEXT:     host_next((int)queue, byte());                        break;
-    case COMPLETE: b = byte(); host_complete(&f.slot[a % SLOTS], b, byte());
-                   break;
+    case COMPLETE: {
+        slot *t = &f.slot[a % SLOTS];
+        b = byte();
+        uint64_t some = t->req.bytes * byte() / 256;
+        host_complete(t, b & 1, b & 2 ? some : t->req.bytes);
+        break;
+    }
     case PUBLISH:  publish((int)queue);                                  break;
     case ACK:      wr(VBLK_REG_INTERRUPT_ACK, (uint32_t)number(a));      break;
     case TIME:     pass_time(a);                                         break;

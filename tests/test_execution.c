@@ -551,7 +551,7 @@ void w9_memory_later(void) {
 void options_defaults(void) {
     guest_make();
     CHECK_EQ(256, g.dev.queue_size);
-    CHECK_EQ(MAX_SEGS, g.dev.seg_max);
+    CHECK_EQ(MAX_SEGS, vblk_seg_max(&g.dev));
     CHECK_EQ(1 << 20, g.dev.size_max);
     CHECK_EQ(1, g.dev.queues);
     CHECK_EQ(g.o.profile == VBLK_STRICT, g.dev.strict);
@@ -561,7 +561,7 @@ void options_defaults(void) {
     for (size_t i = 0; i < COUNT(rows); i++) { // BCFG-20
         g.o.queue_size = rows[i].queue_size;
         guest_make();
-        CHECK_EQ(rows[i].seg_max, g.dev.seg_max);
+        CHECK_EQ(rows[i].seg_max, vblk_seg_max(&g.dev));
     }
 }
 

@@ -321,7 +321,7 @@ void w_every_type_of_request(void) {
     CHECK_EQ(VBLK_S_OK, ram[HEADER + 32 + 16]);
     CHECK_EQ(0x3c, disk[5 * 512]);
     CHECK_EQ(VBLK_S_OK, ram[HEADER + 64 + 16]);
-    CHECK_EQ(1, vblk_counters(&w.dev).flushes);
+    CHECK_EQ(1, vblk_counters(vblk_worker_dev(&w)).flushes);
     finish();
 }
 
@@ -377,7 +377,7 @@ void w_limits_change_under_way(void) {
         add(i);
     }
     store(VBLK_REG_QUEUE_NOTIFY, 0);
-    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    EVENTUALLY(vblk_counters(vblk_worker_dev(&w)).currently_throttled == 1);
     vblk_limits none = {0}, bad = {.iops_burst = 1};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)vblk_worker_set_limits(&w, &bad));
@@ -588,7 +588,7 @@ void w5_pause_in_every_state(void) {
         add(i);
     }
     store(VBLK_REG_QUEUE_NOTIFY, 0);
-    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    EVENTUALLY(vblk_counters(vblk_worker_dev(&w)).currently_throttled == 1);
     CHECK(!vblk_worker_pause(&w, 10000));
     CHECK(!vblk_worker_pause(&w, 0));
     finish(); // a paused worker can be ended
@@ -1055,9 +1055,9 @@ void t5_the_gauge_falls_at_the_end(void) {
         add(i);
     }
     store(VBLK_REG_QUEUE_NOTIFY, 0);
-    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
+    EVENTUALLY(vblk_counters(vblk_worker_dev(&w)).currently_throttled == 1);
     finish();
-    CHECK_EQ(0, vblk_counters(&w.dev).currently_throttled);
+    CHECK_EQ(0, vblk_counters(vblk_worker_dev(&w)).currently_throttled);
 }
 
 // LIB: a vCPU's mask and place are its own.
@@ -1118,12 +1118,27 @@ void w_signals_and_place_are_not_the_vcpus(void) {
     finish();
 }
 
+static void no_notify(void *user, int queue) {
+    (void)user, (void)queue;
+}
+
+static int no_quiesce(void *user, int queue) {
+    (void)user, (void)queue;
+    return 0;
+}
+
 void w_options_and_locks_that_cannot_be(void) {
     worker_options();
     wo.stop_ms = (unsigned)INT_MAX + 1;
     CHECK_EQ((uint64_t)VBLK_ERR_STOP_MS,
              (uint64_t)vblk_worker_init(&w, &o, &wo));
     wo.stop_ms = INT_MAX;
+    o.notify = no_notify;
+    CHECK_EQ((uint64_t)VBLK_ERR_HOOKS, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    o.notify = NULL;
+    o.quiesce = no_quiesce;
+    CHECK_EQ((uint64_t)VBLK_ERR_HOOKS, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    o.quiesce = NULL;
     for (unsigned i = 0; i < 3; i++) {
         test_calls_fail("pthread_mutex_init", EAGAIN, i, 1);
         errno = 0;
@@ -1474,7 +1489,7 @@ void w_party_with_resets(void) {
 // F7: NEEDS_RESET from one thread, Status writes from another: never lost.
 static void *break_it(void *arg) {
     (void)arg;
-    vblk_needs_reset(&w.dev);
+    vblk_worker_needs_reset(&w);
     return NULL;
 }
 
