@@ -2621,10 +2621,9 @@ enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
 enum { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID };
 
 // The request types. Nothing else in this file compares types: a new one is a
-// row here, its feature in vblk__offer, its counter in vblk_counters; and where
-// its data is like no other's, what the columns decide: vblk__check,
-// vblk__parse, vblk_execute, vblk__end_request, and a call of its own among
-// the wrappers.
+// row here and its feature in vblk__offer; and where its data is like no
+// other's, what the columns decide: vblk__check, vblk__parse, vblk_execute,
+// vblk__end_request, and a call of its own among the wrappers.
 static const struct vblk__kind {
     uint32_t type;
     uint8_t  feature; // the bit that must be offered; 0: none
@@ -4129,19 +4128,14 @@ VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue) {
 
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev) {
     vblk_counts sum;
+    uint64_t *to = (uint64_t *)(void *)&sum;
     VBLK_MEMSET(&sum, 0, sizeof sum);
     for (unsigned i = 0; i < dev->queues; i++) {
-        const vblk_counts *c = &dev->queue[i].counts;
-        sum.reads += VBLK__LOAD(&c->reads);
-        sum.writes += VBLK__LOAD(&c->writes);
-        sum.flushes += VBLK__LOAD(&c->flushes);
-        sum.bytes_read += VBLK__LOAD(&c->bytes_read);
-        sum.bytes_written += VBLK__LOAD(&c->bytes_written);
-        sum.io_errors += VBLK__LOAD(&c->io_errors);
-        sum.throttled += VBLK__LOAD(&c->throttled);
-        sum.currently_throttled += VBLK__LOAD(&c->currently_throttled);
-        sum.throttled_ns += VBLK__LOAD(&c->throttled_ns);
-        sum.broken_queues += VBLK__LOAD(&c->broken_queues);
+        const uint64_t *from =
+            (const uint64_t *)(const void *)&dev->queue[i].counts;
+        for (size_t n = 0; n < sizeof sum / sizeof *to; n++) {
+            to[n] += VBLK__LOAD(&from[n]);
+        }
     }
     return sum;
 }
