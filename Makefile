@@ -7,7 +7,7 @@ SAN      = -fsanitize=address,undefined -fno-sanitize-recover=all
 LIBS     = -lpthread
 B        = build
 
-TESTS    = tests/main.c tests/guest.c tests/test_registers.c \
+TESTS    = tests/main.c tests/test.c tests/guest.c tests/test_registers.c \
            tests/test_queue.c tests/test_request.c tests/test_execution.c \
            tests/test_throttle.c tests/test_transport.c tests/test_host.c \
            tests/test_worker.c \

@@ -6,14 +6,12 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/uio.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -43,11 +41,6 @@ static int  returned(void); // for calls that leave errno alone
 
 #include "guest.h"
 #include "tests.h"
-
-int      test_failed;
-uint64_t test_seed = 1;
-
-static uint64_t random_state;
 
 static const char *call_to_fail;
 static int         call_errno;
@@ -116,53 +109,6 @@ const char *event_text(int code) {
     return strcmp(text, "unknown event code") ? text : NULL;
 }
 
-void test_fail(const char *file, int line, const char *text) {
-    test_failed++;
-    if (test_failed <= 10) {
-        printf("  %s:%d: %s\n", file, line, text);
-    }
-}
-
-bool test_asserts(void (*call)(void)) {
-    int status = 0;
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        close(2); // the assertion speaks
-        call();
-        _exit(0);
-    }
-    return waitpid(child, &status, 0) == child && WIFSIGNALED(status) &&
-           WTERMSIG(status) == SIGABRT;
-}
-
-uint64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
-
-void test_wait(unsigned round) {
-    struct timespec t = {0, 100000};
-    if (round < 100) {
-        sched_yield();
-    } else {
-        nanosleep(&t, NULL);
-    }
-}
-
-// splitmix64
-uint32_t test_random(void) {
-    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return (uint32_t)(z >> 32);
-}
-
-uint32_t test_below(uint32_t n) {
-    return (uint32_t)((uint64_t)test_random() * n >> 32);
-}
-
 // How a test wants to run: with a guest, with map and without; the same, and in
 // the strict profile whatever is asked for; or once.
 enum { GUEST, STRICT, ONCE };
@@ -179,7 +125,7 @@ static const struct test {
 
 static bool run_one(const struct test *t, bool map) {
     test_failed = 0;
-    random_state = test_seed;
+    test_random_from(test_seed);
     guest_use_map = map;
     vblk_profile asked = guest_profile;
     guest_profile = t->how == STRICT ? VBLK_STRICT : asked;

@@ -98,7 +98,13 @@ void test_wait(unsigned round);
 #endif
 
 // Reproducible: the same seed gives the same run.
+void     test_random_from(uint64_t seed);
 uint32_t test_random(void);
-uint32_t test_below(uint32_t n);
+uint32_t test_below(uint32_t n); // n > 0
+
+// A fuzzer's choices: test_below() takes them from these bytes, and has nothing
+// but 0 to say when they are used up. test_fed() tells how many are left.
+void     test_feed(const uint8_t *in, size_t n);
+size_t   test_fed(void);
 
 #endif
