@@ -26,7 +26,11 @@ uint8_t *at(uint64_t gpa) {
         fprintf(stderr, "test bug: %#" PRIx64 " is no guest memory\n", gpa);
         abort();
     }
-    return g.ram + host_offset(gpa);
+    return g.base + host_offset(gpa);
+}
+
+uint8_t *truth_at(uint64_t gpa) {
+    return g.truth + host_offset(gpa);
 }
 
 void put(uint64_t gpa, const void *src, size_t n) {
@@ -101,6 +105,9 @@ static bool in_hole(uint64_t gpa, uint64_t n) {
 
 static bool refused(uint64_t gpa, uint64_t n) {
     g.accesses++;
+    if (g.ambush > 0 && --g.ambush == 0) {
+        g.strike();
+    }
     if (g.fail_access > 0 && --g.fail_access == 0) {
         g.fail_access = g.keep_failing ? 1 : 0;
         g.tripped++;
@@ -195,10 +202,10 @@ static int64_t move(uint64_t offset, const vblk_seg *seg, unsigned segs,
     for (unsigned i = 0; i < segs; i++) {
         for (size_t k = 0; k < seg[i].n; k++, done++) {
             if (offset + done >= g.backing || done == most ||
-                (!in && g.stuck && g.moved == g.stuck)) {
+                (!in && g.stuck && g.written == g.stuck)) {
                 return (int64_t)done;
             }
-            g.moved += !in;
+            g.written += !in;
             if (in) {
                 seg[i].ptr[k] = g.disk[offset + done];
             } else {
@@ -271,6 +278,35 @@ static void on_notify(void *user, int queue) {
 
 // ---- Bring-up --------------------------------------------------------------
 
+static void lie_at(uint8_t *base) {
+    static const uint64_t gpa[3] = {SEAM, 0, HIGH};
+    static const uint64_t bytes[3] = {RAM_END - SEAM, SEAM, HIGH_SIZE};
+    g.base = base;
+    for (unsigned i = 0; i < 3; i++) {
+        g.region[i].gpa = gpa[i];
+        g.region[i].bytes = bytes[i];
+        g.region[i].host = at(gpa[i]);
+    }
+    g.vram.region = g.region;
+    g.vram.count = 3;
+}
+
+static uint8_t elsewhere[sizeof g.ram + 1]; // from 1 on: at odd addresses
+
+void guest_move(void) {
+    uint8_t *old = g.base;
+    lie_at(old == g.ram ? elsewhere + 1 : g.ram);
+    memcpy(g.base, old, sizeof g.ram);
+    memset(old, MOVED, sizeof g.ram);
+    g.moved = true;
+}
+
+bool guest_left_alone(void) {
+    const uint8_t *old = g.base == g.ram ? elsewhere + 1 : g.ram;
+    return !g.moved || (*old == MOVED &&
+                        memcmp(old, old + 1, sizeof g.ram - 1) == 0);
+}
+
 void guest_init(void) {
     memset(&g, 0, sizeof g);
     memset(g.ram, DIRT, sizeof g.ram);
@@ -283,14 +319,7 @@ void guest_init(void) {
     g.backing = sizeof g.disk;
     g.bump = 0x1000;
     g.mapped = guest_use_map;
-    vblk_region regions[3] = {
-        {SEAM, RAM_END - SEAM, g.ram + SEAM + GAP, false},
-        {0, SEAM, g.ram, false},
-        {HIGH, HIGH_SIZE, g.ram + RAM_END + 2 * GAP, false},
-    };
-    memcpy(g.region, regions, sizeof regions);
-    g.vram.region = g.region;
-    g.vram.count = 3;
+    lie_at(g.ram);
     g.o.memory.read = mem_read;
     g.o.memory.write = mem_write;
     g.o.memory.map = g.mapped ? mem_map : NULL;

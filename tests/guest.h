@@ -9,14 +9,17 @@
 
 // Guest memory: two regions that touch at SEAM but lie apart in the host, a
 // hole, and one that ends at 2^64.
+#ifndef SEAM // less is faster
 #define SEAM      0x100000u
 #define RAM_END   0x200000u
+#define SECTORS   2048u
+#endif
 #define HIGH      0xffffffffffff0000u
 #define HIGH_SIZE 0x10000u
 #define GAP       4096u // host bytes between regions, filled with CANARY
 #define CANARY    0xc7
 #define DIRT      0xa5 // what memory holds before anybody wrote it
-#define SECTORS   2048u
+#define MOVED     0xdd // what is left where it was
 
 enum { OFFERED = 1, RING = 2, READABLE = 4 }; // guest.mark bits
 
@@ -49,7 +52,10 @@ typedef struct guest {
     bool         mapped;
     uint64_t     features; // accepted
 
-    // Memory. `truth` is what the driver wrote; `mark` what the device may do.
+    bool         moved;
+    uint8_t     *base; // of guest memory: ram, unless it moved
+    // Memory, at an even address. `truth` is what the driver wrote; `mark` what
+    // the device may do.
     uint8_t     ram[RAM_END + HIGH_SIZE + 2 * GAP];
     uint8_t     truth[RAM_END + HIGH_SIZE + 2 * GAP];
     uint8_t     mark[RAM_END + HIGH_SIZE + 2 * GAP];
@@ -62,6 +68,8 @@ typedef struct guest {
     int         fail_access;       // the nth access from now is refused
     bool        keep_failing;      // and all after it
     unsigned    tripped;           // how many failed, calls included
+    unsigned    ambush;            // before the nth access from now ...
+    void      (*strike)(void);     // ... this happens
     unsigned    accesses;
     guest_access trace[4096];      // ring, without map
     unsigned     traced;
@@ -73,7 +81,7 @@ typedef struct guest {
     bool     keep_failing_calls;
     uint64_t most;          // bytes a call moves at most; 0: all
     uint64_t stuck;         // writes move this much in all, then nothing
-    uint64_t moved;
+    uint64_t written;
     unsigned calls, flushes;
     guest_op op[64];        // ring
     bool     no_size;
@@ -107,6 +115,9 @@ void guest_negotiate(uint64_t declined);
 void guest_queue_up(unsigned queue, uint32_t size);
 void guest_go(void);
 void guest_remap(void); // the device looks its rings up again
+// Guest memory goes to another place in the host; the device is to be told.
+void guest_move(void);
+bool guest_left_alone(void); // where it was, nothing was written since
 // What Status becomes when `value` is stored over `old`.
 uint32_t guest_status_after(bool standard, uint32_t old, uint32_t value);
 
@@ -119,6 +130,7 @@ void     reset(void);
 
 // Guest memory as the driver sees it.
 uint8_t *at(uint64_t gpa);
+uint8_t *truth_at(uint64_t gpa);
 void     put(uint64_t gpa, const void *src, size_t n);
 void     fill(uint64_t gpa, uint8_t value, size_t n);
 void     put16(uint64_t gpa, uint16_t value);

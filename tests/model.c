@@ -90,7 +90,7 @@ void model_note(model_effects *e, char what, uint64_t offset,
 // ---- Set-up ----------------------------------------------------------------
 
 void model_init(model *m, const vblk_options *o) {
-    memset(m, 0, sizeof *m);
+    memset(m, 0, offsetof(model, loose_at));
     m->standard = o->profile == VBLK_STANDARD;
     m->read_only = !o->backend.write;
     m->can_flush = o->backend.flush != NULL;
@@ -1001,7 +1001,8 @@ static void breaks(model *m, model_queue *q) {
 }
 
 static bool may_drain(const model *m, const model_queue *q) {
-    return m->status & VBLK_STATUS_DRIVER_OK && q->ready && m->memory_given;
+    return m->status & VBLK_STATUS_DRIVER_OK && q->ready && m->memory_given &&
+           (uint32_t)(q - m->queue) < queues_there_are(m);
 }
 
 static void show(model *m, model_queue *q) {
@@ -1156,7 +1157,7 @@ static outcome drain_one(model *m, model_queue *q, uint64_t now_ns) {
     static model_request r;
     uint32_t budget = q->size;
     if (!ready(m, q)) {
-        out.state = may_drain(m, q) ? BROKEN : EMPTY;
+        out.state = q->poisoned ? BROKEN : EMPTY;
         return out;
     }
     do {

@@ -136,8 +136,8 @@ typedef struct model {
     // any one.
     uint8_t  other[MODEL_BYTES];
     uint8_t  loose[MODEL_BYTES];
-    size_t   loose_at[1u << 18];
     size_t   loose_count;
+    size_t   loose_at[1u << 18]; // not cleared, so the last
 } model;
 
 // The device after power-on. Memory and disk are filled in by the caller.
@@ -165,5 +165,9 @@ int          model_start(model *m, unsigned queue, const vblk_ring *ring);
 void         model_needs_reset(model *m);
 void         model_set_limits(model *m, const vblk_limits *limits,
                               uint64_t now_ns);
+
+// A driver and a host that choose by `in`, against the model: true if the
+// device agrees to the end.
+bool model_session(const uint8_t *in, size_t n);
 
 #endif

@@ -13,7 +13,7 @@ M=${B:-build}/mutants
 CC=${CC:-cc}
 std="-std=c99 -D_GNU_SOURCE -DFUZZ_IN_TESTS -w -DTEST_PATIENCE=2"
 flags=${MUTANT_CFLAGS:--O1}
-slow='fault_in|model_agrees|t_a_long|t6_t|q6_|x2_a'
+slow='fault_in|model_|fuzz_|t_a_long|t6_t|q6_|x2_a'
 party='w_party|w5_pause_in'
 address='-fsanitize=address,undefined -fno-sanitize-recover=all'
 

@@ -75,7 +75,7 @@ uint32_t test_random(void) {
 
 uint32_t test_below(uint32_t n) {
     uint32_t value = 0;
-    if (!fed) {
+    if (!fed || n == 0) {
         return (uint32_t)((uint64_t)test_random() * n >> 32);
     }
     for (uint32_t most = n - 1; most > 0 && fed_bytes > 0; most >>= 8) {

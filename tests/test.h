@@ -100,7 +100,7 @@ void test_wait(unsigned round);
 // Reproducible: the same seed gives the same run.
 void     test_random_from(uint64_t seed);
 uint32_t test_random(void);
-uint32_t test_below(uint32_t n); // n > 0
+uint32_t test_below(uint32_t n); // 0 of none
 
 // A fuzzer's choices: test_below() takes them from these bytes, and has nothing
 // but 0 to say when they are used up. test_fed() tells how many are left.

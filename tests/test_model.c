@@ -30,6 +30,9 @@ typedef struct rings {
     uint64_t desc, avail, used;
     uint16_t idx;  // avail.idx as last written
     uint16_t slot; // next free descriptor, more or less
+    // What is offered and not returned, by head; unless that cannot be known.
+    uint16_t owed[256], done; // up to which used.idx
+    bool     muddled;
 } rings;
 
 static model m;
@@ -44,6 +47,15 @@ static struct {
     range    taken[4096]; // memory in use: rings, then buffers
     unsigned takens, fixed;
     bool     throttled, async;
+    // The model cannot follow: memory refuses, or changes in a call.
+    bool     wild;
+    bool     forged;    // anything may lie anywhere
+    bool     struck;    // the ambush happened
+    bool     told;      // the driver was told to notify then
+    unsigned victim;    // the queue whose driver strikes
+    bool     busy;      // what is under way cannot be ended
+    range    writable[4096]; // what the device may write, but for used rings
+    unsigned writables;
     held     slot[SLOTS];
     vblk_memory memory;
     uint64_t now, wait; // what the last stall said
@@ -73,8 +85,8 @@ static void say(const char *format, ...) {
     }
 }
 
-static void differ(const char *what, uint64_t where, uint64_t want,
-                   uint64_t got) {
+static void complain(const char *what, uint64_t where, uint64_t want,
+                     uint64_t got) {
     if (d.differs++) {
         printf("    also: %s %#" PRIx64 ": model %#" PRIx64
                ", device %#" PRIx64 "\n", what, where, want, got);
@@ -98,6 +110,19 @@ static void differ(const char *what, uint64_t where, uint64_t want,
                i, q->size, q->ready ? "" : "not ",
                q->poisoned ? ", broken" : "", q->desc, q->avail, q->used,
                q->next, q->done);
+    }
+}
+
+static void differ(const char *what, uint64_t where, uint64_t want,
+                   uint64_t got) {
+    if (!d.wild) {
+        complain(what, where, want, got);
+    }
+}
+
+static void rule(bool holds, const char *text, uint64_t where) {
+    if (!holds) {
+        complain(text, where, 1, 0);
     }
 }
 
@@ -164,6 +189,13 @@ static int disk_flush(void *user) {
 static uint64_t disk_size(void *user) {
     (void)user;
     return d.disk.backing;
+}
+
+static int on_quiesce(void *user, int queue) {
+    (void)user;
+    rule(queue == VBLK_ALL_QUEUES || (queue >= 0 && queue < (int)m.queues),
+         "no queue is to be quiet", 0);
+    return d.busy ? -1 : 0;
 }
 
 
@@ -309,8 +341,23 @@ static void poke_in(uint64_t base, uint64_t offset, uint64_t value,
         uint8_t *p = gpa < base ? NULL : model_at(&m, gpa);
         if (p) {
             *p = *at(gpa) = (uint8_t)(value >> 8 * i);
+            *truth_at(gpa) = *p;
         }
     }
+}
+
+static bool is_mapped(uint64_t gpa, uint64_t n) {
+    return model_at(&m, gpa) && model_at(&m, gpa + (n - 1)) &&
+           (gpa < RAM_END) == (gpa + (n - 1) < RAM_END);
+}
+
+// Of the device's memory.
+static uint32_t peek(uint64_t base, uint64_t offset, unsigned bytes) {
+    uint32_t value = 0;
+    for (unsigned i = 0; i < bytes; i++) {
+        value |= (uint32_t)*at(base + offset + i) << 8 * i;
+    }
+    return value;
 }
 
 static void poke(uint64_t gpa, uint64_t value, unsigned bytes) {
@@ -409,9 +456,22 @@ static void occupy(uint64_t gpa, uint64_t n) {
     }
 }
 
+static void may_be_written(uint64_t gpa, uint64_t n) {
+    if (d.writables == COUNT(d.writable)) {
+        d.forged = true;
+    } else if (n > 0) {
+        range *r = &d.writable[d.writables++];
+        r->gpa = gpa;
+        r->last = n - 1 > UINT64_MAX - gpa ? UINT64_MAX : gpa + (n - 1);
+    }
+}
+
 // `n` bytes that nobody uses, preferably where memory ends or crosses the
 // seam. UINT64_MAX if there are none.
 static uint64_t place(uint64_t n, uint64_t align) {
+    if (d.forged && d.takens > 0 && one_in(6)) {
+        return d.taken[test_below(d.takens)].gpa / align * align;
+    }
     for (int tries = 0; tries < 60 && n <= WINDOW; tries++) {
         uint64_t base = windows[test_below(COUNT(windows))], gpa;
         uint32_t room = (uint32_t)(WINDOW - n);
@@ -428,6 +488,10 @@ static uint64_t place(uint64_t n, uint64_t align) {
         }
     }
     return UINT64_MAX;
+}
+
+static uint64_t used_bytes(const rings *r) {
+    return 6 + 8 * (uint64_t)r->size;
 }
 
 static bool pending(void) {
@@ -504,6 +568,7 @@ static uint64_t random_sector(uint32_t bytes) {
     if (one_in(25)) {
         return capacity - sectors + test_below(3);
     }
+    capacity = capacity > MODEL_SECTORS ? MODEL_SECTORS : capacity;
     return sectors < capacity ? test_below(capacity - sectors + 1) : 0;
 }
 
@@ -609,7 +674,7 @@ static unsigned spoil(part *p, unsigned n) {
     unsigned k = test_below(n);
     part    *first = &p[0], *last = &p[n - 1];
     uint64_t gpa;
-    switch (test_below(24)) {
+    switch (test_below(25)) {
     case 0: first->n = test_below(16); break;
     case 1: first->gpa = bad_place(16); break;
     case 2: first->flags ^= WRITE; break;
@@ -643,7 +708,10 @@ static unsigned spoil(part *p, unsigned n) {
         p[k].gpa = bad_place(p[k].n);
         break;
     case 13: p[k].n = one_in(2) ? UINT32_MAX : 0x80000000; break;
-    case 14: p[k].n = 0x20000 + 512 * test_below(100); break;
+    case 14: // beyond the disk, or beyond memory: rings are not data
+        p[k].n = m.capacity > MODEL_SECTORS ? RAM_END : MODEL_SECTORS * 512;
+        p[k].n += 512 * test_below(100);
+        break;
     case 15: add(p, &n, RAM_END, 0, one_in(2) ? WRITE : 0); break;
     case 16:
         gpa = place(30, 1);
@@ -683,12 +751,20 @@ static unsigned spoil(part *p, unsigned n) {
             }
         }
         break;
+    case 23: // more than fits into 32 bits
+        for (k = 1; k + 1 < n; k++) {
+            p[k].n = 0x80000000;
+        }
+        break;
     default: p[k].flags |= 0xfff8; break;
     }
     return n;
 }
 
 static void desc(uint64_t table, uint64_t i, part p, uint32_t next) {
+    if (d.wild && p.flags & WRITE) {
+        may_be_written(p.gpa, p.n);
+    }
     poke_in(table, 16 * i, p.gpa, 8);
     poke_in(table, 16 * i + 8, p.n, 4);
     poke_in(table, 16 * i + 12, p.flags, 2);
@@ -778,6 +854,7 @@ static void offer_parts(unsigned queue, part *p, unsigned n) {
     }
     poke_in(r->avail, 4 + 2 * (uint64_t)(r->idx % r->size), head, 2);
     poke_in(r->avail, 2, ++r->idx, 2);
+    r->owed[head]++;
     say(" head %u idx %u;", head, r->idx);
 }
 
@@ -864,6 +941,9 @@ static void bring_up_queue(unsigned queue) {
     if (!one_in(60)) {
         set(VBLK_REG_QUEUE_NUM, r->size);
     }
+    if (one_in(30)) {
+        set(VBLK_REG_QUEUE_NUM, r->size + test_below(one_in(2) ? 3 : 999));
+    }
     for (uint32_t i = 0; i < 3; i++) {
         uint32_t low = VBLK_REG_QUEUE_DESC_LOW + 0x10 * i;
         uint32_t high = one_in(2) ? 4 : 0;
@@ -944,12 +1024,13 @@ static void random_limit(uint64_t *rate, uint64_t *burst, uint32_t usual) {
         return;
     }
     *rate = 1 + test_below(usual);
-    if (MODEL_WIDE && one_in(8)) {
-        *rate = (uint64_t)INT64_MAX >> test_below(63);
+    if (one_in(8)) { // the same choices everywhere
+        unsigned less = test_below(63);
+        *rate = MODEL_WIDE ? (uint64_t)INT64_MAX >> less : *rate;
     }
     if (one_in(2)) {
-        uint64_t room = INT64_MAX - *rate;
-        uint64_t more = one_in(8) && MODEL_WIDE ? room : test_below(usual);
+        uint64_t room = INT64_MAX - *rate, more = test_below(usual);
+        more = one_in(8) && MODEL_WIDE ? room : more;
         *burst = *rate + (more < room ? more : room);
     }
 }
@@ -974,8 +1055,9 @@ static void make(vblk_profile profile) {
     d.requests = requests;
     d.throttled = throttled;
     d.async = async;
-    for (size_t i = 0; i < sizeof d.disk.data; i++) {
-        d.disk.data[i] = (uint8_t)test_random();
+    for (size_t i = 0; i < sizeof d.disk.data; i += sizeof(uint32_t)) {
+        uint32_t word = test_random();
+        memcpy(d.disk.data + i, &word, sizeof word);
     }
     d.disk.backing = backings[one_in(3) ? test_below(COUNT(backings)) : 0];
     d.disk.bad = d.disk.stuck = MODEL_NEVER;
@@ -986,6 +1068,7 @@ static void make(vblk_profile profile) {
     g.o.backend.flush = one_in(5) ? NULL : disk_flush;
     g.o.backend.size = disk_size;
     g.o.capacity = one_in(4) ? 1 + test_below(MODEL_SECTORS) : 0;
+    g.o.capacity = one_in(12) ? UINT64_C(1) << 24 : g.o.capacity;
     g.o.queues = test_below(4);
     g.o.queue_size = 1u << test_below(10);
     g.o.queue_size = g.o.queue_size == 512 ? 0 : g.o.queue_size;
@@ -1012,11 +1095,28 @@ static void make(vblk_profile profile) {
         g.o.limits = random_limits();
         d.now = one_in(2) ? test_random() : 0;
     }
+    g.o.quiesce = on_quiesce;
     d.memory = g.o.memory;
     if (one_in(12)) { // given later (W9)
         memset(&g.o.memory, 0, sizeof g.o.memory);
     }
     init_both();
+}
+
+// After power-on or a reset: the model takes memory as it is, and the driver
+// has no rings.
+static void begin_anew(void) {
+    memcpy(m.memory, at(0), SEAM);
+    memcpy(m.memory + SEAM, at(SEAM), RAM_END - SEAM);
+    memcpy(m.memory + RAM_END, at(HIGH), HIGH_SIZE);
+    for (unsigned i = 0; i < SLOTS; i++) { // of another life
+        d.slot[i].want.session = ~0u;
+    }
+    d.line = false;
+    d.generation = (uint32_t)rd(VBLK_REG_CONFIG_GENERATION);
+    d.resets = m.resets;
+    d.takens = d.fixed = d.writables = 0;
+    memset(d.ring, 0, sizeof d.ring);
 }
 
 // Power-on, with whatever memory and disk hold.
@@ -1029,24 +1129,20 @@ static void init_both(void) {
         say(" init");
     }
     model_init(&m, &g.o);
-    memcpy(m.memory, at(0), SEAM);
-    memcpy(m.memory + SEAM, at(SEAM), RAM_END - SEAM);
-    memcpy(m.memory + RAM_END, at(HIGH), HIGH_SIZE);
     m.disk = disk;
     m.fired = (unsigned)fired;
     guest_make();
-    for (unsigned i = 0; i < SLOTS; i++) { // of another life
-        d.slot[i].want.session = ~0u;
-    }
-    d.line = false;
-    d.generation = (uint32_t)rd(VBLK_REG_CONFIG_GENERATION);
-    d.resets = 0;
-    d.takens = d.fixed = 0;
-    memset(d.ring, 0, sizeof d.ring);
+    begin_anew();
 }
 
 
 // ---- Steps ----------------------------------------------------------------
+
+static bool is_full(unsigned queue) {
+    uint16_t next = g.dev.queue[queue].run.avail_next;
+    return (uint16_t)(d.ring[queue].idx - next) >= d.ring[queue].size ||
+           d.takens > COUNT(d.taken) - 300;
+}
 
 static void step_requests(void) {
     unsigned queue = test_below(m.queues);
@@ -1056,15 +1152,16 @@ static void step_requests(void) {
     }
     unsigned batch = one_in(3) ? 1 + test_below(16) : 1;
     for (unsigned i = 0; i < batch; i++) {
-        bool full = (uint16_t)(r->idx - m.queue[queue].next) >= r->size;
-        if ((full && !one_in(500)) || d.takens > COUNT(d.taken) - 300) {
+        if (is_full(queue) && !one_in(500)) {
             break;
         }
+        r->muddled |= is_full(queue);
         submit_one(queue);
     }
     if (one_in(400)) { // older heads again, or a jump
         r->idx = (uint16_t)(r->idx + test_below(one_in(2) ? 3 : 0x10000));
         poke_in(r->avail, 2, r->idx, 2);
+        r->muddled = true;
         say(" idx jumps to %u", r->idx);
     }
     if (one_in(400)) {
@@ -1072,6 +1169,7 @@ static void step_requests(void) {
         uint32_t head = r->size + (one_in(2) ? 0 : test_below(0x8000));
         poke_in(r->avail, entry, head, 2);
         poke_in(r->avail, 2, ++r->idx, 2);
+        r->muddled = true;
         say(" head out of range");
     }
     if (!one_in(12)) {
@@ -1119,6 +1217,9 @@ static void step_register(void) {
     if (offset == VBLK_REG_STATUS && value == 0 && !one_in(8)) {
         value = 1;
     }
+    if (offset == VBLK_REG_QUEUE_READY && m.queue_sel < m.queues) {
+        d.ring[m.queue_sel].muddled = true; // may begin at an older position
+    }
     int queue = write_both(offset, bytes, value);
     if (queue != VBLK_NO_QUEUE) {
         drain_both(queue);
@@ -1142,7 +1243,8 @@ static void step_selectors(void) {
 }
 
 static void step_disk(void) {
-    uint64_t disk = m.capacity * 512;
+    uint64_t disk = m.capacity < MODEL_SECTORS ? m.capacity * 512
+                                               : MODEL_SECTORS * 512;
     uint64_t where = disk ? test_below((uint32_t)disk) : 0;
     d.disk.bad = one_in(3) ? where : MODEL_NEVER;
     d.disk.stuck = one_in(4) ? where / 2 : MODEL_NEVER;
@@ -1215,11 +1317,15 @@ static void step_next(unsigned queue) {
         if (s->used) {
             continue;
         }
-        s->used = model_next(&m, queue, d.now, &s->want);
+        bool want = model_next(&m, queue, d.now, &s->want);
         bool got = vblk_next(&g.dev, queue, d.now, &s->req, s->seg, room);
         say(" next(%u)=%d", queue, got);
-        if (s->used != got) {
-            differ("a request of queue", queue, s->used, got);
+        s->used = got;
+        if (!want) {
+            s->want.session = ~0u;
+        }
+        if (want != got) {
+            differ("a request of queue", queue, want, got);
         } else if (got) {
             const model_chain *c = &s->want.c;
             bool flush = c->type == VBLK_T_FLUSH;
@@ -1262,15 +1368,22 @@ static void move_slot(const held *s, uint64_t n) {
 }
 
 static void step_complete(void) {
-    held *s = &d.slot[test_below(SLOTS)];
-    if (!s->used) {
+    unsigned first = test_below(SLOTS), i = 0;
+    while (i < SLOTS && !d.slot[(first + i) % SLOTS].used) {
+        i++;
+    }
+    if (i == SLOTS) {
         return;
     }
+    held *s = &d.slot[(first + i) % SLOTS];
     s->used = false;
     int64_t result = (int64_t)s->req.bytes;
     if (one_in(5)) {
         result = one_in(2) ? -5 : (int64_t)test_below((uint32_t)result + 1);
     }
+    uint64_t from = s->req.offset, end = sizeof d.disk.data;
+    int64_t  there = from < end ? (int64_t)(end - from) : 0;
+    result = result > there ? there : result;
     say(" complete(head %u)=%" PRId64, s->want.head, result);
     if (s->req.type != VBLK_T_FLUSH) {
         move_slot(s, result < 0 ? 0 : (uint64_t)result);
@@ -1284,9 +1397,10 @@ static void step_complete(void) {
 }
 
 static void step_stop(unsigned queue) {
-    const rings *now = &d.ring[queue];
+    rings    *now = &d.ring[queue];
     vblk_ring r = {.size = now->size, .desc = now->desc, .avail = now->avail,
                    .used = now->used};
+    now->muddled |= !m.queue[queue].ready; // it begins at an older position
     if (m.queue[queue].ready || one_in(4)) {
         int want = model_stop(&m, queue);
         int got = vblk_queue_stop(&g.dev, queue);
@@ -1308,8 +1422,6 @@ static void step_stop(unsigned queue) {
                (uint64_t)(int64_t)got);
     }
 }
-
-static void init_both(void);
 
 // Anything a host may do, at any time.
 static void step_host(void) {
@@ -1350,15 +1462,25 @@ static void step_host(void) {
 }
 
 static void set_memory(void) {
+    vblk_memory memory = d.memory;
     bool busy = false;
     for (unsigned i = 0; i < m.queues; i++) {
-        busy |= m.queue[i].under_way > 0;
+        busy |= g.dev.queue[i].run.under_way > 0;
+        if (m.queue[i].under_way != g.dev.queue[i].run.under_way) {
+            differ("requests under way of queue", i, m.queue[i].under_way,
+                   g.dev.queue[i].run.under_way);
+        }
+    }
+    if (!busy && one_in(2)) {
+        guest_move();
+        say(" memory moves;");
+    }
+    if (one_in(3)) {
+        memory.map = NULL;
     }
     say(" set_memory");
-    int err = vblk_set_memory(&g.dev, d.memory);
-    if (err != (busy ? VBLK_ERR_BUSY : VBLK_OK)) {
-        differ("vblk_set_memory", 0, busy, (uint64_t)(int64_t)err);
-    }
+    int err = vblk_set_memory(&g.dev, memory);
+    rule(err == (busy ? VBLK_ERR_BUSY : VBLK_OK), "vblk_set_memory", busy);
     if (!err) {
         m.memory_given = true;
         m.again = 0;
@@ -1366,10 +1488,55 @@ static void set_memory(void) {
     }
 }
 
+// What hosts with another transport call.
+static void step_transport(void) {
+    uint8_t  config[80];
+    uint64_t from = one_in(4) ? UINT64_MAX - test_below(100) : test_below(100);
+    unsigned n = test_below(sizeof config + 1);
+    switch (test_below(3)) {
+    case 0:
+        vblk_read_config(&g.dev, from, config, n);
+        for (unsigned i = 0; i < n; i++) {
+            bool    there = from < 0x100 && from + i < 0x100;
+            uint8_t want = 0;
+            if (there) {
+                want = (uint8_t)model_read(&m, VBLK_REG_CONFIG + from + i, 1);
+            }
+            if (config[i] != want) {
+                differ("config space at", from + i, want, config[i]);
+            }
+        }
+        break;
+    case 1: {
+        uint32_t sel = m.driver_sel;
+        uint64_t features = m.offered & ~(UINT64_C(1) << test_below(64));
+        say(" features %#" PRIx64, features);
+        vblk_set_driver_features(&g.dev, features);
+        for (uint32_t i = 0; i < 2; i++) {
+            model_write(&m, VBLK_REG_DRIVER_FEATURES_SEL, 4, i);
+            model_write(&m, VBLK_REG_DRIVER_FEATURES, 4, features >> 32 * i);
+        }
+        model_write(&m, VBLK_REG_DRIVER_FEATURES_SEL, 4, sel);
+        break;
+    }
+    default: {
+        uint32_t status = m.status | 1u << test_below(8);
+        say(" status %#x", status);
+        vblk_set_status(&g.dev, status);
+        model_write(&m, VBLK_REG_STATUS, 4, status);
+        break;
+    }
+    }
+    uint64_t got = vblk_driver_features(&g.dev);
+    if (got != m.accepted) {
+        differ("features accepted", 0, m.accepted, got);
+    }
+}
+
 static void step(void) {
     bool down = !(m.status & VBLK_STATUS_DRIVER_OK) ||
                 m.status & VBLK_STATUS_NEEDS_RESET;
-    if (!pending()) {
+    if (!d.wild && !pending()) {
         d.takens = d.fixed;
     }
     if (down ? one_in(6) : one_in(100)) {
@@ -1401,22 +1568,274 @@ static void step(void) {
         }
         break;
     case 11:
-        if (one_in(20) || (!m.memory_given && one_in(2))) {
+        if (one_in(8) || (!m.memory_given && one_in(2))) {
             set_memory();
         }
         if (one_in(20)) {
             needs_reset();
         }
         break;
+    case 12:
+        if (one_in(3)) {
+            step_transport();
+        }
+        break;
     default: step_requests(); break;
     }
 }
 
-static void agree(vblk_profile profile, bool throttled, bool async) {
+
+// ---- Where the model cannot follow -----------------------------------------
+
+static bool may_write(uint64_t gpa) {
+    for (unsigned i = 0; i < m.queues; i++) {
+        const vblk_queue *q = &g.dev.queue[i];
+        const rings      *r = &d.ring[i]; // a queue that stops is told none
+        if ((q->ready && gpa - q->used_gpa < 6 + 8 * (uint64_t)q->size) ||
+            (r->size > 0 && gpa - r->used < used_bytes(r))) {
+            return true;
+        }
+    }
+    for (unsigned i = 0; i < d.writables; i++) {
+        if (gpa >= d.writable[i].gpa && gpa <= d.writable[i].last) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void check_memory(void) {
+    enum { BLOCK = 256 };
+    for (size_t i = 0; i < MODEL_BYTES; i += BLOCK) {
+        uint64_t gpa = i < RAM_END ? i : HIGH + (i - RAM_END);
+        uint8_t *now = at(gpa), *was = truth_at(gpa);
+        for (size_t k = 0; memcmp(now, was, BLOCK) && k < BLOCK; k++) {
+            if (now[k] != was[k]) {
+                rule(d.forged || may_write(gpa + k),
+                     "a byte changed that was not offered, at", gpa + k);
+                was[k] = now[k];
+            }
+        }
+    }
+    rule(memcmp(g.base, g.truth, sizeof g.ram) == 0,
+         "host memory outside the guest's changed", 0);
+    rule(guest_left_alone(), "memory changed where the guest's was", 0);
+}
+
+// What the device returned since it was last looked at.
+static void check_used(unsigned queue) {
+    rings *r = &d.ring[queue];
+    const vblk_queue *q = &g.dev.queue[queue];
+    r->muddled |= q->size != r->size || q->used_gpa != r->used;
+    if (r->size == 0 || r->muddled || !is_mapped(r->used, used_bytes(r))) {
+        return;
+    }
+    uint16_t idx = (uint16_t)peek(r->used, 2, 2);
+    r->muddled |= (uint16_t)(idx - r->done) > r->size;
+    for (; r->done != idx && !r->muddled && !d.differs; r->done++) {
+        uint32_t id = peek(r->used, 4 + 8 * (uint64_t)(r->done % r->size), 4);
+        rule(id < r->size && r->owed[id] > 0,
+             "a chain is returned that was not offered, or twice, head", id);
+        r->owed[id % r->size]--;
+    }
+}
+
+static void check_all_used(void) {
+    for (unsigned i = 0; i < m.queues && !d.forged; i++) {
+        check_used(i);
+    }
+}
+
+static void check_registers(void) {
+    uint32_t is = rd(VBLK_REG_INTERRUPT_STATUS), status = rd(VBLK_REG_STATUS);
+    bool     line = vblk_interrupt_line(&g.dev);
+    rule((is & ~3u) == 0, "InterruptStatus has an undefined bit", is);
+    rule((status & ~0xcfu) == 0, "Status has an undefined bit", status);
+    rule(!line || is, "the line is high and InterruptStatus is", is);
+    rule(!m.standard || line == (is != 0), "the line is not InterruptStatus",
+         is);
+}
+
+static void check_wild(void) {
+    check_memory();
+    check_registers();
+    rule(g.accesses < 1000000, "memory accesses", g.accesses);
+    rule(!d.out_of_bounds, "the backend is asked for what is not there", 0);
+    g.accesses = 0;
+}
+
+// The driver does something while the device is at work: offers more, or
+// changes a byte that the device goes by.
+static void strike(void) {
+    unsigned queue = d.forged ? test_below(m.queues) : d.victim;
+    rings   *r = &d.ring[queue];
+    if (!live(queue) || is_full(queue)) {
+        return;
+    }
+    if (!d.forged) {
+        uint16_t idx = r->idx;
+        say(" strike:");
+        submit_one(queue);
+        bool event = m.accepted & VBLK_F_EVENT_IDX;
+        d.struck = true;
+        d.told = !is_mapped(r->used, used_bytes(r)) || r->idx == idx ||
+                 (event ? peek(r->used, used_bytes(r) - 2, 2) == idx
+                        : !(peek(r->used, 0, 2) & 1));
+    } else {
+        uint64_t base = one_in(2) ? r->desc : r->avail;
+        poke_in(base, test_below(256), test_below(256), 1);
+        say(" strike");
+    }
+}
+
+// Serve a queue until it is armed; the time at which to look again.
+static uint64_t serve(unsigned queue) {
+    vblk_request r;
+    vblk_seg     seg[MAX_SEGS + 2];
+    uint64_t     again = d.now;
+    for (int i = 0; again == d.now && i < 100; i++) {
+        if (!d.async) {
+            again = vblk_poll(&g.dev, d.now);
+            continue;
+        }
+        while (vblk_next(&g.dev, queue, d.now, &r, seg, COUNT(seg))) {
+            vblk_complete(&g.dev, &r, one_in(4) ? -5 : (int64_t)r.bytes);
+        }
+        vblk_publish(&g.dev, queue);
+        again = vblk_arm(&g.dev, queue, d.now);
+    }
+    return again;
+}
+
+// The driver offers more at any moment of a drain. Unless the queue ends
+// unarmed, that is seen: by the device, or by a driver who was to notify.
+static void ambush(void) {
+    unsigned queue = test_below(m.queues);
+    rings   *r = &d.ring[queue];
+    if (!live(queue) || is_full(queue) || !g.dev.memory.read) {
+        return;
+    }
+    d.struck = d.told = false;
+    d.victim = queue;
+    submit_one(queue);
+    g.ambush = 1 + test_below(100);
+    say(" ambush at access %u:", g.ambush);
+    vblk_mmio_write(&g.dev, VBLK_REG_QUEUE_NOTIFY, 4, queue);
+    if (serve(queue) == VBLK_NEVER && d.struck && !d.told && !r->muddled &&
+        !vblk_queue_broken(&g.dev, queue)) {
+        rule(g.dev.queue[queue].run.avail_next == r->idx,
+             "armed, and nobody will see the entry", r->idx - 1u);
+    }
+}
+
+// Leave it to the model again: a reset, and both are as new.
+static void tame(void) {
+    g.fail_access = 0;
+    g.keep_failing = false;
+    g.hole_bytes = 0;
+    g.ambush = 0;
+    d.busy = d.forged = false;
+    say(" tame");
+    if (d.throttled || m.memory_given != (g.dev.memory.read != NULL)) {
+        init_both();
+    }
+    vblk_mmio_write(&g.dev, VBLK_REG_STATUS, 4, 0);
+    model_write(&m, VBLK_REG_STATUS, 4, 0);
+    memcpy(m.disk.data, d.disk.data, sizeof m.disk.data);
+    m.effects.count = d.effects.count = 0;
+    m.counts = vblk_counters(&g.dev);
+    m.reach = g.dev.backing;
+    m.fired = g.fired;
+    d.lowered = g.lowered;
+    while (m.loose_count > 0) {
+        m.loose[m.loose_at[--m.loose_count]] = 0;
+    }
+    begin_anew();
+    d.wild = false;
+}
+
+// What descriptors say, those of requests that are over too: chains run into
+// them.
+static void find_writable(uint64_t table, uint64_t entries, bool indirect) {
+    for (uint64_t i = 0; i < entries; i++) {
+        if (!is_mapped(table + 16 * i, 16)) {
+            continue;
+        }
+        uint64_t gpa = peek(table, 16 * i, 4) |
+                       (uint64_t)peek(table, 16 * i + 4, 4) << 32;
+        uint32_t n = peek(table, 16 * i + 8, 4);
+        uint32_t flags = peek(table, 16 * i + 12, 2);
+        if (flags & INDIRECT && !indirect) {
+            find_writable(gpa, n / 16 < 256 ? n / 16 : 256, true);
+        } else if (flags & WRITE) {
+            may_be_written(gpa, n);
+        }
+    }
+}
+
+static void go_wild(void) {
+    d.wild = true;
+    d.writables = 0;
+    for (unsigned i = 0; i < m.queues; i++) {
+        find_writable(g.dev.queue[i].desc_gpa, g.dev.queue[i].size, false);
+    }
+    for (unsigned i = 0; i < SLOTS; i++) { // their descriptors may be others'
+        const model_chain *c = &d.slot[i].want.c;
+        for (unsigned k = 0; d.slot[i].used && k < c->count; k++) {
+            if (c->all[k].write) {
+                may_be_written(c->all[k].gpa, c->all[k].n);
+            }
+        }
+    }
+    memcpy(g.truth, g.base, sizeof g.ram);
+    g.accesses = 0;
+    unsigned how = test_below(6);
+    switch (how) {
+    case 0:
+        g.fail_access = 1 + (int)test_below(60);
+        g.keep_failing = one_in(4);
+        say(" access %d is refused%s", g.fail_access,
+            g.keep_failing ? ", and all after it" : "");
+        break;
+    case 1:
+        g.hole = d.takens > 0 ? d.taken[test_below(d.takens)].gpa : 0;
+        g.hole += test_below(64);
+        g.hole_bytes = 1 + test_below(100);
+        say(" no memory at %#" PRIx64, g.hole);
+        break;
+    case 2: break; // ambush()
+    case 3: d.forged = true; break;
+    case 4:
+        d.forged = true;
+        g.ambush = 1 + test_below(100);
+        break;
+    default: d.busy = true; break;
+    }
+    g.strike = strike;
+    for (unsigned steps = 1 + test_below(4); steps > 0 && !d.differs; steps--) {
+        if (d.forged && d.takens > 0) {
+            const range *r = &d.taken[test_below(d.takens)];
+            poke_in(r->gpa, test_below(64), test_below(256), 1);
+        }
+        if (how == 2) {
+            ambush();
+        } else {
+            step();
+        }
+        check_all_used();
+        check_wild();
+    }
+    tame();
+}
+
+static uint64_t soak(uint64_t sessions) {
     const char *times = getenv("VBLK_SOAK");
-    uint64_t    sessions = throttled ? SESSIONS / 2 : SESSIONS;
-    sessions = (uint64_t)((double)sessions * (times ? strtod(times, NULL) : 1));
-    sessions += sessions == 0;
+    double      n = (double)sessions * (times ? strtod(times, NULL) : 1);
+    return n < 1 ? 1 : (uint64_t)n;
+}
+
+static void agree(vblk_profile profile, bool throttled, bool async) {
+    uint64_t sessions = soak(throttled ? SESSIONS / 2 : SESSIONS);
     memset(&d, 0, sizeof d);
     d.throttled = throttled;
     d.async = async;
@@ -1432,10 +1851,33 @@ static void agree(vblk_profile profile, bool throttled, bool async) {
         }
         d.requests += m.requests;
     }
-    if (times) {
+    if (getenv("VBLK_SOAK")) {
         printf("  %" PRIu64 " requests compared\n", d.requests);
     }
     guest_init(); // its own rules are about another driver
+}
+
+// A session by the choices of a fuzzer: first what kind, a bit each.
+bool model_session(const uint8_t *in, size_t n) {
+    uint8_t kind = n > 0 ? *in : 0;
+    guest_use_map = kind & 2;
+    memset(&d, 0, sizeof d);
+    d.throttled = kind & 4;
+    d.async = kind & 8;
+    test_feed(in + 1, n > 0 ? n - 1 : 0);
+    make(kind & 1 ? VBLK_STANDARD : VBLK_STRICT);
+    for (d.step = 0; test_fed() > 0 && !d.differs; d.step++) {
+        d.said_bytes = 0;
+        d.said[0] = 0;
+        if (one_in(8)) {
+            go_wild();
+        } else {
+            step();
+            check_all_used();
+        }
+        compare(test_fed() == 0);
+    }
+    return !d.differs;
 }
 
 void model_agrees_strict(void) {
@@ -1459,4 +1901,22 @@ void model_agrees_with_any_host(void) {
     agree(VBLK_STANDARD, false, true);
     agree(VBLK_STRICT, true, true);
     agree(VBLK_STANDARD, true, true);
+}
+
+// Memory that refuses, moves or changes in the middle of a call, a host that
+// cannot end what it has: after a reset the model and the device agree again.
+void model_comes_back_from_anything(void) {
+    uint8_t  in[3000];
+    uint64_t sessions = soak(16);
+    for (uint64_t i = 0; i < sessions && !test_failed; i++) {
+        test_random_from(test_seed + i);
+        for (size_t k = 0; k < sizeof in; k++) {
+            in[k] = (uint8_t)test_random();
+        }
+        in[0] = (uint8_t)i;
+        ROW_BEGIN();
+        (void)model_session(in, sizeof in);
+        ROW("session %" PRIu64, i);
+    }
+    guest_init();
 }

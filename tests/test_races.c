@@ -365,9 +365,9 @@ void race_for_an_interrupt(void) {
                 break;
             }
         }
-        for (unsigned k = 0; le16(__atomic_load_n(word(q->used + 2),
-                                                  __ATOMIC_ACQUIRE)) != idx;
-             k++) {
+        for (unsigned k = 0; !there && !test_failed; k++) {
+            there = le16(__atomic_load_n(word(q->used + 2),
+                                         __ATOMIC_ACQUIRE)) == idx;
             spin(k);
         }
     }

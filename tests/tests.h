@@ -279,6 +279,7 @@
     X(model_agrees_standard, GUEST)                                            \
     X(model_agrees_throttled, GUEST)                                           \
     X(model_agrees_with_any_host, GUEST)                                       \
+    X(model_comes_back_from_anything, GUEST)                                   \
     X(case_cve_2011_1750_ragged_sizes, GUEST)                                  \
     X(case_cve_2011_2212_a_huge_indirect_table, GUEST)                         \
     X(case_cve_2011_2512_queue_index, GUEST)                                   \
