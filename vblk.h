@@ -902,7 +902,6 @@ typedef struct vblk_request {
     uint16_t  queue, head;
     bool      durable; // OUT: must be durable before it is completed
     bool      direct;  // every segment has a pointer
-    bool      space;   // private: writable bytes stand before the status byte
     uint8_t   kind;    // private: the row of its type
     unsigned  segs;
     vblk_seg *seg;     // in the array that vblk_next() was given
@@ -913,6 +912,7 @@ typedef struct vblk_request {
     uint64_t  backing; // how far it was known to reach
     uint64_t  status_gpa;
     uint8_t  *status_ptr;
+    uint32_t  space;   // written before the status byte, or that does not count
 } vblk_request;
 
 #if defined(__GNUC__)
@@ -1292,12 +1292,12 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
-// A backend around another, in one function for all of its calls: what `op` is,
-// 'r', 'w' or 'f', is done by vblk__inner(). Private.
+// A backend around another, in one function for all of its calls: vblk__inner()
+// does what the call `does`. Private.
 typedef struct vblk_wrapper {
     vblk_backend inner;
-    int64_t (*around)(struct vblk_wrapper *wrapper, char op, uint64_t offset,
-                      const vblk_seg *seg, unsigned segs);
+    int64_t (*around)(struct vblk_wrapper *wrapper, unsigned does,
+                      uint64_t offset, const vblk_seg *seg, unsigned segs);
 } vblk_wrapper;
 
 // A backend whose calls wait until they fit a rate: for several devices on one
@@ -2619,29 +2619,32 @@ static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
 
 enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
 enum { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID };
+enum { VBLK__DO_READ, VBLK__DO_WRITE, VBLK__DO_FLUSH, VBLK__DO_ANSWER };
 
 // The request types. Nothing else in this file compares types: a new one is a
-// row here and its feature in vblk__offer; and where its data is like no
-// other's, what the columns decide: vblk__check, vblk__parse, vblk_execute,
-// vblk__end_request, and a call of its own among the wrappers.
+// row here and its feature in vblk__offer; where its data is like no other's,
+// vblk__check and vblk__parse; where nothing else does the same, vblk_execute
+// and vblk__inner.
 static const struct vblk__kind {
     uint32_t type;
     uint8_t  feature; // the bit that must be offered; 0: none
     uint8_t  data;    // its direction; what goes out changes the disk
     uint8_t  shape;   // what the data is: a range of the disk, the id
+    uint8_t  does;    // the backend's call; or it is answered without one
     uint8_t  failed;  // the event of a backend that fails
     uint8_t  counter; // of successes, which number in vblk_counts
     uint8_t  bytes;   // what they moved, the same; or `counter`: nothing
 } vblk__kinds[] = {
 #define VBLK__COUNTER(member) offsetof(vblk_counts, member) / sizeof(uint64_t)
-    {VBLK_T_IN, 0, VBLK__DATA_IN, VBLK__SECTORS, VBLK_EV_READ_FAILED,
-     VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
-    {VBLK_T_OUT, 0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK_EV_WRITE_FAILED,
-     VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
-    {VBLK_T_FLUSH, 9, VBLK__NO_DATA, VBLK__NOTHING, VBLK_EV_FLUSH_FAILED,
-     VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
-    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK_EV_NONE,
-     0, 0}, // is answered without the backend, and not counted
+    {VBLK_T_IN, 0, VBLK__DATA_IN, VBLK__SECTORS, VBLK__DO_READ,
+     VBLK_EV_READ_FAILED, VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
+    {VBLK_T_OUT, 0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK__DO_WRITE,
+     VBLK_EV_WRITE_FAILED, VBLK__COUNTER(writes),
+     VBLK__COUNTER(bytes_written)},
+    {VBLK_T_FLUSH, 9, VBLK__NO_DATA, VBLK__NOTHING, VBLK__DO_FLUSH,
+     VBLK_EV_FLUSH_FAILED, VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
+    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK__DO_ANSWER,
+     VBLK_EV_NONE, 0, 0}, // and not counted
 #undef VBLK__COUNTER
 };
 
@@ -2902,11 +2905,12 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 
 // ---- Next: the request at the head -----------------------------------------
 
-// The chain of `r` is done: status byte, then used element [2.7.8.2]. Counts
-// the error, if it is one. False: there is no status byte any more.
+// The chain of `r` is done, `data` bytes were written: status byte, then used
+// element [2.7.8.2]. Counts the error, if it is one. False: there is no status
+// byte any more.
 static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
                                const vblk_request *r, uint8_t status,
-                               uint32_t written) {
+                               uint64_t data) {
     bool told = true;
     if (vblk__halted(dev)) {
         return false;
@@ -2920,17 +2924,13 @@ static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
         vblk__count(&q->counts.io_errors, 1);
     }
     if (told) {
-        vblk__give_back(dev, q, r->head, written);
+        // The status byte counts if nothing before it was left out (P6).
+        uint32_t all = data >= r->space;
+        vblk__give_back(dev, q, r->head, (uint32_t)data + all);
     } else { // V17
         vblk__say_request(dev, r, VBLK_EV_STATUS_UNWRITABLE, r->status_gpa, 0);
     }
     return told;
-}
-
-// The used length when nothing but the status byte was written: it may not
-// count what stands before that byte [2.7.8.2], P6.
-static uint32_t vblk__only_status(const vblk_request *r) {
-    return r->space ? 0 : 1;
 }
 
 static void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
@@ -2950,21 +2950,12 @@ static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
     }
 }
 
-// GET_ID needs no backend: the id goes out as far as there is space (V16).
-static void vblk__get_id(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
-                         uint64_t space) {
-    bool to_status = r->bytes == space || dev->strict; // P6
-    if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
-        vblk__return_chain(dev, q, r, VBLK_S_IOERR, vblk__only_status(r));
-        return;
-    }
-    vblk__return_chain(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes + to_status);
-}
-
 // Where the status goes (V17).
 static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
                                vblk__chain *c) {
-    r->space = !dev->strict && c->in_bytes > 0;
+    r->space = dev->strict                  ? 0
+               : c->in_bytes < UINT32_MAX ? (uint32_t)c->in_bytes
+                                          : UINT32_MAX;
     r->status_gpa = c->status_gpa;
     r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
     bool there = dev->memory.map
@@ -2977,8 +2968,22 @@ static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
 // What needs neither tokens nor backend: an empty transfer (P4), and a FLUSH
 // of what cannot be written (V10).
 static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
-    return vblk__kind_of(r)->data == VBLK__NO_DATA ? !dev->backend.write
-                                                : r->bytes == 0;
+    return vblk__kind_of(r)->does == VBLK__DO_FLUSH ? !dev->backend.write
+                                                    : r->bytes == 0;
+}
+
+// Answer what needs no backend: the id goes out as far as there is space (V16).
+static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
+    const struct vblk__kind *k = vblk__kind_of(r);
+    if (k->does != VBLK__DO_ANSWER) { // idle
+        if (vblk__return_chain(dev, q, r, VBLK_S_OK, 0)) {
+            vblk__count_success(q, k, 0);
+        }
+    } else if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
+        vblk__return_chain(dev, q, r, VBLK_S_IOERR, 0);
+    } else {
+        vblk__return_chain(dev, q, r, VBLK_S_OK, r->bytes);
+    }
 }
 
 // A chain to a request, or to its end: dropped, refused, answered. STALLED: it
@@ -2997,7 +3002,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     if (!vblk__parse(dev, r, c)) {
         vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
-        vblk__return_chain(dev, q, r, c->status, vblk__only_status(r));
+        vblk__return_chain(dev, q, r, c->status, 0);
         return VBLK__MORE;
     }
     bool idle = vblk__is_idle(dev, r);
@@ -3005,14 +3010,8 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         q->run.avail_next--;
         return VBLK__STALLED;
     }
-    if (vblk__kind_of(r)->shape == VBLK__ID) {
-        vblk__get_id(dev, q, r, c->in_bytes);
-        return VBLK__MORE;
-    }
-    if (idle) {
-        if (vblk__return_chain(dev, q, r, VBLK_S_OK, vblk__only_status(r))) {
-            vblk__count_success(q, vblk__kind_of(r), 0);
-        }
+    if (idle || vblk__kind_of(r)->does == VBLK__DO_ANSWER) {
+        vblk__answer(dev, q, r);
         return VBLK__MORE;
     }
     q->run.under_way++;
@@ -3176,10 +3175,8 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
                                      : r->bytes - done.bytes);
     }
     bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
-    uint32_t written = ok && in ? (uint32_t)r->bytes + 1
-                                : vblk__only_status(r);
-    if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR, written) &&
-        ok) {
+    if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
+                           ok && in ? r->bytes : 0) && ok) {
         vblk__count_success(q, k, done.bytes);
     }
     if (ok && out) {
@@ -3221,7 +3218,7 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
     while (done.bytes < bytes && !vblk__halted(dev)) {
         uint64_t at = offset + done.bytes;
-        int64_t n = k->data == VBLK__DATA_IN
+        int64_t n = k->does == VBLK__DO_READ
                         ? b->read(b->user, at, seg, segs)
                         : b->write(b->user, at, seg, segs);
         if (n < 0) {
@@ -3294,7 +3291,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
         return;
     }
     const struct vblk__kind *k = vblk__kind_of(r);
-    bool flush = k->data == VBLK__NO_DATA;
+    bool flush = k->does == VBLK__DO_FLUSH;
     if (!flush) {
         done = r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
                                       r->bytes)
@@ -4487,6 +4484,7 @@ static int vblk__file_flush(void *user) {
 
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
     vblk_backend b;
+    VBLK_MEMSET(&b, 0, sizeof b);
     b.read = vblk__file_read;
     b.flush = vblk__file_flush;
     b.size = vblk__file_size;
@@ -4498,29 +4496,29 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
 
 // ---- Wrappers: one way around a backend -------------------------------------
 
-static int64_t vblk__inner(vblk_wrapper *w, char op, uint64_t offset,
+static int64_t vblk__inner(vblk_wrapper *w, unsigned does, uint64_t offset,
                            const vblk_seg *seg, unsigned segs) {
     const vblk_backend *b = &w->inner;
-    return op == 'r'   ? b->read(b->user, offset, seg, segs)
-           : op == 'w' ? b->write(b->user, offset, seg, segs)
-                       : b->flush(b->user);
+    return does == VBLK__DO_READ    ? b->read(b->user, offset, seg, segs)
+           : does == VBLK__DO_WRITE ? b->write(b->user, offset, seg, segs)
+                                    : b->flush(b->user);
 }
 
 static int64_t vblk__wrapped_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return w->around(w, 'r', offset, seg, segs);
+    return w->around(w, VBLK__DO_READ, offset, seg, segs);
 }
 
 static int64_t vblk__wrapped_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return w->around(w, 'w', offset, seg, segs);
+    return w->around(w, VBLK__DO_WRITE, offset, seg, segs);
 }
 
 static int vblk__wrapped_flush(void *user) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return (int)w->around(w, 'f', 0, NULL, 0);
+    return (int)w->around(w, VBLK__DO_FLUSH, 0, NULL, 0);
 }
 
 static uint64_t vblk__wrapped_size(void *user) {
@@ -4531,6 +4529,7 @@ static uint64_t vblk__wrapped_size(void *user) {
 // What the inner backend has, the outer has.
 static vblk_backend vblk__wrap(vblk_wrapper *w) {
     vblk_backend b;
+    VBLK_MEMSET(&b, 0, sizeof b);
     b.read = vblk__wrapped_read;
     b.write = w->inner.write ? vblk__wrapped_write : NULL;
     b.flush = w->inner.flush ? vblk__wrapped_flush : NULL;
@@ -4608,7 +4607,7 @@ static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
     pthread_mutex_unlock(&l->mutex);
 }
 
-static int64_t vblk__pacer_move(vblk_pacer *l, char op, uint64_t offset,
+static int64_t vblk__pacer_move(vblk_pacer *l, unsigned does, uint64_t offset,
                                 const vblk_seg *seg, unsigned segs) {
     vblk_seg part[VBLK__SEGS];
     const unsigned room = sizeof part / sizeof part[0];
@@ -4628,22 +4627,22 @@ static int64_t vblk__pacer_move(vblk_pacer *l, char op, uint64_t offset,
         vblk__pacer_pay(l, !goes_on, n);
         paid = n;
     }
-    int64_t moved = vblk__inner(&l->wrapper, op, offset, part, parts);
+    int64_t moved = vblk__inner(&l->wrapper, does, offset, part, parts);
     if (moved > 0 && (cut || (uint64_t)moved < n)) {
         vblk__pacer_cut(l, offset + (uint64_t)moved, paid - (uint64_t)moved);
     }
     return moved;
 }
 
-static int64_t vblk__pacer_around(vblk_wrapper *wrapper, char op,
+static int64_t vblk__pacer_around(vblk_wrapper *wrapper, unsigned does,
                                   uint64_t offset, const vblk_seg *seg,
                                   unsigned segs) {
     vblk_pacer *l = (vblk_pacer *)(void *)wrapper;
-    if (op != 'f') {
-        return vblk__pacer_move(l, op, offset, seg, segs);
+    if (does != VBLK__DO_FLUSH) {
+        return vblk__pacer_move(l, does, offset, seg, segs);
     }
     vblk__pacer_pay(l, 1, 0);
-    return vblk__inner(wrapper, op, offset, seg, segs);
+    return vblk__inner(wrapper, does, offset, seg, segs);
 }
 
 VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
@@ -4809,12 +4808,12 @@ static void vblk__after_callback(struct vblk__thread *t) {
     }
 }
 
-static int64_t vblk__worker_around(vblk_wrapper *wrapper, char op,
+static int64_t vblk__worker_around(vblk_wrapper *wrapper, unsigned does,
                                    uint64_t offset, const vblk_seg *seg,
                                    unsigned segs) {
     char *w = (char *)wrapper - offsetof(vblk_worker, backend);
     struct vblk__thread *t = vblk__before_callback((vblk_worker *)(void *)w);
-    int64_t n = vblk__inner(wrapper, op, offset, seg, segs);
+    int64_t n = vblk__inner(wrapper, does, offset, seg, segs);
     vblk__after_callback(t);
     return n;
 }
