@@ -837,16 +837,24 @@ typedef struct vblk_backend {
     // forgets. NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
-    void *user; // first argument of the four
+    void *user; // first argument of each
 } vblk_backend;
+
+// What is done for a request: a call of the backend, or none. Private.
+typedef enum vblk__does {
+    VBLK__DO_READ,
+    VBLK__DO_WRITE,
+    VBLK__DO_FLUSH,
+    VBLK__DO_ANSWER
+} vblk__does;
 
 typedef enum vblk_profile { VBLK_STANDARD, VBLK_STRICT } vblk_profile;
 
-// What the guest may use in the long run. An IN, OUT, FLUSH or GET_ID costs an
-// operation and its bytes; one that is refused or empty, or a FLUSH of a
-// read-only disk, costs nothing. A rate of 0 is no limit. A burst is
-// how much can be saved up while idle: at least one second's worth, which is
-// also its default; at most 2^63 - 1.
+// What the guest may use in the long run. A request costs an operation and the
+// bytes of its data; one that is refused or empty, or a FLUSH of a read-only
+// disk, costs nothing. A rate of 0 is no limit. A burst is how much can be
+// saved up while idle: at least one second's worth, which is also its default;
+// at most 2^63 - 1.
 typedef struct vblk_limits {
     uint64_t iops, iops_burst; // operations a second; operations
     uint64_t bps, bps_burst;   // bytes a second; bytes
@@ -898,15 +906,15 @@ typedef struct vblk_options {
 // A validated request. Read-only to the host; may be copied, and a copy points
 // to the same segments.
 typedef struct vblk_request {
-    uint32_t  type;    // VBLK_T_IN, VBLK_T_OUT or VBLK_T_FLUSH
+    uint32_t  type;    // VBLK_T_IN, VBLK_T_OUT, VBLK_T_FLUSH
     uint16_t  queue, head;
     bool      durable; // OUT: must be durable before it is completed
     bool      direct;  // every segment has a pointer
     uint8_t   kind;    // private: the row of its type
     unsigned  segs;
     vblk_seg *seg;     // in the array that vblk_next() was given
-    uint64_t  offset;  // bytes from the start of the disk
-    uint64_t  bytes;   // in all segments
+    uint64_t  offset;  // of an IN or OUT, in bytes from the start of the disk
+    uint64_t  bytes;   // in all segments, which is what an IN or OUT moves
     // Private.
     uint64_t  epoch;
     uint64_t  backing; // how far it was known to reach
@@ -1292,12 +1300,18 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
-// A backend around another, in one function for all of its calls: vblk__inner()
-// does what the call `does`. Private.
+// A call of a backend, and a backend around another, in one function for all of
+// them: vblk__inner() makes the call. Private.
+typedef struct vblk__call {
+    vblk__does      does;
+    uint64_t        offset; // READ, WRITE
+    const vblk_seg *seg;
+    unsigned        segs;
+} vblk__call;
+
 typedef struct vblk_wrapper {
     vblk_backend inner;
-    int64_t (*around)(struct vblk_wrapper *wrapper, unsigned does,
-                      uint64_t offset, const vblk_seg *seg, unsigned segs);
+    int64_t (*around)(struct vblk_wrapper *wrapper, const vblk__call *call);
 } vblk_wrapper;
 
 // A backend whose calls wait until they fit a rate: for several devices on one
@@ -2618,33 +2632,42 @@ static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
 #define VBLK__T_BARRIER 0x80000000u
 
 enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
-enum { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID };
-enum { VBLK__DO_READ, VBLK__DO_WRITE, VBLK__DO_FLUSH, VBLK__DO_ANSWER };
 
-// The request types. Nothing else in this file compares types: a new one is a
-// row here and its feature in vblk__offer; where its data is like no other's,
-// vblk__check and vblk__parse; where nothing else does the same, vblk_execute
-// and vblk__inner.
+// What the data is: nothing, as many sectors of the disk, the id.
+typedef enum vblk__shape { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID } vblk__shape;
+
+// The request types. Nothing else compares types: a new one is a row here. What
+// no other has is a value of a column, and a case in the switch over it:
+//
+//     shape   vblk__fit, with a function that checks the data
+//     does    vblk_execute; vblk__inner and a vblk__wrapped_ of its own; and in
+//             each *_backend() the call
+//
+// Around it are the feature (vblk__offer), the events and the counter; the
+// rules, and the model in tests/model.c.
 static const struct vblk__kind {
     uint32_t type;
-    uint8_t  feature; // the bit that must be offered; 0: none
+    uint64_t feature; // to be offered; that the driver took it is not asked
     uint8_t  data;    // its direction; what goes out changes the disk
-    uint8_t  shape;   // what the data is: a range of the disk, the id
-    uint8_t  does;    // the backend's call; or it is answered without one
+    uint8_t  shape;
+    uint8_t  does;
     uint8_t  failed;  // the event of a backend that fails
+    uint8_t  cut;     // of a request that ended before its data did
     uint8_t  counter; // of successes, which number in vblk_counts
     uint8_t  bytes;   // what they moved, the same; or `counter`: nothing
 } vblk__kinds[] = {
 #define VBLK__COUNTER(member) offsetof(vblk_counts, member) / sizeof(uint64_t)
     {VBLK_T_IN, 0, VBLK__DATA_IN, VBLK__SECTORS, VBLK__DO_READ,
-     VBLK_EV_READ_FAILED, VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
+     VBLK_EV_READ_FAILED, VBLK_EV_READ_SHORT,
+     VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
     {VBLK_T_OUT, 0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK__DO_WRITE,
-     VBLK_EV_WRITE_FAILED, VBLK__COUNTER(writes),
-     VBLK__COUNTER(bytes_written)},
-    {VBLK_T_FLUSH, 9, VBLK__NO_DATA, VBLK__NOTHING, VBLK__DO_FLUSH,
-     VBLK_EV_FLUSH_FAILED, VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
+     VBLK_EV_WRITE_FAILED, VBLK_EV_WRITE_STUCK,
+     VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
+    {VBLK_T_FLUSH, VBLK_F_FLUSH, VBLK__NO_DATA, VBLK__NOTHING, VBLK__DO_FLUSH,
+     VBLK_EV_FLUSH_FAILED, VBLK_EV_NONE,
+     VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
     {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK__DO_ANSWER,
-     VBLK_EV_NONE, 0, 0}, // and not counted
+     VBLK_EV_NONE, VBLK_EV_NONE, 0, 0}, // and not counted
 #undef VBLK__COUNTER
 };
 
@@ -2663,8 +2686,7 @@ static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
     }
     r->type = type;
     r->kind = (uint8_t)i;
-    return i < VBLK__KINDS && (vblk__kinds[i].feature == 0 ||
-                               dev->offered >> vblk__kinds[i].feature & 1);
+    return i < VBLK__KINDS && !(vblk__kinds[i].feature & ~dev->offered);
 }
 
 static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
@@ -2683,30 +2705,58 @@ static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
     return true;
 }
 
-// V8, V9, V13: a range of the disk.
-static bool vblk__check_range(const vblk_dev *dev, vblk__chain *c, bool out,
-                              uint64_t sector, uint64_t bytes) {
-    if (bytes % VBLK_SECTOR) {
-        return vblk__refuse(c, VBLK_EV_DATA_RAGGED, bytes, 0);
+// Only the first `bytes` of the list are to be looked up.
+static void vblk__keep(vblk__chain *c, uint32_t bytes) {
+    unsigned i = c->begin;
+    for (; c->d[i].n < bytes; i++) {
+        bytes -= (uint32_t)c->d[i].n;
+    }
+    c->d[i].n = bytes;
+    c->end = i + 1;
+}
+
+// As many sectors of the disk, from `sector` on (V7 to V9, V13).
+static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
+                              vblk_request *r, uint64_t sector) {
+    bool out = vblk__kind_of(r)->data == VBLK__DATA_OUT;
+    if (r->bytes % VBLK_SECTOR) {
+        return vblk__refuse(c, VBLK_EV_DATA_RAGGED, r->bytes, 0);
     }
     if (out && !dev->backend.write) {
         return vblk__refuse(c, VBLK_EV_READ_ONLY, sector, 0);
     }
     if (sector > dev->capacity ||
-        bytes / VBLK_SECTOR > dev->capacity - sector) {
-        return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector, bytes);
+        r->bytes / VBLK_SECTOR > dev->capacity - sector) {
+        return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector, r->bytes);
     }
-    if (bytes >= UINT32_MAX) {
-        return vblk__refuse(c, VBLK_EV_DATA_LONG, bytes, 0);
+    if (r->bytes >= UINT32_MAX) {
+        return vblk__refuse(c, VBLK_EV_DATA_LONG, r->bytes, 0);
+    }
+    r->offset = sector * VBLK_SECTOR;
+    return true;
+}
+
+// The id, as far as there is space (V16).
+static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c,
+                         vblk_request *r) {
+    if (dev->strict && c->d[c->begin].n < VBLK_ID_BYTES) {
+        return vblk__refuse(c, VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
+    }
+    if (r->bytes > VBLK_ID_BYTES) {
+        r->bytes = VBLK_ID_BYTES;
+        vblk__keep(c, VBLK_ID_BYTES);
     }
     return true;
 }
 
 // V5 to V9, V12, V13, V16, in the order of a reader's questions: is it the
-// right data, is there enough, may it, is it on the disk.
-static bool vblk__check(const vblk_dev *dev, vblk__chain *c,
-                        const struct vblk__kind *k, uint64_t sector) {
+// right data, is there enough, may it, is it on the disk. What of it is the
+// request's goes into `r`.
+static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
+                      uint64_t sector) {
+    const struct vblk__kind *k = vblk__kind_of(r);
     uint64_t bytes = c->in_bytes + c->out_bytes;
+    r->offset = r->bytes = 0;
     if (k->data == VBLK__NO_DATA) {
         return !dev->strict || bytes == 0 ||
                vblk__refuse(c, VBLK_EV_DATA_UNWANTED, bytes, 0);
@@ -2720,12 +2770,13 @@ static bool vblk__check(const vblk_dev *dev, vblk__chain *c,
     if (dev->strict && bytes == 0) {
         return vblk__refuse(c, VBLK_EV_DATA_MISSING, k->type, 0);
     }
-    if (k->shape == VBLK__SECTORS) {
-        return vblk__check_range(dev, c, k->data == VBLK__DATA_OUT, sector,
-                                 bytes);
+    r->bytes = bytes;
+    switch ((vblk__shape)k->shape) {
+    case VBLK__NOTHING: break;
+    case VBLK__SECTORS: return vblk__fit_sectors(dev, c, r, sector);
+    case VBLK__ID:      return vblk__fit_id(dev, c, r);
     }
-    return !dev->strict || c->d[c->begin].n >= VBLK_ID_BYTES ||
-           vblk__refuse(c, VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
+    return true;
 }
 
 static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
@@ -2783,16 +2834,6 @@ static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     return true;
 }
 
-// Only the first `bytes` of the list are to be looked up; there are more.
-static void vblk__keep(vblk__chain *c, uint32_t bytes) {
-    unsigned i = c->begin;
-    for (; c->d[i].n < bytes; i++) {
-        bytes -= (uint32_t)c->d[i].n;
-    }
-    c->d[i].n = bytes;
-    c->end = i + 1;
-}
-
 // Fill in `r` from its header and the rest of its chain, or say why not.
 static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     uint8_t header[VBLK__HEADER_BYTES];
@@ -2813,24 +2854,15 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         c->status = VBLK_S_UNSUPP;
         return false;
     }
-    const struct vblk__kind *k = vblk__kind_of(r);
-    if (!vblk__check(dev, c, k, sector)) {
+    if (!vblk__fit(dev, c, r, sector)) {
         return false;
     }
-    r->offset = r->bytes = r->segs = 0;
+    uint8_t data = vblk__kind_of(r)->data;
+    r->segs = 0;
     r->direct = true;
-    r->durable = k->data == VBLK__DATA_OUT && dev->write_through;
-    if (k->data == VBLK__NO_DATA) {
-        return true;
-    }
-    r->bytes = c->in_bytes + c->out_bytes;
-    if (k->shape == VBLK__SECTORS) {
-        r->offset = sector * VBLK_SECTOR;
-    } else if (r->bytes > VBLK_ID_BYTES) {
-        r->bytes = VBLK_ID_BYTES;
-        vblk__keep(c, VBLK_ID_BYTES);
-    }
-    return vblk__map_data(dev, r, c, k->data == VBLK__DATA_IN);
+    r->durable = data == VBLK__DATA_OUT && dev->write_through;
+    return data == VBLK__NO_DATA ||
+           vblk__map_data(dev, r, c, data == VBLK__DATA_IN);
 }
 
 
@@ -3164,9 +3196,9 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
     }
     q->run.under_way--;
     const struct vblk__kind *k = vblk__kind_of(r);
-    bool in = k->data == VBLK__DATA_IN, out = k->data == VBLK__DATA_OUT;
-    if (out && done.bytes < r->bytes && !done.code) {
-        done.code = VBLK_EV_WRITE_STUCK;
+    bool reads = k->does == VBLK__DO_READ, in = k->data == VBLK__DATA_IN;
+    if (done.bytes < r->bytes && !reads && !done.code) {
+        done.code = (vblk_event_code)k->cut;
     }
     if (done.code && done.code != VBLK__TOLD) {
         vblk__say_request(dev, r, done.code,
@@ -3174,12 +3206,12 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
                           done.error ? 0 - (uint64_t)done.error
                                      : r->bytes - done.bytes);
     }
-    bool ok = !done.code && (!in || vblk__pad(dev, r, done.bytes));
+    bool ok = !done.code && (!reads || vblk__pad(dev, r, done.bytes));
     if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
                            ok && in ? r->bytes : 0) && ok) {
         vblk__count_success(q, k, done.bytes);
     }
-    if (ok && out) {
+    if (ok && k->does == VBLK__DO_WRITE) {
         vblk__raise_to(&dev->backing, r->offset + r->bytes);
     }
     return VBLK_OK;
@@ -3188,18 +3220,18 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
 VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
                           int64_t result) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    const struct vblk__kind *k = vblk__kind_of(req);
     VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
     if (result < 0) {
         done.error = result;
-        done.code = (vblk_event_code)vblk__kind_of(req)->failed;
+        done.code = (vblk_event_code)k->failed;
     } else {
         done.bytes = (uint64_t)result < req->bytes ? (uint64_t)result
                                                    : req->bytes;
     }
-    if (!done.code && done.bytes < req->bytes &&
-        vblk__kind_of(req)->data == VBLK__DATA_IN &&
+    if (!done.code && done.bytes < req->bytes && k->does == VBLK__DO_READ &&
         req->offset + done.bytes < req->backing) {
-        done.code = VBLK_EV_READ_SHORT;
+        done.code = (vblk_event_code)k->cut;
     }
     return vblk__end_request(dev, req, done);
 }
@@ -3283,23 +3315,28 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     return done;
 }
 
-// The backend knows itself where it ends.
+// A read that moves nothing has come to the end: unlike a host, the backend
+// knows where that is.
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
-    const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    bool flush = false;
     if (vblk__stale(dev, r)) {
         return;
     }
     const struct vblk__kind *k = vblk__kind_of(r);
-    bool flush = k->does == VBLK__DO_FLUSH;
-    if (!flush) {
+    switch ((vblk__does)k->does) {
+    case VBLK__DO_READ:
+    case VBLK__DO_WRITE:
         done = r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
                                       r->bytes)
                          : vblk__move_copied(dev, r);
+        flush = r->durable && !done.code && done.bytes == r->bytes;
+        break;
+    case VBLK__DO_FLUSH:  flush = true; break;
+    case VBLK__DO_ANSWER: break; // is never handed out
     }
-    bool whole = !done.code && done.bytes == r->bytes;
-    if (flush || (r->durable && whole)) {
-        done.error = b->flush(b->user);
+    if (flush) {
+        done.error = dev->backend.flush(dev->backend.user);
         done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
     }
     vblk__end_request(dev, r, done);
@@ -4281,6 +4318,7 @@ static uint64_t vblk__ramdisk_size(void *user) {
 
 VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
     vblk_backend b;
+    VBLK_MEMSET(&b, 0, sizeof b);
     b.read = vblk__ramdisk_read;
     b.write = vblk__ramdisk_write;
     b.flush = vblk__ramdisk_flush;
@@ -4496,29 +4534,35 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
 
 // ---- Wrappers: one way around a backend -------------------------------------
 
-static int64_t vblk__inner(vblk_wrapper *w, unsigned does, uint64_t offset,
-                           const vblk_seg *seg, unsigned segs) {
+static int64_t vblk__inner(vblk_wrapper *w, const vblk__call *c) {
     const vblk_backend *b = &w->inner;
-    return does == VBLK__DO_READ    ? b->read(b->user, offset, seg, segs)
-           : does == VBLK__DO_WRITE ? b->write(b->user, offset, seg, segs)
-                                    : b->flush(b->user);
+    switch (c->does) {
+    case VBLK__DO_READ:   return b->read(b->user, c->offset, c->seg, c->segs);
+    case VBLK__DO_WRITE:  return b->write(b->user, c->offset, c->seg, c->segs);
+    case VBLK__DO_FLUSH:  return b->flush(b->user);
+    case VBLK__DO_ANSWER: break; // is no call
+    }
+    return 0;
 }
 
 static int64_t vblk__wrapped_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return w->around(w, VBLK__DO_READ, offset, seg, segs);
+    vblk__call c = {VBLK__DO_READ, offset, seg, segs};
+    return w->around(w, &c);
 }
 
 static int64_t vblk__wrapped_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return w->around(w, VBLK__DO_WRITE, offset, seg, segs);
+    vblk__call c = {VBLK__DO_WRITE, offset, seg, segs};
+    return w->around(w, &c);
 }
 
 static int vblk__wrapped_flush(void *user) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    return (int)w->around(w, VBLK__DO_FLUSH, 0, NULL, 0);
+    vblk__call c = {VBLK__DO_FLUSH, 0, NULL, 0};
+    return (int)w->around(w, &c);
 }
 
 static uint64_t vblk__wrapped_size(void *user) {
@@ -4607,42 +4651,40 @@ static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
     pthread_mutex_unlock(&l->mutex);
 }
 
-static int64_t vblk__pacer_move(vblk_pacer *l, unsigned does, uint64_t offset,
-                                const vblk_seg *seg, unsigned segs) {
+static int64_t vblk__pacer_move(vblk_pacer *l, const vblk__call *c) {
     vblk_seg part[VBLK__SEGS];
+    vblk__call share = {c->does, c->offset, part, 0};
     const unsigned room = sizeof part / sizeof part[0];
     uint64_t paid, n = 0;
-    bool goes_on = vblk__pacer_goes_on(l, offset, &paid);
+    bool goes_on = vblk__pacer_goes_on(l, c->offset, &paid);
     uint64_t most = paid ? paid : l->share;
-    unsigned parts = 0;
-    while (parts < segs && parts < room && n < most) {
-        part[parts] = seg[parts];
-        if (part[parts].n > most - n) {
-            part[parts].n = (size_t)(most - n);
-        }
-        n += part[parts++].n;
+    while (share.segs < c->segs && share.segs < room && n < most) {
+        vblk_seg *last = &part[share.segs];
+        *last = c->seg[share.segs++];
+        last->n = last->n < most - n ? last->n : (size_t)(most - n);
+        n += last->n;
     }
-    bool cut = parts < segs || part[parts - 1].n < seg[parts - 1].n;
+    bool cut = share.segs < c->segs ||
+               part[share.segs - 1].n < c->seg[share.segs - 1].n;
     if (!paid) {
         vblk__pacer_pay(l, !goes_on, n);
         paid = n;
     }
-    int64_t moved = vblk__inner(&l->wrapper, does, offset, part, parts);
+    int64_t moved = vblk__inner(&l->wrapper, &share);
     if (moved > 0 && (cut || (uint64_t)moved < n)) {
-        vblk__pacer_cut(l, offset + (uint64_t)moved, paid - (uint64_t)moved);
+        vblk__pacer_cut(l, c->offset + (uint64_t)moved, paid - (uint64_t)moved);
     }
     return moved;
 }
 
-static int64_t vblk__pacer_around(vblk_wrapper *wrapper, unsigned does,
-                                  uint64_t offset, const vblk_seg *seg,
-                                  unsigned segs) {
+static int64_t vblk__pacer_around(vblk_wrapper *wrapper,
+                                  const vblk__call *call) {
     vblk_pacer *l = (vblk_pacer *)(void *)wrapper;
-    if (does != VBLK__DO_FLUSH) {
-        return vblk__pacer_move(l, does, offset, seg, segs);
+    if (call->does == VBLK__DO_READ || call->does == VBLK__DO_WRITE) {
+        return vblk__pacer_move(l, call);
     }
     vblk__pacer_pay(l, 1, 0);
-    return vblk__inner(wrapper, does, offset, seg, segs);
+    return vblk__inner(wrapper, call);
 }
 
 VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
@@ -4808,12 +4850,11 @@ static void vblk__after_callback(struct vblk__thread *t) {
     }
 }
 
-static int64_t vblk__worker_around(vblk_wrapper *wrapper, unsigned does,
-                                   uint64_t offset, const vblk_seg *seg,
-                                   unsigned segs) {
+static int64_t vblk__worker_around(vblk_wrapper *wrapper,
+                                   const vblk__call *call) {
     char *w = (char *)wrapper - offsetof(vblk_worker, backend);
     struct vblk__thread *t = vblk__before_callback((vblk_worker *)(void *)w);
-    int64_t n = vblk__inner(wrapper, does, offset, seg, segs);
+    int64_t n = vblk__inner(wrapper, call);
     vblk__after_callback(t);
     return n;
 }
