@@ -1337,10 +1337,9 @@ typedef struct vblk_pacer {
 } vblk_pacer;
 
 // A rate of 0 is no limit. A burst of 0 is steady: a tenth of a second's
-// worth; unlike a device's it may be less than a second's. A read, write or
-// flush is one operation. VBLK_OK, VBLK_ERR_LIMITS or VBLK_ERR_LOCK.
-// vblk_pacer_close() after the last use. Safe from several threads if `inner`
-// is.
+// worth; unlike a device's it may be less than a second's. A call is one
+// operation. VBLK_OK, VBLK_ERR_LIMITS or VBLK_ERR_LOCK. vblk_pacer_close()
+// after the last use. Safe from several threads if `inner` is.
 VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
                             const vblk_limits *limits);
 VBLKDEF void vblk_pacer_close(vblk_pacer *pacer);
@@ -1612,7 +1611,7 @@ static inline uint64_t vblk__get64(const uint8_t *p) {
     return vblk__get32(p) | (uint64_t)vblk__get32(p + 4) << 32;
 }
 
-static inline void vblk__put(uint8_t *p, uint64_t value, unsigned bytes) {
+static inline void vblk__put_le(uint8_t *p, uint64_t value, unsigned bytes) {
     for (unsigned i = 0; i < bytes; i++) {
         p[i] = (uint8_t)(value >> 8 * i);
     }
@@ -2373,8 +2372,8 @@ static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
     if (vblk__halted(dev)) {
         return false;
     }
-    vblk__put(element, head, 4);
-    vblk__put(element + 4, written, 4);
+    vblk__put_le(element, head, 4);
+    vblk__put_le(element + 4, written, 4);
     if (q->run.used) {
         VBLK_MEMCPY(q->run.used + at, element, sizeof element);
     } else if (!vblk__write(dev, q->used_gpa + at, element, sizeof element)) {
@@ -3669,11 +3668,11 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
                               size_t n) {
     uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
-    vblk__put(b, dev->capacity, 8);
-    vblk__put(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
-    vblk__put(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
-    vblk__put(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
-    vblk__put(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
+    vblk__put_le(b, dev->capacity, 8);
+    vblk__put_le(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
+    vblk__put_le(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
+    vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
+    vblk__put_le(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
     for (size_t i = 0; i < n; i++) {
         bool there = offset < sizeof b && i < sizeof b - offset;
         ((uint8_t *)dst)[i] = there ? b[offset + i] : 0;
@@ -3965,7 +3964,7 @@ static uint32_t vblk__queue_size(const vblk_options *o) {
     return o->queue_size ? o->queue_size : 256;
 }
 
-static uint32_t vblk__seg_max(const vblk_options *o) {
+static uint32_t vblk__segs_of(const vblk_options *o) {
     uint32_t size = vblk__queue_size(o);
     uint32_t fits = size > 3 ? size - 2 : 1;
     return o->seg_max ? o->seg_max
@@ -4001,7 +4000,7 @@ static int vblk__check_options(const vblk_options *o) {
     bool indirect = !(o->features_off & VBLK_F_INDIRECT_DESC);
     uint32_t entries = vblk__queue_size(o);
     if (o->seg_max > VBLK_MAX_SEGS ||
-        (vblk__seg_max(o) + 2 > entries && (!indirect || entries > 2))) {
+        (vblk__segs_of(o) + 2 > entries && (!indirect || entries > 2))) {
         return VBLK_ERR_SEG_MAX;
     }
     if (o->size_max && o->size_max < 4096) {
@@ -4056,7 +4055,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->queues = o->queues ? o->queues : 1;
     dev->queue = o->queue ? o->queue : &dev->built_in;
     dev->queue_size = vblk__queue_size(o);
-    dev->seg_max = vblk__seg_max(o);
+    dev->seg_max = vblk__segs_of(o);
     dev->size_max = o->size_max ? o->size_max : 1u << 20;
     dev->vendor_id = o->vendor_id || strict ? o->vendor_id : 0x554d4551; // P11
     dev->strict = strict;

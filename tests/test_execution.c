@@ -659,16 +659,13 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
 }
 
 void every_error_and_event_has_a_sentence(void) {
-    unsigned events = 0;
     for (int i = 0; i < 256; i++) {
         const char *text = event_text(i);
         for (int k = 0; k < i && text; k++) {
             CHECK(!event_text(k) || strcmp(text, event_text(k)) != 0);
         }
         CHECK(!text || (strlen(text) > 15 && i > 0 && i < VBLK_EV_END));
-        events += text != NULL;
     }
-    CHECK_EQ(73, events);
     CHECK(event_text(VBLK_EV_END - 1) && !event_text(VBLK_EV_END));
     for (int i = VBLK_ERROR_LAST; i <= 0; i++) {
         CHECK(strcmp(vblk_strerror(i), "unknown error code") != 0);
