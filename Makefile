@@ -104,6 +104,9 @@ bench: $(B)/bench $(B)/bench_worker ## ns per request, beside memcpy and preadv
 	$(B)/bench
 	$(B)/bench_worker
 
+count:                         ## instructions a request, beside those recorded (valgrind)
+	@CC="$(CC)" B=$(B) sh tests/count.sh
+
 bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 	@sh tests/vhost/bench.sh
 
@@ -197,5 +200,5 @@ clean:
 	rm -rf $(B)
 
 .PHONY: all test rules conformance fuzz cov mutants test-32 test-be test-O demo \
-        throttle threaded emulator asan tsan soak model bench bench-vhost abuse interop interop-uboot \
+        throttle threaded emulator asan tsan soak model bench bench-vhost count abuse interop interop-uboot \
         interop-uml interop-qemu interop-firmware interop-xv6 interop-powerloss size lint help clean
