@@ -2867,18 +2867,36 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
 
 // ---- Copies: between guest memory and the host -----------------------------
 
-// The piece of segment data at byte `at`; at most `n` bytes of it.
-static vblk_seg vblk__piece(const vblk_request *r, uint64_t at, uint64_t n) {
-    unsigned i = 0;
-    VBLK_ASSERT(at < r->bytes);
-    while (at >= r->seg[i].n) {
-        at -= r->seg[i++].n;
+// A place in the data of a request: so far into a segment.
+typedef struct vblk__place {
+    unsigned seg;
+    size_t   at;
+} vblk__place;
+
+// Byte `at` of the data.
+static vblk__place vblk__find(const vblk_request *r, uint64_t at) {
+    vblk__place p = {0, 0};
+    while (p.seg < r->segs && at >= r->seg[p.seg].n) {
+        at -= r->seg[p.seg++].n;
     }
-    vblk_seg s = r->seg[i];
-    s.ptr = s.ptr ? s.ptr + at : NULL;
-    s.gpa += at;
-    s.n -= (size_t)at;
-    s.n = s.n < n ? s.n : (size_t)n;
+    p.at = (size_t)at;
+    return p;
+}
+
+// What there is of one segment at `p`, but at most `n` bytes; and past it.
+static vblk_seg vblk__piece(const vblk_request *r, vblk__place *p, uint64_t n) {
+    VBLK_ASSERT(p->seg < r->segs); // more than the request's bytes
+    vblk_seg s = r->seg[p->seg];
+    s.ptr = s.ptr ? s.ptr + p->at : NULL;
+    s.gpa += p->at;
+    s.n -= p->at;
+    if (s.n > n) {
+        s.n = (size_t)n;
+        p->at += s.n;
+    } else {
+        p->at = 0;
+        p->seg++;
+    }
     return s;
 }
 
@@ -2888,49 +2906,61 @@ static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
            vblk__halted(dev);
 }
 
-// Guest memory refuses the data at byte `at`, which it had agreed to (X5).
-static int vblk__refused(vblk_dev *dev, const vblk_request *r, uint64_t at) {
-    vblk_seg s = vblk__piece(r, at, r->bytes - at);
-    vblk__say_request(dev, r, VBLK_EV_DATA_UNMAPPED, s.gpa, s.n);
+// Guest memory refuses `s`, the piece before `p`, which it had agreed to (X5).
+static int vblk__refused(vblk_dev *dev, const vblk_request *r, vblk_seg s,
+                         vblk__place p) {
+    const vblk_seg *whole = &r->seg[p.at ? p.seg : p.seg - 1];
+    vblk__say_request(dev, r, VBLK_EV_DATA_UNMAPPED, s.gpa,
+                      whole->gpa + whole->n - s.gpa);
     return VBLK_ERR_REFUSED;
 }
 
-VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                     void *dst, size_t n) {
-    if (vblk__stale(dev, req)) {
+static int vblk__get(vblk_dev *dev, const vblk_request *r, vblk__place *at,
+                     uint8_t *dst, size_t n) {
+    if (vblk__stale(dev, r)) {
         return VBLK_ERR_STALE;
     }
-    for (uint8_t *p = (uint8_t *)dst; n > 0;) {
-        vblk_seg s = vblk__piece(req, at, n);
+    while (n > 0) {
+        vblk_seg s = vblk__piece(r, at, n);
         if (s.ptr) {
-            VBLK_MEMCPY(p, s.ptr, s.n);
-        } else if (!vblk__read(dev, s.gpa, p, s.n)) {
-            return vblk__refused(dev, req, at);
+            VBLK_MEMCPY(dst, s.ptr, s.n);
+        } else if (!vblk__read(dev, s.gpa, dst, s.n)) {
+            return vblk__refused(dev, r, s, *at);
         }
-        p += s.n;
-        at += s.n;
+        dst += s.n;
         n -= s.n;
     }
     return VBLK_OK;
 }
 
-VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
-                     const void *src, size_t n) {
-    for (const uint8_t *p = (const uint8_t *)src; n > 0;) {
-        vblk_seg s = vblk__piece(req, at, n);
-        if (vblk__stale(dev, req)) {
+static int vblk__put(vblk_dev *dev, const vblk_request *r, vblk__place *at,
+                     const uint8_t *src, size_t n) {
+    while (n > 0) {
+        vblk_seg s = vblk__piece(r, at, n);
+        if (vblk__stale(dev, r)) {
             return VBLK_ERR_STALE;
         }
         if (s.ptr) {
-            VBLK_MEMCPY(s.ptr, p, s.n);
-        } else if (!vblk__write(dev, s.gpa, p, s.n)) {
-            return vblk__refused(dev, req, at);
+            VBLK_MEMCPY(s.ptr, src, s.n);
+        } else if (!vblk__write(dev, s.gpa, src, s.n)) {
+            return vblk__refused(dev, r, s, *at);
         }
-        p += s.n;
-        at += s.n;
+        src += s.n;
         n -= s.n;
     }
-    return vblk__stale(dev, req) ? VBLK_ERR_STALE : VBLK_OK;
+    return vblk__stale(dev, r) ? VBLK_ERR_STALE : VBLK_OK;
+}
+
+VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     void *dst, size_t n) {
+    vblk__place p = vblk__find(req, at);
+    return vblk__get(dev, req, &p, (uint8_t *)dst, n);
+}
+
+VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
+                     const void *src, size_t n) {
+    vblk__place p = vblk__find(req, at);
+    return vblk__put(dev, req, &p, (const uint8_t *)src, n);
 }
 
 
@@ -3147,22 +3177,19 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
 // From byte `at` on, the data reads as zeroes (X2).
 static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[VBLK_SECTOR] = {0};
-    while (at < r->bytes) {
-        uint64_t most = 1u << 20; // then look whether to go on
-        vblk_seg s = vblk__piece(r, at, most);
-        if (vblk__halted(dev)) {
+    vblk__place p = vblk__find(r, at);
+    while (p.seg < r->segs) {
+        uint64_t most = r->seg[p.seg].ptr ? 1u << 20 : sizeof zeroes;
+        vblk_seg s = vblk__piece(r, &p, most);
+        if (vblk__halted(dev)) { // looked at now and then
             return false;
         }
         if (s.ptr) {
             VBLK_MEMSET(s.ptr, 0, s.n);
-        } else {
-            s.n = s.n < sizeof zeroes ? s.n : sizeof zeroes;
-            if (!vblk__write(dev, s.gpa, zeroes, s.n)) {
-                vblk__refused(dev, r, at);
-                return false;
-            }
+        } else if (!vblk__write(dev, s.gpa, zeroes, s.n)) {
+            vblk__refused(dev, r, s, p);
+            return false;
         }
-        at += s.n;
     }
     return true;
 }
@@ -3195,8 +3222,8 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
     }
     q->run.under_way--;
     const struct vblk__kind *k = vblk__kind_of(r);
-    bool reads = k->does == VBLK__DO_READ, in = k->data == VBLK__DATA_IN;
-    if (done.bytes < r->bytes && !reads && !done.code) {
+    bool rest = done.bytes < r->bytes;
+    if (rest && !done.code && k->does != VBLK__DO_READ) {
         done.code = (vblk_event_code)k->cut;
     }
     if (done.code && done.code != VBLK__TOLD) {
@@ -3205,9 +3232,10 @@ static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
                           done.error ? 0 - (uint64_t)done.error
                                      : r->bytes - done.bytes);
     }
-    bool ok = !done.code && (!reads || vblk__pad(dev, r, done.bytes));
+    bool ok = !done.code && (!rest || vblk__pad(dev, r, done.bytes));
     if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
-                           ok && in ? r->bytes : 0) && ok) {
+                           ok && k->data == VBLK__DATA_IN ? r->bytes : 0) &&
+        ok) {
         vblk__count_success(q, k, done.bytes);
     }
     if (ok && k->does == VBLK__DO_WRITE) {
@@ -3289,19 +3317,20 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
     const struct vblk__kind *k = vblk__kind_of(r);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    vblk__place at = {0, 0};
     while (done.bytes < r->bytes && !done.code) {
         uint64_t n = r->bytes - done.bytes;
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
         if (k->data == VBLK__DATA_OUT &&
-            vblk_get(dev, r, done.bytes, scratch, (size_t)n)) {
+            vblk__get(dev, r, &at, scratch, (size_t)n)) {
             done.code = VBLK__TOLD;
             break;
         }
         vblk__progress got = vblk__move(dev, k, r->offset + done.bytes, &s,
                                         1, n);
         if (k->data == VBLK__DATA_IN &&
-            vblk_put(dev, r, done.bytes, scratch, (size_t)got.bytes)) {
+            vblk__put(dev, r, &at, scratch, (size_t)got.bytes)) {
             got.code = VBLK__TOLD;
         }
         bool ends = got.bytes < n;
