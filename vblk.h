@@ -967,6 +967,7 @@ typedef struct vblk_run {
                            // apart are 65536
     uint32_t under_way;    // handed out, not completed
     uint8_t *desc, *avail, *used; // NULL: through the accessors
+    const struct vblk_region *near[3]; // where the last lookups ended
     uint64_t stalled_ns;   // when the stall began
     uint64_t stalled_bytes; // what the request costs
 } vblk_run;
@@ -1237,8 +1238,9 @@ typedef struct vblk_region {
     bool     read_only; // ROM, flash: no buffer to write to, and no used ring
 } vblk_region;
 
-// A table of regions in any order. They must not overlap, which is not checked:
-// one of them would win.
+// A table of regions in any order; sorted by address it is searched faster.
+// They must not overlap, which is not checked: one of them would win. It may
+// grow; for anything else there is vblk_set_memory().
 typedef struct vblk_regions {
     const vblk_region *region;
     unsigned           count;
@@ -1632,20 +1634,71 @@ static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
 
 // ---- Memory: where addresses become pointers --------------------------------
 
-static inline uint8_t *vblk__map(vblk_dev *dev, uint64_t gpa, uint64_t *n,
-                                 bool writable) {
+static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
+                               bool writable);
+
+// A pointer to `gpa`, which lies in `r`, and how far of `n` bytes; or NULL.
+static inline uint8_t *vblk__in_region(const vblk_region *r, uint64_t gpa,
+                                       uint64_t *n, bool writable) {
+    uint64_t at = gpa - r->gpa;
+    if (at >= r->bytes || (writable && r->read_only)) {
+        return NULL;
+    }
+    *n = *n < r->bytes - at ? *n : r->bytes - at;
+    return (uint8_t *)r->host + at;
+}
+
+// The region that holds `gpa`, or NULL: by halves, as if the table was sorted,
+// and else one by one.
+static const vblk_region *vblk__find_region(const vblk_regions *all,
+                                            uint64_t gpa) {
+    const vblk_region *r = all->region, *end = r + all->count;
+    for (unsigned n = all->count; n > 1; n -= n / 2) {
+        r += gpa >= r[n / 2].gpa ? n / 2 : 0;
+    }
+    if (r != end && gpa - r->gpa < r->bytes) {
+        return r;
+    }
+    for (r = all->region; r != end; r++) {
+        if (gpa - r->gpa < r->bytes) {
+            return r;
+        }
+    }
+    return NULL;
+}
+
+// Buffers of a kind lie together: where the last of them was, the next is
+// looked for first. Foreign maps are asked each time.
+enum { VBLK__TABLES, VBLK__ENDS, VBLK__DATA }; // ends: headers, status bytes
+
+static const vblk_region vblk__no_region = {0, 0, NULL, false};
+
+static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
+                              uint64_t gpa, uint64_t *n, bool writable) {
     const vblk_memory *m = &dev->memory;
-    return (uint8_t *)m->map(m->user, gpa, n, writable);
+    if (m->map != vblk__regions_map) {
+        return (uint8_t *)m->map(m->user, gpa, n, writable);
+    }
+    const vblk_region *r =
+        vblk__find_region((const vblk_regions *)m->user, gpa);
+    *near = r ? r : &vblk__no_region;
+    return vblk__in_region(*near, gpa, n, writable);
+}
+
+static inline uint8_t *vblk__map(vblk_dev *dev, const vblk_region **near,
+                                 uint64_t gpa, uint64_t *n, bool writable) {
+    uint8_t *p = vblk__in_region(*near, gpa, n, writable);
+    return p ? p : vblk__look_up(dev, near, gpa, n, writable);
 }
 
 // A pointer to all of [gpa, gpa + n), or NULL.
-static inline uint8_t *vblk__whole(vblk_dev *dev, uint64_t gpa, uint64_t n,
-                                   bool writable) {
+static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
+                                   uint64_t gpa, uint64_t n, bool writable) {
     uint64_t run = n;
     if (!dev->memory.map) {
         return NULL;
     }
-    uint8_t *p = vblk__map(dev, gpa, &run, writable);
+    uint8_t *p = vblk__map(dev, near, gpa, &run, writable);
     return run >= n ? p : NULL;
 }
 
@@ -1716,72 +1769,80 @@ static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
 }
 
 static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
-                           bool writable) {
-    const vblk_regions *all = (const vblk_regions *)user;
-    for (unsigned i = 0; i < all->count; i++) {
-        const vblk_region *r = &all->region[i];
-        uint64_t at = gpa - r->gpa;
-        if (gpa >= r->gpa && at < r->bytes && !(writable && r->read_only)) {
-            *n = *n < r->bytes - at ? *n : r->bytes - at;
-            return (uint8_t *)r->host + at;
-        }
-    }
-    return NULL;
-}
-
-// All or nothing: the whole range is looked up before a byte moves.
-static bool vblk__regions_has(void *user, uint64_t gpa, uint64_t n,
-                          bool writable) {
-    for (uint64_t run; n > 0; gpa += run, n -= run) {
-        run = n;
-        if (!vblk__regions_map(user, gpa, &run, writable)) {
-            return false;
-        }
-    }
-    return true;
+                               bool writable) {
+    const vblk_region *r =
+        vblk__find_region((const vblk_regions *)user, gpa);
+    return r ? vblk__in_region(r, gpa, n, writable) : NULL;
 }
 
 // Ring indices are single accesses.
-static bool vblk__regions_word(const uint8_t *p, uint64_t n) {
+static bool vblk__is_word(const uint8_t *p, uint64_t n) {
     return n == 2 && ((uintptr_t)p & 1) == 0;
+}
+
+static void vblk__copy_in(uint8_t *dst, const uint8_t *p, uint64_t n) {
+    if (vblk__is_word(p, n)) {
+        uint16_t word = VBLK__ACQUIRE(p);
+        VBLK_MEMCPY(dst, &word, 2);
+    } else {
+        VBLK_MEMCPY(dst, p, (size_t)n);
+    }
+}
+
+static void vblk__copy_out(uint8_t *p, const uint8_t *src, uint64_t n) {
+    if (vblk__is_word(p, n)) {
+        uint16_t word;
+        VBLK_MEMCPY(&word, src, 2);
+        VBLK__RELEASE(p, word);
+    } else {
+        VBLK_MEMCPY(p, src, (size_t)n);
+    }
+}
+
+// All or nothing: a range that goes on in another region is looked up to its
+// end before a byte moves.
+static uint8_t *vblk__regions_begin(void *user, uint64_t gpa, uint64_t n,
+                                    uint64_t *run, bool writable) {
+    *run = n;
+    void *first = vblk__regions_map(user, gpa, run, writable), *p = first;
+    for (uint64_t done = *run, more; p && done < n; done += more) {
+        more = n - done;
+        p = vblk__regions_map(user, gpa + done, &more, writable);
+    }
+    return (uint8_t *)(p ? first : NULL);
 }
 
 static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
     uint8_t *to = (uint8_t *)dst;
-    if (!vblk__regions_has(user, gpa, n, false)) {
-        return -1;
-    }
-    for (uint64_t run; dst && n > 0; gpa += run, to += run, n -= run) {
-        run = n;
-        uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa, &run, false);
-        if (vblk__regions_word(p, run)) {
-            uint16_t word = VBLK__ACQUIRE(p);
-            VBLK_MEMCPY(to, &word, 2);
-        } else {
-            VBLK_MEMCPY(to, p, (size_t)run);
+    uint64_t run;
+    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, false);
+    while (p && to && n > 0) {
+        vblk__copy_in(to, p, run);
+        to += run;
+        gpa += run;
+        run = n -= run;
+        if (n > 0) {
+            p = (uint8_t *)vblk__regions_map(user, gpa, &run, false);
         }
     }
-    return 0;
+    return p || n == 0 ? 0 : -1;
 }
 
 static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
-                           uint64_t n) {
+                               uint64_t n) {
     const uint8_t *from = (const uint8_t *)src;
-    if (!vblk__regions_has(user, gpa, n, true)) {
-        return -1;
-    }
-    for (uint64_t run; src && n > 0; gpa += run, from += run, n -= run) {
-        run = n;
-        uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa, &run, true);
-        if (vblk__regions_word(p, run)) {
-            uint16_t word;
-            VBLK_MEMCPY(&word, from, 2);
-            VBLK__RELEASE(p, word);
-        } else {
-            VBLK_MEMCPY(p, from, (size_t)run);
+    uint64_t run;
+    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, true);
+    while (p && from && n > 0) {
+        vblk__copy_out(p, from, run);
+        from += run;
+        gpa += run;
+        run = n -= run;
+        if (n > 0) {
+            p = (uint8_t *)vblk__regions_map(user, gpa, &run, true);
         }
     }
-    return 0;
+    return p || n == 0 ? 0 : -1;
 }
 
 
@@ -2252,9 +2313,14 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
         vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->used_gpa, 0);
         return false;
     }
-    q->run.desc = vblk__whole(dev, q->desc_gpa, desc_bytes, false);
-    q->run.avail = vblk__whole(dev, q->avail_gpa, vblk__avail_bytes(q), false);
-    q->run.used = vblk__whole(dev, q->used_gpa, vblk__used_bytes(q), true);
+    const vblk_region **near = q->run.near;
+    near[VBLK__TABLES] = near[VBLK__ENDS] = near[VBLK__DATA] =
+        &vblk__no_region;
+    q->run.desc = vblk__whole(dev, near, q->desc_gpa, desc_bytes, false);
+    q->run.avail = vblk__whole(dev, near, q->avail_gpa, vblk__avail_bytes(q),
+                               false);
+    q->run.used = vblk__whole(dev, near, q->used_gpa, vblk__used_bytes(q),
+                              true);
     if ((uintptr_t)q->run.avail & 1) {
         q->run.avail = NULL;
     }
@@ -2434,6 +2500,7 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 // A chain as it was read, each descriptor once. Empty descriptors are not in
 // the list.
 typedef struct vblk__chain {
+    const vblk_region **near; // the queue's
     vblk_seg *d;         // room for seg_max + 2
     unsigned descs;      // read so far, the empty ones too
     unsigned begin, end; // d[begin] up to d[end] is what is left of it
@@ -2511,7 +2578,7 @@ static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
     if (vblk__wraps(gpa, n)) {
         return vblk__refuse(c, VBLK_EV_CHAIN_UNREADABLE, gpa, 0);
     }
-    t->ptr = vblk__whole(dev, gpa, n, false);
+    t->ptr = vblk__whole(dev, &c->near[VBLK__TABLES], gpa, n, false);
     t->gpa = gpa;
     t->entries = n / VBLK__DESC_BYTES;
     t->taken = 0;
@@ -2608,7 +2675,7 @@ static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
         if (vblk__wraps(d->gpa, d->n)) {
             return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
         }
-        uint8_t *p = vblk__whole(dev, d->gpa, n, false);
+        uint8_t *p = vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa, n, false);
         if (p && n == VBLK__HEADER_BYTES) {
             vblk__fetch16(dev, p, 0, header);
         } else if (!vblk__read(dev, d->gpa, header + got, n)) {
@@ -2787,10 +2854,11 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
     r->direct = r->direct && ptr;
 }
 
-// One descriptor to one segment, or to one for each host region it lies in, as
-// long as they do not reach `next`, which is still to be read.
-static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk_seg d,
-                           const vblk_seg *next, bool in) {
+// Descriptor `i` to one segment, or to one for each host region it lies in, as
+// long as they do not reach the next, which is still to be read.
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                           unsigned i, bool in) {
+    vblk_seg d = c->d[i];
     if (vblk__wraps(d.gpa, d.n)) {
         return false;
     }
@@ -2804,11 +2872,11 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk_seg d,
     bool fits = true;
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
-        uint8_t *p = vblk__map(dev, d.gpa, &run, in);
+        uint8_t *p = vblk__map(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
-        fits = fits && r->seg + r->segs < next;
+        fits = fits && r->seg + r->segs < &c->d[i + 1];
         if (fits) {
             vblk__add_seg(r, p, d.gpa, run);
         }
@@ -2825,8 +2893,8 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk_seg d,
 static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     for (unsigned i = c->begin; i < c->end; i++) {
-        vblk_seg d = c->d[i];
-        if (!vblk__map_desc(dev, r, d, &c->d[i + 1], in)) {
+        vblk_seg d = c->d[i]; // its segment may take its place
+        if (!vblk__map_desc(dev, r, c, i, in)) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
@@ -3018,7 +3086,8 @@ static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
                : c->in_bytes < UINT32_MAX ? (uint32_t)c->in_bytes
                                           : UINT32_MAX;
     r->status_gpa = c->status_gpa;
-    r->status_ptr = vblk__whole(dev, c->status_gpa, 1, true);
+    r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], c->status_gpa, 1,
+                                true);
     bool there = dev->memory.map
                      ? r->status_ptr != NULL
                      : vblk__write(dev, c->status_gpa, NULL, 1);
@@ -3096,6 +3165,7 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
     c.d = r->seg + (room - (dev->seg_max + 2));
+    c.near = q->run.near;
     c.descs = c.begin = c.end = 0;
     c.out_bytes = c.in_bytes = 0;
     c.last_gpa = c.last_n = 0;

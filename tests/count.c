@@ -22,31 +22,32 @@ static const struct row {
     unsigned    segs;     // of 512 bytes
     unsigned    regions;  // of guest memory
     unsigned    queues;   // one of them busy; more than one are polled
-    bool        indirect, map, limits;
+    enum { INDIRECT = 1, NO_MAP = 2, LIMITS = 4, SPREAD = 8 } how;
 } rows[] = {
-    {"FLUSH, the ring alone", VBLK_T_FLUSH, 32, 0, 1, 1, false, true, false},
-    {"FLUSH, one at a time", VBLK_T_FLUSH, 1, 0, 1, 1, false, true, false},
-    {"FLUSH, limits", VBLK_T_FLUSH, 32, 0, 1, 1, false, true, true},
-    {"IN", VBLK_T_IN, 32, 1, 1, 1, false, true, false},
-    {"IN, one at a time", VBLK_T_IN, 1, 1, 1, 1, false, true, false},
-    {"IN, limits", VBLK_T_IN, 32, 1, 1, 1, false, true, true},
-    {"OUT", VBLK_T_OUT, 32, 1, 1, 1, false, true, false},
-    {"IN, indirect", VBLK_T_IN, 32, 1, 1, 1, true, true, false},
-    {"IN, 8 segments", VBLK_T_IN, 32, 8, 1, 1, true, true, false},
-    {"IN, 64 segments", VBLK_T_IN, 32, 64, 1, 1, true, true, false},
-    {"IN, 254 segments", VBLK_T_IN, 32, 254, 1, 1, true, true, false},
-    {"IN, 8 regions", VBLK_T_IN, 32, 1, 8, 1, true, true, false},
-    {"IN, 64 regions", VBLK_T_IN, 32, 1, 64, 1, true, true, false},
-    {"IN, 256 regions", VBLK_T_IN, 32, 1, 256, 1, true, true, false},
-    {"IN, 254 segments, 256 regions", VBLK_T_IN, 32, 254, 256, 1, true, true,
-     false},
-    {"IN, no map", VBLK_T_IN, 32, 1, 1, 1, true, false, false},
-    {"IN, no map, 64 segments", VBLK_T_IN, 32, 64, 1, 1, true, false, false},
-    {"IN, no map, 254 segments", VBLK_T_IN, 32, 254, 1, 1, true, false, false},
-    {"IN, no map, 254 segments, 256 regions", VBLK_T_IN, 32, 254, 256, 1, true,
-     false, false},
-    {"IN, 1 queue of 8", VBLK_T_IN, 32, 1, 1, 8, true, true, false},
-    {"IN, 1 queue of 64", VBLK_T_IN, 32, 1, 1, 64, true, true, false},
+    {"FLUSH, the ring alone", VBLK_T_FLUSH, 32, 0, 1, 1, 0},
+    {"FLUSH, one at a time", VBLK_T_FLUSH, 1, 0, 1, 1, 0},
+    {"FLUSH, limits", VBLK_T_FLUSH, 32, 0, 1, 1, LIMITS},
+    {"IN", VBLK_T_IN, 32, 1, 1, 1, 0},
+    {"IN, one at a time", VBLK_T_IN, 1, 1, 1, 1, 0},
+    {"IN, limits", VBLK_T_IN, 32, 1, 1, 1, LIMITS},
+    {"OUT", VBLK_T_OUT, 32, 1, 1, 1, 0},
+    {"IN, indirect", VBLK_T_IN, 32, 1, 1, 1, INDIRECT},
+    {"IN, 8 segments", VBLK_T_IN, 32, 8, 1, 1, INDIRECT},
+    {"IN, 64 segments", VBLK_T_IN, 32, 64, 1, 1, INDIRECT},
+    {"IN, 254 segments", VBLK_T_IN, 32, 254, 1, 1, INDIRECT},
+    {"IN, 8 regions", VBLK_T_IN, 32, 1, 8, 1, INDIRECT},
+    {"IN, 64 regions", VBLK_T_IN, 32, 1, 64, 1, INDIRECT},
+    {"IN, 256 regions", VBLK_T_IN, 32, 1, 256, 1, INDIRECT},
+    {"IN, 256 regions, all", VBLK_T_IN, 32, 1, 256, 1, INDIRECT | SPREAD},
+    {"IN, 254 segments, 256 regions, all", VBLK_T_IN, 32, 254, 256, 1,
+     INDIRECT | SPREAD},
+    {"IN, no map", VBLK_T_IN, 32, 1, 1, 1, INDIRECT | NO_MAP},
+    {"IN, no map, 64 segments", VBLK_T_IN, 32, 64, 1, 1, INDIRECT | NO_MAP},
+    {"IN, no map, 254 segments", VBLK_T_IN, 32, 254, 1, 1, INDIRECT | NO_MAP},
+    {"IN, no map, 254 segments, 256 regions, all", VBLK_T_IN, 32, 254, 256, 1,
+     INDIRECT | NO_MAP | SPREAD},
+    {"IN, 1 queue of 8", VBLK_T_IN, 32, 1, 1, 8, INDIRECT},
+    {"IN, 1 queue of 64", VBLK_T_IN, 32, 1, 1, 64, INDIRECT},
 };
 
 static const struct row *row;
@@ -76,17 +77,17 @@ static uint64_t size(void *user) {
     return 1u << 20;
 }
 
-// Regions lie in the host in another order than in the guest, and in the table
-// in a third.
+// Regions lie in the host in another order than in the guest.
 static uint8_t *at(uint64_t gpa) {
     size_t each = RAM / row->regions, i = gpa / each;
     return ram + (row->regions - 1 - i) * each + gpa % each;
 }
 
+// A table in disorder, unless all of it is used.
 static void lay_regions(void) {
     size_t each = RAM / row->regions;
     for (size_t i = 0; i < row->regions; i++) {
-        size_t there = i * 101 % row->regions;
+        size_t there = row->how & SPREAD ? i : i * 101 % row->regions;
         region[there].gpa = i * each;
         region[there].bytes = each;
         region[there].host = at(i * each);
@@ -94,9 +95,9 @@ static void lay_regions(void) {
     guest.count = row->regions;
 }
 
-// `n` bytes in the region with that number, counted round.
+// `n` bytes, in the region with that number, counted round, or in the middle.
 static uint64_t place(size_t number, size_t n) {
-    size_t i = number % row->regions;
+    size_t i = row->how & SPREAD ? number % row->regions : row->regions / 2;
     uint64_t gpa = i * (RAM / row->regions) + taken[i];
     taken[i] += (n + 63) / 64 * 64;
     if (taken[i] > RAM / row->regions) {
@@ -124,8 +125,8 @@ static void lay_chains(void) {
     for (unsigned i = 0; i < CHAINS; i++) {
         uint64_t head = place(i, 16), status = place(i, 1);
         size_t   bytes = 16 * (row->segs + 2);
-        uint64_t table = row->indirect ? place(i, bytes) : desc_gpa;
-        unsigned d = row->indirect ? 0 : next, first = d;
+        uint64_t table = (row->how & INDIRECT) ? place(i, bytes) : desc_gpa;
+        unsigned d = (row->how & INDIRECT) ? 0 : next, first = d;
         int      flags = row->type == VBLK_T_IN ? 3 : 1;
         put(head, row->type, 8);
         put(head + 8, 0, 8);
@@ -135,7 +136,7 @@ static void lay_chains(void) {
         }
         desc(table, d++, status, 1, 2);
         head_of[i] = (uint16_t)first;
-        if (row->indirect) {
+        if ((row->how & INDIRECT)) {
             desc(desc_gpa, i, table, bytes, 4);
             head_of[i] = (uint16_t)i;
         }
@@ -149,13 +150,13 @@ static void up(void) {
     vblk_options o;
     memset(&o, 0, sizeof o);
     o.memory = vblk_regions_memory(&guest);
-    o.memory.map = row->map ? o.memory.map : NULL;
+    o.memory.map = row->how & NO_MAP ? NULL : o.memory.map;
     o.backend.read = o.backend.write = move;
     o.backend.flush = flush;
     o.backend.size = size;
     o.queue = row->queues > 1 ? queues : NULL;
     o.queues = row->queues;
-    o.limits = row->limits ? wide : o.limits;
+    o.limits = row->how & LIMITS ? wide : o.limits;
     int err = vblk_init(&dev, &o);
     if (err) {
         fprintf(stderr, "count: %s\n", vblk_strerror(err));
