@@ -1619,11 +1619,17 @@ static inline void vblk__put_le(uint8_t *p, uint64_t value, unsigned bytes) {
     }
 }
 
-// A 16-bit word as it lies in memory, little-endian, from and to the host's.
+// Words as they lie in memory, little-endian, from and to the host's.
 static inline uint16_t vblk__le16(uint16_t value) {
     uint8_t b[2];
     VBLK_MEMCPY(b, &value, 2);
     return vblk__get16(b);
+}
+
+static inline uint32_t vblk__le32(uint32_t value) {
+    uint8_t b[4];
+    VBLK_MEMCPY(b, &value, 4);
+    return vblk__get32(b);
 }
 
 // The first bytes of an area of `n` at `gpa` may not be past 2^64.
@@ -2434,12 +2440,10 @@ static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
                             uint32_t written) {
     uint64_t at = 4 + VBLK__USED_BYTES *
                           (uint64_t)(q->run.used_next & (q->size - 1));
-    uint8_t element[VBLK__USED_BYTES];
+    const uint32_t element[2] = {vblk__le32(head), vblk__le32(written)};
     if (vblk__halted(dev)) {
         return false;
     }
-    vblk__put_le(element, head, 4);
-    vblk__put_le(element + 4, written, 4);
     if (q->run.used) {
         VBLK_MEMCPY(q->run.used + at, element, sizeof element);
     } else if (!vblk__write(dev, q->used_gpa + at, element, sizeof element)) {
