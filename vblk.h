@@ -2710,11 +2710,13 @@ typedef enum vblk__shape { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID } vblk__shape;
 // no other has is a value of a column, and a case in the switch over it:
 //
 //     shape   vblk__fit, with a function that checks the data
-//     does    vblk_execute; vblk__inner and a vblk__wrapped_ of its own; and in
-//             each *_backend() the call
+//     does    enum vblk__does and a member of vblk_backend; vblk_execute;
+//             vblk__inner, a vblk__wrapped_ of its own and its line in
+//             vblk__wrap, arguments in vblk__call; in each *_backend() the call
 //
-// Around it are the feature (vblk__offer), the events and the counter; the
-// rules, and the model in tests/model.c.
+// Elsewhere it is treated as what is no read: not padded, and paid for by its
+// data. Around it are the feature (vblk__offer), the events and the counter;
+// the rules, and the model in tests/model.c.
 static const struct vblk__kind {
     uint32_t type;
     uint64_t feature; // to be offered; that the driver took it is not asked
@@ -2722,7 +2724,7 @@ static const struct vblk__kind {
     uint8_t  shape;
     uint8_t  does;
     uint8_t  failed;  // the event of a backend that fails
-    uint8_t  cut;     // of a request that ended before its data did
+    uint8_t  cut;     // of one that ended before its data did; NONE: none can
     uint8_t  counter; // of successes, which number in vblk_counts
     uint8_t  bytes;   // what they moved, the same; or `counter`: nothing
 } vblk__kinds[] = {
@@ -4647,23 +4649,36 @@ static int64_t vblk__inner(vblk_wrapper *w, const vblk__call *c) {
     return 0;
 }
 
-static int64_t vblk__wrapped_read(void *user, uint64_t offset,
+static vblk__call vblk__call_to(vblk__does does) {
+    vblk__call c;
+    VBLK_MEMSET(&c, 0, sizeof c);
+    c.does = does;
+    return c;
+}
+
+static int64_t vblk__wrapped_move(void *user, vblk__does does, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    vblk__call c = {VBLK__DO_READ, offset, seg, segs};
+    vblk__call c = vblk__call_to(does);
+    c.offset = offset;
+    c.seg = seg;
+    c.segs = segs;
     return w->around(w, &c);
+}
+
+static int64_t vblk__wrapped_read(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    return vblk__wrapped_move(user, VBLK__DO_READ, offset, seg, segs);
 }
 
 static int64_t vblk__wrapped_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
-    vblk_wrapper *w = (vblk_wrapper *)user;
-    vblk__call c = {VBLK__DO_WRITE, offset, seg, segs};
-    return w->around(w, &c);
+    return vblk__wrapped_move(user, VBLK__DO_WRITE, offset, seg, segs);
 }
 
 static int vblk__wrapped_flush(void *user) {
     vblk_wrapper *w = (vblk_wrapper *)user;
-    vblk__call c = {VBLK__DO_FLUSH, 0, NULL, 0};
+    vblk__call c = vblk__call_to(VBLK__DO_FLUSH);
     return (int)w->around(w, &c);
 }
 
@@ -4676,7 +4691,7 @@ static uint64_t vblk__wrapped_size(void *user) {
 static vblk_backend vblk__wrap(vblk_wrapper *w) {
     vblk_backend b;
     VBLK_MEMSET(&b, 0, sizeof b);
-    b.read = vblk__wrapped_read;
+    b.read = w->inner.read ? vblk__wrapped_read : NULL;
     b.write = w->inner.write ? vblk__wrapped_write : NULL;
     b.flush = w->inner.flush ? vblk__wrapped_flush : NULL;
     b.size = w->inner.size ? vblk__wrapped_size : NULL;
@@ -4755,10 +4770,12 @@ static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
 
 static int64_t vblk__pacer_move(vblk_pacer *l, const vblk__call *c) {
     vblk_seg part[VBLK__SEGS];
-    vblk__call share = {c->does, c->offset, part, 0};
+    vblk__call share = *c;
     const unsigned room = sizeof part / sizeof part[0];
     uint64_t paid, n = 0;
     bool goes_on = vblk__pacer_goes_on(l, c->offset, &paid);
+    share.seg = part;
+    share.segs = 0;
     uint64_t most = paid ? paid : l->share;
     while (share.segs < c->segs && share.segs < room && n < most) {
         vblk_seg *last = &part[share.segs];
@@ -5618,6 +5635,7 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
     vblk_options mine = *o;
+    mine.backend = vblk__wrap(&w->backend);
     mine.event = vblk__worker_event;
     mine.interrupt = vblk__worker_interrupt;
     mine.notify = vblk__worker_notify;
@@ -5645,7 +5663,6 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
         vblk__free_worker(w);
         return err;
     }
-    w->dev.backend = vblk__wrap(&w->backend);
     return VBLK_OK;
 }
 
