@@ -1643,19 +1643,30 @@ static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
 static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
                                bool writable);
 
-// A pointer to `gpa`, which lies in `r`, and how far of `n` bytes; or NULL.
+// A pointer to all of [gpa, gpa + n) if it lies in `r`, or NULL.
 static inline uint8_t *vblk__in_region(const vblk_region *r, uint64_t gpa,
-                                       uint64_t *n, bool writable) {
+                                       uint64_t n, bool writable) {
     uint64_t at = gpa - r->gpa;
-    if (at >= r->bytes || (writable && r->read_only)) {
+    return at < r->bytes && n <= r->bytes - at && !(writable && r->read_only)
+               ? (uint8_t *)r->host + at
+               : NULL;
+}
+
+// The same for as many of the bytes as lie in it.
+static uint8_t *vblk__part_of(const vblk_region *r, uint64_t gpa, uint64_t *n,
+                              bool writable) {
+    uint64_t at = gpa - r->gpa;
+    if (at >= r->bytes) {
         return NULL;
     }
     *n = *n < r->bytes - at ? *n : r->bytes - at;
-    return (uint8_t *)r->host + at;
+    return vblk__in_region(r, gpa, *n, writable);
 }
 
-// The region that holds `gpa`, or NULL: by halves, as if the table was sorted,
-// and else one by one.
+static const vblk_region vblk__no_region = {0, 0, NULL, false};
+
+// The region that holds `gpa`, or one of no bytes: by halves, as if the table
+// was sorted, and else one by one.
 static const vblk_region *vblk__find_region(const vblk_regions *all,
                                             uint64_t gpa) {
     const vblk_region *r = all->region, *end = r + all->count;
@@ -1670,41 +1681,33 @@ static const vblk_region *vblk__find_region(const vblk_regions *all,
             return r;
         }
     }
-    return NULL;
+    return &vblk__no_region;
 }
 
 // Buffers of a kind lie together: where the last of them was, the next is
 // looked for first. Foreign maps are asked each time.
 enum { VBLK__TABLES, VBLK__ENDS, VBLK__DATA }; // ends: headers, status bytes
 
-static const vblk_region vblk__no_region = {0, 0, NULL, false};
-
+// A pointer to `gpa`, and to how many of `n` bytes there.
 static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
                               uint64_t gpa, uint64_t *n, bool writable) {
     const vblk_memory *m = &dev->memory;
     if (m->map != vblk__regions_map) {
         return (uint8_t *)m->map(m->user, gpa, n, writable);
     }
-    const vblk_region *r =
-        vblk__find_region((const vblk_regions *)m->user, gpa);
-    *near = r ? r : &vblk__no_region;
-    return vblk__in_region(*near, gpa, n, writable);
-}
-
-static inline uint8_t *vblk__map(vblk_dev *dev, const vblk_region **near,
-                                 uint64_t gpa, uint64_t *n, bool writable) {
-    uint8_t *p = vblk__in_region(*near, gpa, n, writable);
-    return p ? p : vblk__look_up(dev, near, gpa, n, writable);
+    *near = vblk__find_region((const vblk_regions *)m->user, gpa);
+    return vblk__part_of(*near, gpa, n, writable);
 }
 
 // A pointer to all of [gpa, gpa + n), or NULL.
 static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
                                    uint64_t gpa, uint64_t n, bool writable) {
     uint64_t run = n;
-    if (!dev->memory.map) {
-        return NULL;
+    uint8_t *p = vblk__in_region(*near, gpa, n, writable);
+    if (p || !dev->memory.map) {
+        return p;
     }
-    uint8_t *p = vblk__map(dev, near, gpa, &run, writable);
+    p = vblk__look_up(dev, near, gpa, &run, writable);
     return run >= n ? p : NULL;
 }
 
@@ -1776,9 +1779,8 @@ static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
 
 static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
                                bool writable) {
-    const vblk_region *r =
-        vblk__find_region((const vblk_regions *)user, gpa);
-    return r ? vblk__in_region(r, gpa, n, writable) : NULL;
+    const vblk_regions *all = (const vblk_regions *)user;
+    return vblk__part_of(vblk__find_region(all, gpa), gpa, n, writable);
 }
 
 // Ring indices are single accesses.
@@ -1805,17 +1807,23 @@ static void vblk__copy_out(uint8_t *p, const uint8_t *src, uint64_t n) {
     }
 }
 
-// All or nothing: a range that goes on in another region is looked up to its
-// end before a byte moves.
+// A pointer to the first `run` of the bytes. All or nothing: a range that goes
+// on in another region is looked up to its end before a byte moves.
 static uint8_t *vblk__regions_begin(void *user, uint64_t gpa, uint64_t n,
                                     uint64_t *run, bool writable) {
+    const vblk_region *r =
+        vblk__find_region((const vblk_regions *)user, gpa);
+    uint8_t *first = vblk__in_region(r, gpa, n, writable), *p = first;
     *run = n;
-    void *first = vblk__regions_map(user, gpa, run, writable), *p = first;
+    if (p) {
+        return p;
+    }
+    first = p = vblk__part_of(r, gpa, run, writable);
     for (uint64_t done = *run, more; p && done < n; done += more) {
         more = n - done;
-        p = vblk__regions_map(user, gpa + done, &more, writable);
+        p = (uint8_t *)vblk__regions_map(user, gpa + done, &more, writable);
     }
-    return (uint8_t *)(p ? first : NULL);
+    return p ? first : NULL;
 }
 
 static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
@@ -2537,32 +2545,9 @@ typedef struct vblk__table {
     uint8_t *ptr; // or NULL
     uint64_t gpa;
     uint32_t entries;
-    uint32_t taken; // so far: a chain has each entry once
+    unsigned before; // descriptors of the chain that are in another table
     bool     indirect;
 } vblk__table;
-
-static void vblk__append(vblk__chain *c, uint64_t gpa, uint32_t n,
-                         bool write) {
-    if (c->descs++ == 0) {
-        c->first_ok = !write && n >= VBLK__HEADER_BYTES;
-    }
-    c->last_ok = write && n > 0;
-    if (n == 0) {
-        return;
-    }
-    if (write) {
-        c->in_bytes += n;
-        c->last_gpa = gpa;
-        c->last_n = n;
-    } else {
-        c->mixed = c->mixed || c->in_bytes > 0;
-        c->out_bytes += n;
-    }
-    if (!c->spoilt) {
-        c->d[c->end].gpa = gpa;
-        c->d[c->end++].n = n;
-    }
-}
 
 // Go from `t` to the indirect table at `gpa` [2.7.5.3].
 static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
@@ -2585,53 +2570,99 @@ static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
     t->ptr = vblk__whole(dev, &c->near[VBLK__TABLES], gpa, n, false);
     t->gpa = gpa;
     t->entries = n / VBLK__DESC_BYTES;
-    t->taken = 0;
+    t->before = c->descs;
     t->indirect = true;
     return true;
 }
 
+// How many descriptors the chain may have before somebody looks: each entry of
+// a table once, and `most` in all.
+static unsigned vblk__stop_at(const vblk__table *t, unsigned most) {
+    return most - t->before < t->entries ? most : t->before + t->entries;
+}
+
+// The chain is as long as it may be. In the standard profile the end of one
+// that is too long is looked for, as far as any queue could hold it.
+static bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
+                           const vblk__table *t, unsigned limit) {
+    if (c->descs >= limit) {
+        c->spoilt = VBLK_EV_CHAIN_LONG;
+    }
+    return c->descs == vblk__stop_at(t, VBLK__MAX_WALK) ||
+           (c->spoilt && dev->strict)
+               ? !vblk__refuse(c, VBLK_EV_CHAIN_LONG,
+                               c->spoilt ? limit : t->entries, 0)
+               : false;
+}
+
 // Follow the chain from `head`: at most seg_max + 2 descriptors, and at most
-// as many of a table as it has, whatever the guest writes there meanwhile. In
-// the standard profile the end of one that is too long is looked for, as far
-// as any queue could hold it, and not kept.
+// as many of a table as it has, whatever the guest writes there meanwhile.
 static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
     vblk__table t = {q->run.desc, q->desc_gpa, q->size, 0, false};
-    unsigned limit = dev->seg_max + 2;
-    uint32_t i = head;
-    for (;;) {
+    const unsigned limit = dev->seg_max + 2;
+    unsigned stop = vblk__stop_at(&t, limit), end = 0;
+    uint64_t in = 0, out = 0;
+    uint32_t i = head, n, flags;
+    bool     mixed = false;
+    c->descs = 0;
+    c->last_gpa = c->last_n = 0;
+    c->first_ok = false;
+    do {
         uint8_t d[VBLK__DESC_BYTES];
         uint64_t at = VBLK__DESC_BYTES * (uint64_t)i;
         if (i >= t.entries) {
             return vblk__refuse(c, VBLK_EV_CHAIN_NEXT, i, t.entries);
         }
-        if (c->descs == limit) {
-            c->spoilt = VBLK_EV_CHAIN_LONG;
-        }
-        if (t.taken++ == t.entries || c->descs == VBLK__MAX_WALK ||
-            (c->spoilt && dev->strict)) {
-            return vblk__refuse(c, VBLK_EV_CHAIN_LONG,
-                                c->spoilt ? limit : t.entries, 0);
+        if (c->descs == stop) {
+            if (vblk__too_long(dev, c, &t, limit)) {
+                return false;
+            }
+            stop = vblk__stop_at(&t, VBLK__MAX_WALK);
         }
         if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
             return vblk__refuse(c, VBLK_EV_CHAIN_UNREADABLE, t.gpa + at, 0);
         }
         uint64_t gpa = vblk__get64(d);
-        uint32_t n = vblk__get32(d + 8);
-        unsigned flags = vblk__get16(d + 12);
+        n = vblk__get32(d + 8);
+        flags = vblk__get16(d + 12);
+        i = vblk__get16(d + 14);
         if (flags & VBLK__DESC_INDIRECT) {
             if (!vblk__enter(dev, c, &t, gpa, n, flags)) {
                 return false;
             }
+            stop = vblk__stop_at(&t, c->spoilt ? VBLK__MAX_WALK : limit);
+            flags = VBLK__DESC_NEXT;
             i = 0;
             continue;
         }
-        vblk__append(c, gpa, n, (flags & VBLK__DESC_WRITE) != 0);
-        if (!(flags & VBLK__DESC_NEXT)) {
-            return true;
+        if (c->descs++ == 0) {
+            c->first_ok = !(flags & VBLK__DESC_WRITE) &&
+                          n >= VBLK__HEADER_BYTES;
         }
-        i = vblk__get16(d + 14);
-    }
+        if (n == 0) {
+            continue;
+        }
+        if (flags & VBLK__DESC_WRITE) {
+            in += n;
+            c->last_gpa = gpa;
+            c->last_n = n;
+        } else {
+            mixed = mixed || in > 0;
+            out += n;
+        }
+        if (end < limit) { // or it is spoilt, and will not be used
+            c->d[end].gpa = gpa;
+            c->d[end++].n = n;
+        }
+    } while (flags & VBLK__DESC_NEXT);
+    c->last_ok = flags & VBLK__DESC_WRITE && n > 0;
+    c->mixed = mixed;
+    c->in_bytes = in;
+    c->out_bytes = out;
+    c->begin = 0;
+    c->end = end;
+    return true;
 }
 
 // Find the status byte and take its descriptor off the list (V2, P1).
@@ -2662,36 +2693,50 @@ static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
     return true;
 }
 
+// Take `n` bytes off the first descriptor.
+static inline void vblk__cut(vblk__chain *c, size_t n) {
+    vblk_seg *d = &c->d[c->begin];
+    c->out_bytes -= n;
+    d->gpa += n;
+    d->n -= n;
+    c->begin += d->n == 0;
+}
+
+// From several descriptors, or by the accessors.
+static bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
+                                uint8_t *header) {
+    for (size_t got = 0, n; got < VBLK__HEADER_BYTES; got += n) {
+        const vblk_seg *d = &c->d[c->begin];
+        n = VBLK__HEADER_BYTES - got;
+        n = d->n < n ? d->n : n;
+        if (vblk__wraps(d->gpa, d->n) ||
+            !vblk__read(dev, d->gpa, header + got, n)) {
+            return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
+        }
+        vblk__cut(c, dev->strict ? d->n : n);
+    }
+    return true;
+}
+
 // Read the header and take its bytes off the list (V3, V4, P1).
 static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
-    size_t got = 0;
-    bool   framed = c->first_ok || !dev->strict;
+    bool framed = c->first_ok || !dev->strict;
     if (c->out_bytes < VBLK__HEADER_BYTES || (!framed && c->mixed)) {
         return vblk__refuse(c, VBLK_EV_HEADER_SHORT, c->out_bytes, 0);
     }
     if (!framed) {
         return vblk__refuse(c, VBLK_EV_HEADER_FRAMING, c->out_bytes, 0);
     }
-    while (got < VBLK__HEADER_BYTES) {
-        vblk_seg *d = &c->d[c->begin];
-        size_t n = VBLK__HEADER_BYTES - got;
-        n = d->n < n ? d->n : n;
-        if (vblk__wraps(d->gpa, d->n)) {
-            return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
-        }
-        uint8_t *p = vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa, n, false);
-        if (p && n == VBLK__HEADER_BYTES) {
-            vblk__fetch16(dev, p, 0, header);
-        } else if (!vblk__read(dev, d->gpa, header + got, n)) {
-            return vblk__refuse(c, VBLK_EV_HEADER_UNREADABLE, d->gpa, 0);
-        }
-        got += n;
-        n = dev->strict ? d->n : n;
-        c->out_bytes -= n;
-        d->gpa += n;
-        d->n -= n;
-        c->begin += d->n == 0;
+    vblk_seg *d = c->d;
+    uint8_t *p = d->n < VBLK__HEADER_BYTES || vblk__wraps(d->gpa, d->n)
+                     ? NULL
+                     : vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa,
+                                   VBLK__HEADER_BYTES, false);
+    if (!p) {
+        return vblk__gather_header(dev, c, header);
     }
+    vblk__fetch16(dev, p, 0, header);
+    vblk__cut(c, dev->strict ? d->n : VBLK__HEADER_BYTES);
     return true;
 }
 
@@ -2878,7 +2923,7 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     bool fits = true;
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
-        uint8_t *p = vblk__map(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
+        uint8_t *p = vblk__look_up(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
@@ -2900,7 +2945,10 @@ static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     for (unsigned i = c->begin; i < c->end; i++) {
         vblk_seg d = c->d[i]; // its segment may take its place
-        if (!vblk__map_desc(dev, r, c, i, in)) {
+        uint8_t *p = vblk__in_region(c->near[VBLK__DATA], d.gpa, d.n, in);
+        if (p) {
+            vblk__add_seg(r, p, d.gpa, d.n);
+        } else if (!vblk__map_desc(dev, r, c, i, in)) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
@@ -3172,14 +3220,9 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
     c.d = r->seg + (room - (dev->seg_max + 2));
     c.near = q->run.near;
-    c.descs = c.begin = c.end = 0;
-    c.out_bytes = c.in_bytes = 0;
-    c.last_gpa = c.last_n = 0;
-    c.code = VBLK_EV_NONE;
+    c.spoilt = c.code = VBLK_EV_NONE;
     c.why_a = c.why_b = 0;
     c.status = VBLK_S_IOERR;
-    c.first_ok = c.last_ok = c.mixed = false;
-    c.spoilt = VBLK_EV_NONE;
     vblk__state state = vblk__judge(dev, q, r, &c, now_ns);
     uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
     *budget -= length < *budget ? length : *budget;
