@@ -1589,6 +1589,17 @@ typedef uint16_t vblk__shared16;
 #endif
 
 
+// In the common request's path each call costs; what is not common is out of
+// line. For size neither matters.
+#if defined(__GNUC__) && !defined(__OPTIMIZE_SIZE__)
+#define VBLK__FLAT static inline __attribute__((always_inline))
+#define VBLK__RARE static __attribute__((cold))
+#else
+#define VBLK__FLAT static inline
+#define VBLK__RARE static
+#endif
+
+
 // ---- Wire: little-endian loads and stores, layouts --------------------------
 
 #define VBLK__DESC_NEXT     1u
@@ -1689,8 +1700,8 @@ static const vblk_region *vblk__find_region(const vblk_regions *all,
 enum { VBLK__TABLES, VBLK__ENDS, VBLK__DATA }; // ends: headers, status bytes
 
 // A pointer to `gpa`, and to how many of `n` bytes there.
-static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
-                              uint64_t gpa, uint64_t *n, bool writable) {
+VBLK__RARE uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
+                                  uint64_t gpa, uint64_t *n, bool writable) {
     const vblk_memory *m = &dev->memory;
     if (m->map != vblk__regions_map) {
         return (uint8_t *)m->map(m->user, gpa, n, writable);
@@ -1954,18 +1965,19 @@ static void vblk__emit(const vblk_dev *dev, int queue, int head,
     }
 }
 
-static void vblk__say(const vblk_dev *dev, vblk_event_code code, uint64_t a,
-                      uint64_t b) {
+VBLK__RARE void vblk__say(const vblk_dev *dev, vblk_event_code code, uint64_t a,
+                          uint64_t b) {
     vblk__emit(dev, VBLK_NO_QUEUE, VBLK_NO_HEAD, code, a, b);
 }
 
-static void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
-                            vblk_event_code code, uint64_t a, uint64_t b) {
+VBLK__RARE void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
+                                vblk_event_code code, uint64_t a, uint64_t b) {
     vblk__emit(dev, vblk__index(dev, q), VBLK_NO_HEAD, code, a, b);
 }
 
-static void vblk__say_request(const vblk_dev *dev, const vblk_request *r,
-                              vblk_event_code code, uint64_t a, uint64_t b) {
+VBLK__RARE void vblk__say_request(const vblk_dev *dev, const vblk_request *r,
+                                  vblk_event_code code, uint64_t a,
+                                  uint64_t b) {
     vblk__emit(dev, r->queue, r->head, code, a, b);
 }
 
@@ -2194,7 +2206,7 @@ static void vblk__forget_stall(vblk_dev *dev, vblk_queue *q) {
 }
 
 // It has passed.
-static void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
+VBLK__RARE void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     vblk__forget_stall(dev, q);
     if (now_ns > q->run.stalled_ns) {
         vblk__count(&q->counts.throttled_ns, now_ns - q->run.stalled_ns);
@@ -2293,8 +2305,8 @@ static uint64_t vblk__used_bytes(const vblk_queue *q) {
 
 // What is under way in a broken queue goes stale, though it still moves data
 // until the host has ended it. Its stall ends: no other queue waits for it.
-static void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
-                         uint64_t a, uint64_t b) {
+VBLK__RARE void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
+                             uint64_t a, uint64_t b) {
     if (q->broken) {
         return;
     }
@@ -2444,8 +2456,8 @@ static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
     return true;
 }
 
-static bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
-                            uint32_t written) {
+VBLK__FLAT bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
+                                uint32_t written) {
     uint64_t at = 4 + VBLK__USED_BYTES *
                           (uint64_t)(q->run.used_next & (q->size - 1));
     const uint32_t element[2] = {vblk__le32(head), vblk__le32(written)};
@@ -2532,8 +2544,8 @@ typedef struct vblk__chain {
 } vblk__chain;
 
 // False, for the caller to return.
-static bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
-                         uint64_t b) {
+VBLK__RARE bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
+                             uint64_t b) {
     c->code = code;
     c->why_a = a;
     c->why_b = b;
@@ -2583,8 +2595,8 @@ static unsigned vblk__stop_at(const vblk__table *t, unsigned most) {
 
 // The chain is as long as it may be. In the standard profile the end of one
 // that is too long is looked for, as far as any queue could hold it.
-static bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
-                           const vblk__table *t, unsigned limit) {
+VBLK__RARE bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
+                               const vblk__table *t, unsigned limit) {
     if (c->descs >= limit) {
         c->spoilt = VBLK_EV_CHAIN_LONG;
     }
@@ -2703,8 +2715,8 @@ static inline void vblk__cut(vblk__chain *c, size_t n) {
 }
 
 // From several descriptors, or by the accessors.
-static bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
-                                uint8_t *header) {
+VBLK__RARE bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
+                                    uint8_t *header) {
     for (size_t got = 0, n; got < VBLK__HEADER_BYTES; got += n) {
         const vblk_seg *d = &c->d[c->begin];
         n = VBLK__HEADER_BYTES - got;
@@ -2907,8 +2919,8 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
 
 // Descriptor `i` to one segment, or to one for each host region it lies in, as
 // long as they do not reach the next, which is still to be read.
-static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
-                           unsigned i, bool in) {
+VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                               unsigned i, bool in) {
     vblk_seg d = c->d[i];
     if (vblk__wraps(d.gpa, d.n)) {
         return false;
@@ -3029,8 +3041,8 @@ static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
 }
 
 // Guest memory refuses `s`, the piece before `p`, which it had agreed to (X5).
-static int vblk__refused(vblk_dev *dev, const vblk_request *r, vblk_seg s,
-                         vblk__place p) {
+VBLK__RARE int vblk__refused(vblk_dev *dev, const vblk_request *r, vblk_seg s,
+                             vblk__place p) {
     const vblk_seg *whole = &r->seg[p.at ? p.seg : p.seg - 1];
     vblk__say_request(dev, r, VBLK_EV_DATA_UNMAPPED, s.gpa,
                       whole->gpa + whole->n - s.gpa);
@@ -3091,9 +3103,9 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 // The chain of `r` is done, `data` bytes were written: status byte, then used
 // element [2.7.8.2]. Counts the error, if it is one. False: there is no status
 // byte any more.
-static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
-                               const vblk_request *r, uint8_t status,
-                               uint64_t data) {
+VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
+                                   const vblk_request *r, uint8_t status,
+                                   uint64_t data) {
     bool told = true;
     if (vblk__halted(dev)) {
         return false;
@@ -3116,8 +3128,16 @@ static bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
     return told;
 }
 
-static void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
-                                uint64_t bytes) {
+// What ends without the backend.
+static bool vblk__return_early(vblk_dev *dev, vblk_queue *q,
+                               const vblk_request *r, uint8_t status,
+                               uint64_t data) {
+    return vblk__return_chain(dev, q, r, status, data);
+}
+
+VBLK__FLAT void vblk__count_success(vblk_queue *q,
+                                    const struct vblk__kind *k,
+                                    uint64_t bytes) {
     uint64_t *counts = (uint64_t *)(void *)&q->counts;
     vblk__count(&counts[k->counter], 1);
     if (k->bytes != k->counter) {
@@ -3126,7 +3146,7 @@ static void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
 }
 
 // V1 and V2, and there is no status byte to tell the driver by (P5).
-static void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
+VBLK__RARE void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
     vblk__count(&q->counts.io_errors, 1);
     if (!dev->strict) {
         vblk__give_back(dev, q, head, 0);
@@ -3160,13 +3180,13 @@ static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
 static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     const struct vblk__kind *k = vblk__kind_of(r);
     if (k->does != VBLK__DO_ANSWER) { // idle
-        if (vblk__return_chain(dev, q, r, VBLK_S_OK, 0)) {
+        if (vblk__return_early(dev, q, r, VBLK_S_OK, 0)) {
             vblk__count_success(q, k, 0);
         }
     } else if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
-        vblk__return_chain(dev, q, r, VBLK_S_IOERR, 0);
+        vblk__return_early(dev, q, r, VBLK_S_IOERR, 0);
     } else {
-        vblk__return_chain(dev, q, r, VBLK_S_OK, r->bytes);
+        vblk__return_early(dev, q, r, VBLK_S_OK, r->bytes);
     }
 }
 
@@ -3186,7 +3206,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     if (!vblk__parse(dev, r, c)) {
         vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
-        vblk__return_chain(dev, q, r, c->status, 0);
+        vblk__return_early(dev, q, r, c->status, 0);
         return VBLK__MORE;
     }
     bool idle = vblk__is_idle(dev, r);
@@ -3294,7 +3314,7 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
 // ---- Complete: a request has ended -----------------------------------------
 
 // From byte `at` on, the data reads as zeroes (X2).
-static bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
+VBLK__RARE bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[VBLK_SECTOR] = {0};
     vblk__place p = vblk__find(r, at);
     while (p.seg < r->segs) {
@@ -3325,8 +3345,8 @@ typedef struct vblk__progress {
 
 // `r` has come as far as `done`: the event of a failure, with the sector; then
 // padding, status, used element, counters.
-static int vblk__end_request(vblk_dev *dev, const vblk_request *r,
-                             vblk__progress done) {
+VBLK__FLAT int vblk__end_request(vblk_dev *dev, const vblk_request *r,
+                                 vblk__progress done) {
     vblk_queue *q = &dev->queue[r->queue];
     if (vblk__stale(dev, r)) {
         bool of_broken = q->broken && r->epoch + 1 == q->epoch;

@@ -5,8 +5,8 @@ FNR == 1 { pass++; inside = 0; start = "" }
 !inside { next }
 { code = $0; sub(/\/\/.*/, "", code); gsub(/"([^"\\]|\\.)*"/, "", code) }
 # A definition is a name at the outermost level whose text reaches a brace.
-code ~ /^(static|VBLKDEF)/ { start = code; at = FNR }
-code !~ /^(static|VBLKDEF)/ && start != "" { start = start code }
+code ~ /^(static|VBLKDEF|VBLK__FLAT|VBLK__RARE)/ { start = code; at = FNR }
+code !~ /^(static|VBLKDEF|VBLK__FLAT|VBLK__RARE)/ && start != "" { start = start code }
 start ~ /;[ ]*$/ { start = "" }
 start ~ /\{[ ]*$/ {
     if (start ~ /\)[ ]*\{/ && match(start, /vblk_[a-z0-9_]*\(/)) {
