@@ -981,6 +981,7 @@ typedef struct vblk_queue {
     // Register calls, before the queue is ready.
     bool     ready;     // atomic
     bool     due;       // atomic: vblk_poll() is to look
+    uint16_t number;    // in dev->queue
     uint32_t size;
     uint64_t desc_gpa, avail_gpa, used_gpa;
 #if UINTPTR_MAX > UINT32_MAX
@@ -1944,10 +1945,6 @@ static void vblk__set_field(vblk_event *e, unsigned field, uint64_t n) {
     }
 }
 
-static int vblk__index(const vblk_dev *dev, const vblk_queue *q) {
-    return (int)(q - dev->queue);
-}
-
 // Tell the host: of the device, of a queue, of a chain.
 static void vblk__emit(const vblk_dev *dev, int queue, int head,
                        vblk_event_code code, uint64_t a, uint64_t b) {
@@ -1972,7 +1969,7 @@ VBLK__RARE void vblk__say(const vblk_dev *dev, vblk_event_code code, uint64_t a,
 
 VBLK__RARE void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
                                 vblk_event_code code, uint64_t a, uint64_t b) {
-    vblk__emit(dev, vblk__index(dev, q), VBLK_NO_HEAD, code, a, b);
+    vblk__emit(dev, q->number, VBLK_NO_HEAD, code, a, b);
 }
 
 VBLK__RARE void vblk__say_request(const vblk_dev *dev, const vblk_request *r,
@@ -2183,7 +2180,7 @@ static bool vblk__limited(const vblk_dev *dev) {
 
 // `q` had its turn, or gives it up: it goes to the next queue that waits.
 static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
-    unsigned me = (unsigned)vblk__index(dev, q);
+    unsigned me = q->number;
     if (dev->waits && dev->turn == me) {
         dev->waits = false;
         dev->again_ns = 0;
@@ -2245,7 +2242,7 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
                         uint64_t now_ns) {
     if (!dev->waits) {
         dev->waits = true;
-        dev->turn = (uint16_t)vblk__index(dev, q);
+        dev->turn = q->number;
         dev->again_ns = 0;
     }
     q->run.stalled_bytes = cost;
@@ -2269,7 +2266,7 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
     }
     vblk_bucket_refill(&dev->ops, now_ns);
     vblk_bucket_refill(&dev->bytes, now_ns);
-    bool its_turn = !dev->waits || dev->turn == vblk__index(dev, q);
+    bool its_turn = !dev->waits || dev->turn == q->number;
     if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
         !vblk_bucket_can_take(&dev->bytes, bytes)) {
         vblk__stall(dev, q, bytes, now_ns);
@@ -2312,6 +2309,7 @@ VBLK__RARE void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     }
     VBLK__STORE(&q->broken, true);
     VBLK__STORE(&q->epoch, q->epoch + 1);
+    q->run.avail_seen = q->run.avail_next; // there is nothing to take
     vblk__forget_stall(dev, q);
     vblk__count(&q->counts.broken_queues, 1);
     vblk__say_queue(dev, q, code, a, b);
@@ -2512,7 +2510,7 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
     bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
     q->run.undecided = 0;
     if (fire || dev->strict) { // P7
-        vblk__raise(dev, vblk__index(dev, q), fire);
+        vblk__raise(dev, q->number, fire);
     }
 }
 
@@ -3098,7 +3096,7 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 }
 
 
-// ---- Next: the request at the head -----------------------------------------
+// ---- Serve: the chain at the head ------------------------------------------
 
 // The chain of `r` is done, `data` bytes were written: status byte, then used
 // element [2.7.8.2]. Counts the error, if it is one. False: there is no status
@@ -3235,7 +3233,7 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     if (!vblk__take(dev, q, &r->head)) {
         return VBLK__BROKEN;
     }
-    r->queue = (uint16_t)vblk__index(dev, q);
+    r->queue = q->number;
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
     c.d = r->seg + (room - (dev->seg_max + 2));
@@ -3248,68 +3246,6 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     *budget -= length < *budget ? length : *budget;
     return state;
 }
-
-// The next request, past all that is answered on the way. Each chain takes one
-// off `budget`, and a very long one more. MORE: the budget is spent, or the
-// thread is wanted elsewhere.
-static vblk__state vblk__pull(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              unsigned room, uint64_t now_ns,
-                              uint32_t *budget) {
-    for (;;) {
-        vblk__state state = vblk__peek(dev, q);
-        if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
-            return state;
-        }
-        --*budget;
-        vblk__notify_off(dev, q);
-        state = vblk__serve(dev, q, r, room, now_ns, budget);
-        if (state != VBLK__STALLED && q->run.stalled) {
-            vblk__end_stall(dev, q, now_ns);
-        }
-        if (state != VBLK__MORE) {
-            return state;
-        }
-    }
-}
-
-// The queue if it may be drained now, else NULL: what was completed before it
-// broke is published.
-static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
-    if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
-        queue >= vblk__queue_count(dev)) {
-        return NULL;
-    }
-    vblk_queue *q = &dev->queue[queue];
-    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
-        return NULL;
-    }
-    if (!dev->memory.read) {
-        bool said = VBLK__LOAD(&dev->no_memory_said);
-        if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
-            vblk__say_queue(dev, q, VBLK_EV_NO_MEMORY, 0, 0);
-        }
-        return NULL;
-    }
-    if (q->broken || (!q->run.resolved && !vblk__resolve(dev, q))) {
-        vblk__publish_queue(dev, q);
-        return NULL;
-    }
-    return q;
-}
-
-VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
-                       vblk_request *req, vblk_seg *seg, unsigned room) {
-    VBLK_ASSERT(queue < dev->queues);
-    VBLK_ASSERT(room >= dev->seg_max + 2);
-    vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q || room < dev->seg_max + 2) {
-        return false;
-    }
-    uint32_t budget = q->size;
-    req->seg = seg;
-    return vblk__pull(dev, q, req, room, now_ns, &budget) == VBLK__REQUEST;
-}
-
 
 // ---- Complete: a request has ended -----------------------------------------
 
@@ -3510,7 +3446,74 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
 }
 
 
-// ---- Publish, drain, poll --------------------------------------------------
+// ---- Next, publish, drain, poll --------------------------------------------
+
+// The next request, past all that is answered on the way and, with `here`, past
+// all that can be done. Each chain takes one off `budget`, and a very long one
+// more. MORE: the budget is spent, or the thread is wanted elsewhere.
+static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
+                              unsigned room, uint64_t now_ns,
+                              uint32_t *budget, bool here) {
+    for (;;) {
+        vblk__state state = VBLK__MORE;
+        if (q->run.avail_next == q->run.avail_seen) {
+            state = vblk__peek(dev, q);
+        }
+        if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
+            return state;
+        }
+        --*budget;
+        vblk__notify_off(dev, q);
+        state = vblk__serve(dev, q, r, room, now_ns, budget);
+        if (state != VBLK__STALLED && q->run.stalled) {
+            vblk__end_stall(dev, q, now_ns);
+        }
+        if (state == VBLK__REQUEST && here) {
+            vblk_execute(dev, r);
+        } else if (state != VBLK__MORE) {
+            return state;
+        }
+    }
+}
+
+// The queue if it may be drained now, else NULL: what was completed before it
+// broke is published.
+static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
+    if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
+        queue >= vblk__queue_count(dev)) {
+        return NULL;
+    }
+    vblk_queue *q = &dev->queue[queue];
+    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
+        return NULL;
+    }
+    if (!dev->memory.read) {
+        bool said = VBLK__LOAD(&dev->no_memory_said);
+        if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
+            vblk__say_queue(dev, q, VBLK_EV_NO_MEMORY, 0, 0);
+        }
+        return NULL;
+    }
+    if (q->broken || (!q->run.resolved && !vblk__resolve(dev, q))) {
+        vblk__publish_queue(dev, q);
+        return NULL;
+    }
+    return q;
+}
+
+VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
+                       vblk_request *req, vblk_seg *seg, unsigned room) {
+    VBLK_ASSERT(queue < dev->queues);
+    VBLK_ASSERT(room >= dev->seg_max + 2);
+    vblk_queue *q = vblk__prepare(dev, queue);
+    if (!q || room < dev->seg_max + 2) {
+        return false;
+    }
+    uint32_t budget = q->size;
+    req->seg = seg;
+    return vblk__work(dev, q, req, room, now_ns, &budget, false) ==
+           VBLK__REQUEST;
+}
 
 VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue) {
     VBLK_ASSERT(queue < dev->queues);
@@ -3531,7 +3534,7 @@ static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
         return VBLK_NEVER;
     }
     uint64_t at = vblk__turn_comes(dev, now_ns);
-    bool     its_turn = dev->turn == vblk__index(dev, q);
+    bool     its_turn = dev->turn == q->number;
     if (its_turn || at - now_ns >= VBLK__LOOK_AGAIN ||
         now_ns >= VBLK_NEVER - VBLK__LOOK_AGAIN) {
         return at;
@@ -3580,10 +3583,7 @@ static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
     vblk__state state;
     r.seg = seg;
     do {
-        while ((state = vblk__pull(dev, q, &r, VBLK__SEGS, now_ns, &budget)) ==
-               VBLK__REQUEST) {
-            vblk_execute(dev, &r);
-        }
+        (void)vblk__work(dev, q, &r, VBLK__SEGS, now_ns, &budget, true);
         state = vblk__arm_queue(dev, q);
     } while (state == VBLK__MORE && budget > 0 && !VBLK__LOAD(&dev->yield));
     vblk__publish_queue(dev, q);
@@ -3953,7 +3953,7 @@ static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
 // P8: on a live device, after the window was checked.
 static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
                                    uint32_t value) {
-    int index = vblk__index(dev, q);
+    int index = q->number;
     if (value == 1 && !q->ready) {
         VBLK__STORE_RELEASE(&q->ready, true);
         vblk_notify(dev, index);
@@ -4234,6 +4234,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     for (unsigned i = 0; i < dev->queues; i++) {
         VBLK_MEMSET(&dev->queue[i], 0, sizeof dev->queue[i]);
         dev->queue[i].epoch = vblk__first_epoch();
+        dev->queue[i].number = (uint16_t)i;
     }
     for (unsigned i = 0; o->id && i < VBLK_ID_BYTES && o->id[i]; i++) {
         dev->id[i] = (uint8_t)o->id[i];
