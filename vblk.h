@@ -2523,9 +2523,8 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 // the list.
 typedef struct vblk__chain {
     const vblk_region **near; // the queue's
-    vblk_seg *d;         // room for seg_max + 2
+    vblk_seg *list, *end; // what is left of it; at first room for seg_max + 2
     unsigned descs;      // read so far, the empty ones too
-    unsigned begin, end; // d[begin] up to d[end] is what is left of it
     vblk_event_code spoilt; // it has an end, and is refused all the same (P5)
     // Why it is refused, as the event says it, and what the status byte tells.
     vblk_event_code code;
@@ -2611,7 +2610,8 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
                        vblk__chain *c) {
     vblk__table t = {q->run.desc, q->desc_gpa, q->size, 0, false};
     const unsigned limit = dev->seg_max + 2;
-    unsigned stop = vblk__stop_at(&t, limit), end = 0;
+    unsigned stop = vblk__stop_at(&t, limit);
+    vblk_seg *end = c->list, *const full = end + limit;
     uint64_t in = 0, out = 0;
     uint32_t i = head, n, flags;
     bool     mixed = false;
@@ -2661,16 +2661,15 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
             mixed = mixed || in > 0;
             out += n;
         }
-        if (end < limit) { // or it is spoilt, and will not be used
-            c->d[end].gpa = gpa;
-            c->d[end++].n = n;
+        if (end != full) { // or it is spoilt, and will not be used
+            end->gpa = gpa;
+            end++->n = n;
         }
     } while (flags & VBLK__DESC_NEXT);
     c->last_ok = flags & VBLK__DESC_WRITE && n > 0;
     c->mixed = mixed;
     c->in_bytes = in;
     c->out_bytes = out;
-    c->begin = 0;
     c->end = end;
     return true;
 }
@@ -2695,7 +2694,7 @@ static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
         c->in_bytes--;
         return true;
     }
-    vblk_seg *last = &c->d[c->end - 1];
+    vblk_seg *last = c->end - 1;
     size_t cut = dev->strict ? last->n : 1; // V15
     c->in_bytes -= cut;
     last->n -= cut;
@@ -2705,18 +2704,18 @@ static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
 
 // Take `n` bytes off the first descriptor.
 static inline void vblk__cut(vblk__chain *c, size_t n) {
-    vblk_seg *d = &c->d[c->begin];
+    vblk_seg *d = c->list;
     c->out_bytes -= n;
     d->gpa += n;
     d->n -= n;
-    c->begin += d->n == 0;
+    c->list += d->n == 0;
 }
 
 // From several descriptors, or by the accessors.
 VBLK__RARE bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
                                     uint8_t *header) {
     for (size_t got = 0, n; got < VBLK__HEADER_BYTES; got += n) {
-        const vblk_seg *d = &c->d[c->begin];
+        const vblk_seg *d = c->list;
         n = VBLK__HEADER_BYTES - got;
         n = d->n < n ? d->n : n;
         if (vblk__wraps(d->gpa, d->n) ||
@@ -2737,7 +2736,7 @@ static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
     if (!framed) {
         return vblk__refuse(c, VBLK_EV_HEADER_FRAMING, c->out_bytes, 0);
     }
-    vblk_seg *d = c->d;
+    const vblk_seg *d = c->list;
     uint8_t *p = d->n < VBLK__HEADER_BYTES || vblk__wraps(d->gpa, d->n)
                      ? NULL
                      : vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa,
@@ -2822,11 +2821,11 @@ static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
     if (!binds && (!offered || !dev->strict)) { // P3
         return true;
     }
-    for (unsigned i = c->begin; i < c->end; i++) {
-        if (c->d[i].n > dev->size_max) {
+    for (const vblk_seg *d = c->list; d != c->end; d++) {
+        if (d->n > dev->size_max) {
             return vblk__refuse(c, binds ? VBLK_EV_SEGMENT_LONG
                                          : VBLK_EV_SEGMENT_LONG_STRICT,
-                                c->d[i].n, dev->size_max);
+                                d->n, dev->size_max);
         }
     }
     return true;
@@ -2834,12 +2833,12 @@ static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
 
 // Only the first `bytes` of the list are to be looked up.
 static void vblk__keep(vblk__chain *c, uint32_t bytes) {
-    unsigned i = c->begin;
-    for (; c->d[i].n < bytes; i++) {
-        bytes -= (uint32_t)c->d[i].n;
+    vblk_seg *d = c->list;
+    for (; d->n < bytes; d++) {
+        bytes -= (uint32_t)d->n;
     }
-    c->d[i].n = bytes;
-    c->end = i + 1;
+    d->n = bytes;
+    c->end = d + 1;
 }
 
 // As many sectors of the disk, from `sector` on (V7 to V9, V13).
@@ -2866,8 +2865,8 @@ static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
 // The id, as far as there is space (V16).
 static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c,
                          vblk_request *r) {
-    if (dev->strict && c->d[c->begin].n < VBLK_ID_BYTES) {
-        return vblk__refuse(c, VBLK_EV_ID_SHORT, c->d[c->begin].n, 0);
+    if (dev->strict && c->list->n < VBLK_ID_BYTES) {
+        return vblk__refuse(c, VBLK_EV_ID_SHORT, c->list->n, 0);
     }
     if (r->bytes > VBLK_ID_BYTES) {
         r->bytes = VBLK_ID_BYTES;
@@ -2915,11 +2914,12 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
     r->direct = r->direct && ptr;
 }
 
-// Descriptor `i` to one segment, or to one for each host region it lies in, as
+// One of the list to one segment, or to one for each host region it lies in, as
 // long as they do not reach the next, which is still to be read.
-VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
-                               unsigned i, bool in) {
-    vblk_seg d = c->d[i];
+VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
+                               const vblk_region **near, const vblk_seg *from,
+                               bool in) {
+    vblk_seg d = *from;
     if (vblk__wraps(d.gpa, d.n)) {
         return false;
     }
@@ -2933,11 +2933,11 @@ VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     bool fits = true;
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
-        uint8_t *p = vblk__look_up(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
+        uint8_t *p = vblk__look_up(dev, near, d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
-        fits = fits && r->seg + r->segs < &c->d[i + 1];
+        fits = fits && r->seg + r->segs < from + 1;
         if (fits) {
             vblk__add_seg(r, p, d.gpa, run);
         }
@@ -2953,12 +2953,13 @@ VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
 // stands at the end of the request's segments, which overtake it never.
 static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
-    for (unsigned i = c->begin; i < c->end; i++) {
-        vblk_seg d = c->d[i]; // its segment may take its place
-        uint8_t *p = vblk__in_region(c->near[VBLK__DATA], d.gpa, d.n, in);
+    const vblk_region **near = &c->near[VBLK__DATA];
+    for (const vblk_seg *from = c->list; from != c->end; from++) {
+        vblk_seg d = *from; // its segment may take its place
+        uint8_t *p = vblk__in_region(*near, d.gpa, d.n, in);
         if (p) {
             vblk__add_seg(r, p, d.gpa, d.n);
-        } else if (!vblk__map_desc(dev, r, c, i, in)) {
+        } else if (!vblk__map_desc(dev, r, near, from, in)) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
@@ -3220,10 +3221,10 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     return VBLK__REQUEST;
 }
 
-// Take one chain. REQUEST: it is in `r`, whose segments have place for `room`.
-// MORE: it was answered here. STALLED: it is back in the ring.
+// Take one chain. REQUEST: it is in `r`, which has seg_max + 2 segments from
+// `list` on. MORE: it was answered here. STALLED: it is back in the ring.
 static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                               unsigned room, uint64_t now_ns,
+                               vblk_seg *list, uint64_t now_ns,
                                uint32_t *budget) {
     vblk__chain c;
     if (q->run.under_way >= q->size) {
@@ -3236,14 +3237,16 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     r->queue = q->number;
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
-    c.d = r->seg + (room - (dev->seg_max + 2));
+    c.list = list;
     c.near = q->run.near;
     c.spoilt = c.code = VBLK_EV_NONE;
     c.why_a = c.why_b = 0;
     c.status = VBLK_S_IOERR;
     vblk__state state = vblk__judge(dev, q, r, &c, now_ns);
-    uint32_t length = c.descs / 512; // 0, but for a very long one (P5)
-    *budget -= length < *budget ? length : *budget;
+    if (c.descs >= 512) { // P5
+        uint32_t length = c.descs / 512;
+        *budget -= length < *budget ? length : *budget;
+    }
     return state;
 }
 
@@ -3420,12 +3423,9 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
 
 // A read that moves nothing has come to the end: unlike a host, the backend
 // knows where that is.
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
+VBLK__FLAT void vblk__execute(vblk_dev *dev, const vblk_request *r) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     bool flush = false;
-    if (vblk__stale(dev, r)) {
-        return;
-    }
     const struct vblk__kind *k = vblk__kind_of(r);
     switch ((vblk__does)k->does) {
     case VBLK__DO_READ:
@@ -3445,6 +3445,12 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
     vblk__end_request(dev, r, done);
 }
 
+VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req) {
+    if (!vblk__stale(dev, req)) {
+        vblk__execute(dev, req);
+    }
+}
+
 
 // ---- Next, publish, drain, poll --------------------------------------------
 
@@ -3452,7 +3458,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *r) {
 // all that can be done. Each chain takes one off `budget`, and a very long one
 // more. MORE: the budget is spent, or the thread is wanted elsewhere.
 static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              unsigned room, uint64_t now_ns,
+                              vblk_seg *list, uint64_t now_ns,
                               uint32_t *budget, bool here) {
     for (;;) {
         vblk__state state = VBLK__MORE;
@@ -3464,12 +3470,12 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         }
         --*budget;
         vblk__notify_off(dev, q);
-        state = vblk__serve(dev, q, r, room, now_ns, budget);
+        state = vblk__serve(dev, q, r, list, now_ns, budget);
         if (state != VBLK__STALLED && q->run.stalled) {
             vblk__end_stall(dev, q, now_ns);
         }
         if (state == VBLK__REQUEST && here) {
-            vblk_execute(dev, r);
+            vblk__execute(dev, r);
         } else if (state != VBLK__MORE) {
             return state;
         }
@@ -3511,7 +3517,8 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
     }
     uint32_t budget = q->size;
     req->seg = seg;
-    return vblk__work(dev, q, req, room, now_ns, &budget, false) ==
+    seg += room - (dev->seg_max + 2);
+    return vblk__work(dev, q, req, seg, now_ns, &budget, false) ==
            VBLK__REQUEST;
 }
 
@@ -3577,13 +3584,13 @@ static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
     if (!q || dev->seg_max > VBLK_MAX_SEGS) {
         return VBLK__EMPTY;
     }
-    vblk_seg seg[VBLK__SEGS];
+    vblk_seg seg[VBLK__SEGS], *list = seg + VBLK__SEGS - (dev->seg_max + 2);
     vblk_request r;
     uint32_t budget = q->size;
     vblk__state state;
     r.seg = seg;
     do {
-        (void)vblk__work(dev, q, &r, VBLK__SEGS, now_ns, &budget, true);
+        (void)vblk__work(dev, q, &r, list, now_ns, &budget, true);
         state = vblk__arm_queue(dev, q);
     } while (state == VBLK__MORE && budget > 0 && !VBLK__LOAD(&dev->yield));
     vblk__publish_queue(dev, q);
