@@ -2375,7 +2375,7 @@ typedef enum vblk__state {
 } vblk__state;
 
 // EMPTY, MORE or BROKEN.
-static vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
+VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx;
     if (q->broken) {
         return VBLK__BROKEN;
@@ -2408,7 +2408,7 @@ static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
 }
 
 // Let the driver see what is completed.
-static void vblk__show(vblk_dev *dev, vblk_queue *q) {
+VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
     if (q->run.used_next != q->run.used_shown) {
         if (!vblk__store16(dev, q->run.used, q->used_gpa, 2,
                            q->run.used_next)) {
@@ -2480,7 +2480,7 @@ static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
 
 // Whether the driver asked for an interrupt since used.idx was `old`
 // [2.7.7.2]; yes when it cannot be read.
-static bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
+VBLK__FLAT bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
     uint16_t word;
     if (dev->event_idx) {
         return q->run.undecided > UINT16_MAX || // once round, past any event
@@ -3551,7 +3551,7 @@ static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
 
 // Before the thread turns away from `q`: completions out, notifications on, and
 // one more look. A request that waits for a limit is no news.
-static vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
+VBLK__FLAT vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
     bool on = false;
     if (!q->broken) {
         vblk__show(dev, q); // one barrier will do for it and the switch
