@@ -3034,9 +3034,9 @@ static vblk_seg vblk__piece(const vblk_request *r, vblk__place *p, uint64_t n) {
 }
 
 // A request of an earlier session, or of a queue that broke.
-static bool vblk__stale(const vblk_dev *dev, const vblk_request *r) {
-    return VBLK__LOAD(&dev->queue[r->queue].epoch) != r->epoch ||
-           vblk__halted(dev);
+static bool vblk__stale(const vblk_dev *dev, const vblk_queue *q,
+                        const vblk_request *r) {
+    return VBLK__LOAD(&q->epoch) != r->epoch || vblk__halted(dev);
 }
 
 // Guest memory refuses `s`, the piece before `p`, which it had agreed to (X5).
@@ -3050,7 +3050,7 @@ VBLK__RARE int vblk__refused(vblk_dev *dev, const vblk_request *r, vblk_seg s,
 
 static int vblk__get(vblk_dev *dev, const vblk_request *r, vblk__place *at,
                      uint8_t *dst, size_t n) {
-    if (vblk__stale(dev, r)) {
+    if (vblk__stale(dev, &dev->queue[r->queue], r)) {
         return VBLK_ERR_STALE;
     }
     while (n > 0) {
@@ -3068,9 +3068,10 @@ static int vblk__get(vblk_dev *dev, const vblk_request *r, vblk__place *at,
 
 static int vblk__put(vblk_dev *dev, const vblk_request *r, vblk__place *at,
                      const uint8_t *src, size_t n) {
+    const vblk_queue *q = &dev->queue[r->queue];
     while (n > 0) {
         vblk_seg s = vblk__piece(r, at, n);
-        if (vblk__stale(dev, r)) {
+        if (vblk__stale(dev, q, r)) {
             return VBLK_ERR_STALE;
         }
         if (s.ptr) {
@@ -3081,7 +3082,7 @@ static int vblk__put(vblk_dev *dev, const vblk_request *r, vblk__place *at,
         src += s.n;
         n -= s.n;
     }
-    return vblk__stale(dev, r) ? VBLK_ERR_STALE : VBLK_OK;
+    return vblk__stale(dev, q, r) ? VBLK_ERR_STALE : VBLK_OK;
 }
 
 VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
@@ -3284,10 +3285,9 @@ typedef struct vblk__progress {
 
 // `r` has come as far as `done`: the event of a failure, with the sector; then
 // padding, status, used element, counters.
-VBLK__FLAT int vblk__end_request(vblk_dev *dev, const vblk_request *r,
-                                 vblk__progress done) {
-    vblk_queue *q = &dev->queue[r->queue];
-    if (vblk__stale(dev, r)) {
+VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
+                                 const vblk_request *r, vblk__progress done) {
+    if (vblk__stale(dev, q, r)) {
         bool of_broken = q->broken && r->epoch + 1 == q->epoch;
         if (of_broken && q->run.under_way > 0) {
             q->run.under_way--;
@@ -3338,7 +3338,7 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
         req->offset + done.bytes < req->backing) {
         done.code = (vblk_event_code)k->cut;
     }
-    return vblk__end_request(dev, req, done);
+    return vblk__end_request(dev, &dev->queue[req->queue], req, done);
 }
 
 
@@ -3423,7 +3423,8 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
 
 // A read that moves nothing has come to the end: unlike a host, the backend
 // knows where that is.
-VBLK__FLAT void vblk__execute(vblk_dev *dev, const vblk_request *r) {
+VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
+                              const vblk_request *r) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     bool flush = false;
     const struct vblk__kind *k = vblk__kind_of(r);
@@ -3442,12 +3443,13 @@ VBLK__FLAT void vblk__execute(vblk_dev *dev, const vblk_request *r) {
         done.error = dev->backend.flush(dev->backend.user);
         done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
     }
-    vblk__end_request(dev, r, done);
+    vblk__end_request(dev, q, r, done);
 }
 
 VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req) {
-    if (!vblk__stale(dev, req)) {
-        vblk__execute(dev, req);
+    vblk_queue *q = &dev->queue[req->queue];
+    if (!vblk__stale(dev, q, req)) {
+        vblk__execute(dev, q, req);
     }
 }
 
@@ -3475,7 +3477,7 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
             vblk__end_stall(dev, q, now_ns);
         }
         if (state == VBLK__REQUEST && here) {
-            vblk__execute(dev, r);
+            vblk__execute(dev, q, r);
         } else if (state != VBLK__MORE) {
             return state;
         }
