@@ -956,6 +956,7 @@ typedef struct vblk_run {
     bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
     bool     switch_failed;
+    bool     armed;        // notifications are on for avail_next
     bool     adopt_used;   // take the used position from the ring first
     bool     stalled;      // the request at the head waits for a limit
     uint16_t avail_next;   // next entry to take
@@ -2395,7 +2396,11 @@ VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
         return VBLK__BROKEN;
     }
     q->run.avail_seen = idx;
-    return idx == q->run.avail_next ? VBLK__EMPTY : VBLK__MORE;
+    if (idx == q->run.avail_next) {
+        return VBLK__EMPTY;
+    }
+    q->run.armed = false;
+    return VBLK__MORE;
 }
 
 // Notifications off: a hint, so a failure does not matter. With EVENT_IDX
@@ -3559,10 +3564,23 @@ VBLK__FLAT vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
         vblk__show(dev, q); // one barrier will do for it and the switch
         on = vblk__notify_on(dev, q);
     }
-    return q->broken  ? VBLK__BROKEN
-           : q->run.stalled ? VBLK__STALLED
-           : on         ? vblk__peek(dev, q)
-                        : VBLK__EMPTY;
+    if (q->broken) {
+        return VBLK__BROKEN;
+    }
+    if (q->run.stalled) {
+        return VBLK__STALLED;
+    }
+    q->run.armed = on; // unless there is more
+    return on ? vblk__peek(dev, q) : VBLK__EMPTY;
+}
+
+// Something came since the queue was armed, or is to be published: of many that
+// are notified at once, few have any.
+static bool vblk__has_news(vblk_dev *dev, const vblk_queue *q) {
+    uint16_t idx;
+    return !q->run.armed || !q->run.resolved || q->run.undecided > 0 ||
+           !vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx) ||
+           idx != q->run.avail_next;
 }
 
 VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
@@ -3625,7 +3643,8 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
         unsigned n = (first + i) % dev->queues;
         vblk_queue *q = &dev->queue[n];
         bool look = vblk__take_due(q);
-        if (q->run.stalled ? timed : look) { // a stall ends by time alone
+        // A stall ends by time alone.
+        if (q->run.stalled ? timed : look && vblk__has_news(dev, q)) {
             if (vblk__drain_queue(dev, n, now_ns) == VBLK__MORE) {
                 vblk__set_due(dev, q);
                 more = true;

@@ -1281,6 +1281,87 @@ void x_completions_outlive_a_change_of_memory(void) {
     CHECK_EQ(0xdd, old[q->used + 2]);
 }
 
+// What was looked up before the memory changed is looked up again.
+void x_buffers_are_where_memory_is_now(void) {
+    static uint8_t old[0x10000], now[0x10000];
+    static vblk_region was, is;
+    static vblk_regions old_ram, now_ram;
+    memset(old, 0, sizeof old);
+    was.bytes = is.bytes = sizeof old;
+    was.host = old;
+    is.host = now;
+    old_ram.region = &was;
+    now_ram.region = &is;
+    old_ram.count = now_ram.count = 1;
+    guest_init();
+    guest_up();
+    vblk_set_memory(&g.dev, vblk_regions_memory(&old_ram));
+    guest_queue *q = &g.queue[0];
+    uint8_t *d = old + q->desc;
+    d[1] = 0x80, d[8] = 16, d[12] = NEXT, d[14] = 1;
+    d[17] = 0x90, d[25] = 2, d[28] = NEXT | WRITE, d[30] = 2;
+    d[33] = 0xa0, d[40] = 1, d[44] = WRITE;
+    old[q->avail + 2] = 1;
+    kick(0);
+    CHECK_MEM(g.disk, old + 0x9000, 512);
+    memcpy(now, old, sizeof now);
+    memset(old, 0xdd, sizeof old);
+    memset(now + 0x9000, 0xee, 512);
+    now[0x8008] = 1; // another sector
+    now[q->avail + 2] = 2;
+    CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, vblk_regions_memory(&now_ram)));
+    kick(0);
+    CHECK_MEM(g.disk + 512, now + 0x9000, 512);
+    CHECK_EQ(VBLK_S_OK, now[0xa000]);
+    CHECK_EQ(2, now[q->used + 2]);
+    for (size_t i = 0; i < sizeof old; i++) {
+        CHECK_EQ(0xdd, old[i]);
+    }
+}
+
+// Every order of a table: each address is found, and no other.
+void b_regions_in_any_order(void) {
+    static uint8_t host[0x10000];
+    static const vblk_region sorted[4] = {
+        {0, 0x1000, host, false},
+        {0x1000, 0x2000, host + 0x8000, true}, // touches the first
+        {0x8000, 1, host + 0x3000, false},
+        {UINT64_MAX - 0xfff, 0x1000, host + 0x4000, false}};
+    for (unsigned order = 0; order < 256; order++) {
+        vblk_region table[4];
+        unsigned    count = 0, used = 0;
+        for (unsigned i = 0; i < 4; i++) { // the last ones may be left out
+            unsigned k = order >> 2 * i & 3;
+            if (!(used >> k & 1)) {
+                table[count++] = sorted[k];
+            }
+            used |= 1u << k;
+        }
+        vblk_regions all = {table, count};
+        vblk_memory  m = vblk_regions_memory(&all);
+        for (unsigned k = 0; k < 4; k++) {
+            const vblk_region *r = &sorted[k];
+            uint64_t places[] = {r->gpa - 1, r->gpa, r->gpa + r->bytes / 2,
+                                 r->gpa + (r->bytes - 1), r->gpa + r->bytes};
+            for (unsigned p = 0; p < COUNT(places); p++) {
+                uint8_t *want = NULL;
+                uint64_t run = 0x10000, left = 0x10000;
+                for (unsigned i = 0; i < count; i++) {
+                    uint64_t at_ = places[p] - table[i].gpa;
+                    if (at_ < table[i].bytes) {
+                        want = (uint8_t *)table[i].host + at_;
+                        left = table[i].bytes - at_;
+                    }
+                }
+                CHECK(m.map(m.user, places[p], &run, false) == want);
+                CHECK(!want || run == left);
+            }
+        }
+        uint64_t run = 1;
+        CHECK(!m.map(m.user, 0x1000, &run, true)); // it is read-only
+    }
+}
+
 void m9_no_interrupt_function(void) {
     guest_init();
     g.o.interrupt = NULL;

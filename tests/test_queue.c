@@ -164,21 +164,29 @@ void q3_switching_on_fails(void) {
     CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
 }
 
-// A switch that failed is set once it can be.
+// A switch that failed is set once it can be, also if there is nothing to do.
 void q3_switching_on_is_tried_again(void) {
-    guest_up_without(VBLK_F_EVENT_IDX);
-    req r = request(VBLK_T_FLUSH, 0, 0);
-    put16(g.queue[0].used, 1);
-    g.hole = g.queue[0].used;
-    g.hole_bytes = 2;
-    vblk_set_memory(&g.dev, g.o.memory);
-    CHECK_EQ(EMPTY, kick(0).state);
-    CHECK_EQ(VBLK_S_OK, status_of(&r));
-    CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_SWITCH]);
-    CHECK_EQ(1, get16(g.queue[0].used));
-    g.hole_bytes = 0;
-    drain(0);
-    CHECK_EQ(0, get16(g.queue[0].used));
+    for (int poll = 0; poll < 2; poll++) {
+        guest_init();
+        guest_up_without(VBLK_F_EVENT_IDX);
+        req r = request(VBLK_T_FLUSH, 0, 0);
+        put16(g.queue[0].used, 1);
+        g.hole = g.queue[0].used;
+        g.hole_bytes = 2;
+        vblk_set_memory(&g.dev, g.o.memory);
+        CHECK_EQ(EMPTY, kick(0).state);
+        CHECK_EQ(VBLK_S_OK, status_of(&r));
+        CHECK_EQ(1, g.events[VBLK_EV_NOTIFY_SWITCH]);
+        CHECK_EQ(1, get16(g.queue[0].used));
+        g.hole_bytes = 0;
+        if (poll) {
+            vblk_notify(&g.dev, 0);
+            vblk_poll(&g.dev, 0);
+        } else {
+            drain(0);
+        }
+        CHECK_EQ(0, get16(g.queue[0].used));
+    }
 }
 
 static void told(vblk_event_code code, uint64_t a, uint64_t b) {

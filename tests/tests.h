@@ -346,6 +346,8 @@
     X(q12_acknowledgements_race_interrupts, ONCE)                              \
     X(q_rings_at_odd_host_addresses, GUEST)                                    \
     X(x_completions_outlive_a_change_of_memory, GUEST)                         \
+    X(x_buffers_are_where_memory_is_now, GUEST)                                \
+    X(b_regions_in_any_order, ONCE)                                            \
     X(m9_no_interrupt_function, GUEST)                                         \
     X(b_file_writes_scattered_memory, GUEST)                                   \
     X(b_limiter_offers_what_its_backend_has, GUEST)                            \
