@@ -1496,6 +1496,31 @@ void x6_v17_a_lost_status_is_no_success(void) {
     CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
 }
 
+static uint64_t lost;
+
+static int write_but_there(void *user, uint64_t gpa, const void *src,
+                           uint64_t n) {
+    return src && gpa == lost ? -1 : steady.write(user, gpa, src, n);
+}
+
+// The same for what is done without the backend: a FLUSH of what cannot be
+// written.
+void x6_v17_nor_of_an_idle_request(void) {
+    if (g.mapped) {
+        return;
+    }
+    steady = g.o.memory;
+    g.o.memory.write = write_but_there;
+    g.o.backend.write = NULL;
+    guest_up();
+    lost = request(VBLK_T_FLUSH, 0, 0).status;
+    kick(0);
+    CHECK_EQ(0, counts().flushes);
+    CHECK_EQ(1, counts().io_errors);
+    CHECK_EQ(1, g.events[VBLK_EV_STATUS_UNWRITABLE]);
+    lost = 0;
+}
+
 // An id without an end is not read past its 20 bytes.
 void b4_an_id_of_20_bytes_and_no_more(void) {
     char *id = malloc(20);

@@ -185,6 +185,7 @@
     X(b2_more_segments_than_a_call_takes, ONCE)                                \
     X(b2_a_failed_flush_is_not_forgotten, GUEST)                               \
     X(x6_v17_a_lost_status_is_no_success, GUEST)                               \
+    X(x6_v17_nor_of_an_idle_request, GUEST)                                    \
     X(b4_an_id_of_20_bytes_and_no_more, GUEST)                                 \
     X(x1_a_file_beyond_4_gib, ONCE)                                            \
     X(b2_no_flush_passes_beside_one_that_fails, ONCE)                          \
