@@ -1702,8 +1702,8 @@ static const vblk_region *vblk__find_region(const vblk_regions *all,
 enum { VBLK__TABLES, VBLK__ENDS, VBLK__DATA }; // ends: headers, status bytes
 
 // A pointer to `gpa`, and to how many of `n` bytes there.
-VBLK__RARE uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
-                                  uint64_t gpa, uint64_t *n, bool writable) {
+static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
+                              uint64_t gpa, uint64_t *n, bool writable) {
     const vblk_memory *m = &dev->memory;
     if (m->map != vblk__regions_map) {
         return (uint8_t *)m->map(m->user, gpa, n, writable);
@@ -1852,7 +1852,7 @@ static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
             p = (uint8_t *)vblk__regions_map(user, gpa, &run, false);
         }
     }
-    return p || n == 0 ? 0 : -1;
+    return p ? 0 : -1;
 }
 
 static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
@@ -1869,7 +1869,7 @@ static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
             p = (uint8_t *)vblk__regions_map(user, gpa, &run, true);
         }
     }
-    return p || n == 0 ? 0 : -1;
+    return p ? 0 : -1;
 }
 
 
@@ -2921,9 +2921,9 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
 
 // One of the list to one segment, or to one for each host region it lies in, as
 // long as they do not reach the next, which is still to be read.
-VBLK__RARE bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
-                               const vblk_region **near, const vblk_seg *from,
-                               bool in) {
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
+                           const vblk_region **near, const vblk_seg *from,
+                           bool in) {
     vblk_seg d = *from;
     if (vblk__wraps(d.gpa, d.n)) {
         return false;

@@ -22,7 +22,7 @@ static const struct row {
     unsigned    segs;     // of 512 bytes
     unsigned    regions;  // of guest memory
     unsigned    queues;   // one of them busy; more than one are polled
-    enum { INDIRECT = 1, NO_MAP = 2, LIMITS = 4, SPREAD = 8 } how;
+    enum { INDIRECT = 1, NO_MAP = 2, LIMITS = 4, SPREAD = 8, FOREIGN = 16 } how;
 } rows[] = {
     {"FLUSH, the ring alone", VBLK_T_FLUSH, 32, 0, 1, 1, 0},
     {"FLUSH, one at a time", VBLK_T_FLUSH, 1, 0, 1, 1, 0},
@@ -41,6 +41,8 @@ static const struct row {
     {"IN, 256 regions, all", VBLK_T_IN, 32, 1, 256, 1, INDIRECT | SPREAD},
     {"IN, 254 segments, 256 regions, all", VBLK_T_IN, 32, 254, 256, 1,
      INDIRECT | SPREAD},
+    {"IN, a map of the host's own", VBLK_T_IN, 32, 1, 1, 1, FOREIGN},
+    {"IN, the same, 64 segments", VBLK_T_IN, 32, 64, 1, 1, INDIRECT | FOREIGN},
     {"IN, no map", VBLK_T_IN, 32, 1, 1, 1, INDIRECT | NO_MAP},
     {"IN, no map, 64 segments", VBLK_T_IN, 32, 64, 1, 1, INDIRECT | NO_MAP},
     {"IN, no map, 254 segments", VBLK_T_IN, 32, 254, 1, 1, INDIRECT | NO_MAP},
@@ -145,12 +147,23 @@ static void lay_chains(void) {
     }
 }
 
+static void *map(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    (void)user, (void)writable;
+    if (gpa >= RAM) {
+        return NULL;
+    }
+    *n = *n < RAM - gpa ? *n : RAM - gpa;
+    return ram + gpa;
+}
+
 static void up(void) {
     static const vblk_limits wide = {.iops = 1u << 30, .bps = 1u << 30};
     vblk_options o;
     memset(&o, 0, sizeof o);
     o.memory = vblk_regions_memory(&guest);
-    o.memory.map = row->how & NO_MAP ? NULL : o.memory.map;
+    o.memory.map = row->how & NO_MAP    ? NULL
+                   : row->how & FOREIGN ? map
+                                        : o.memory.map;
     o.backend.read = o.backend.write = move;
     o.backend.flush = flush;
     o.backend.size = size;

@@ -1249,33 +1249,44 @@ void q_rings_at_odd_host_addresses(void) {
     CHECK_MEM(g.disk, bytes + 1 + 0x9000, 512);
 }
 
-// Completions that were not shown yet go to the memory that is there now.
-void x_completions_outlive_a_change_of_memory(void) {
-    static uint8_t old[0x10000], now[0x10000];
-    static vblk_region was, is;
-    static vblk_regions old_ram, now_ram;
+static uint8_t old[0x10000], now[0x10000];
+
+static vblk_memory memory_at(uint8_t *host) {
+    static vblk_region  region[2];
+    static vblk_regions ram[2];
+    unsigned i = host == now;
+    region[i].bytes = sizeof old;
+    region[i].host = host;
+    ram[i].region = &region[i];
+    ram[i].count = 1;
+    return vblk_regions_memory(&ram[i]);
+}
+
+// A device whose memory is `old`, and an IN there: header at 0x8000, data at
+// 0x9000, status at 0xa000.
+static guest_queue *in_old_memory(void) {
     memset(old, 0, sizeof old);
-    was.bytes = is.bytes = sizeof old;
-    was.host = old;
-    is.host = now;
-    old_ram.region = &was;
-    now_ram.region = &is;
-    old_ram.count = now_ram.count = 1;
     guest_init();
     guest_up();
-    vblk_set_memory(&g.dev, vblk_regions_memory(&old_ram));
+    vblk_set_memory(&g.dev, memory_at(old));
     guest_queue *q = &g.queue[0];
     uint8_t *d = old + q->desc;
     d[1] = 0x80, d[8] = 16, d[12] = NEXT, d[14] = 1;
     d[17] = 0x90, d[25] = 2, d[28] = NEXT | WRITE, d[30] = 2;
     d[33] = 0xa0, d[40] = 1, d[44] = WRITE;
     old[q->avail + 2] = 1;
+    return q;
+}
+
+// Completions that were not shown yet go to the memory that is there now.
+void x_completions_outlive_a_change_of_memory(void) {
+    guest_queue *q = in_old_memory();
     vblk_request r;
     CHECK_EQ(REQUEST, take(0, 0, &r).state);
     CHECK(!vblk_complete(&g.dev, &r, (int64_t)r.bytes));
     memcpy(now, old, sizeof now);
     memset(old, 0xdd, sizeof old);
-    vblk_set_memory(&g.dev, vblk_regions_memory(&now_ram));
+    vblk_set_memory(&g.dev, memory_at(now));
     vblk_publish(&g.dev, 0);
     CHECK_EQ(1, now[q->used + 2]);
     CHECK_EQ(0xdd, old[q->used + 2]);
@@ -1283,25 +1294,7 @@ void x_completions_outlive_a_change_of_memory(void) {
 
 // What was looked up before the memory changed is looked up again.
 void x_buffers_are_where_memory_is_now(void) {
-    static uint8_t old[0x10000], now[0x10000];
-    static vblk_region was, is;
-    static vblk_regions old_ram, now_ram;
-    memset(old, 0, sizeof old);
-    was.bytes = is.bytes = sizeof old;
-    was.host = old;
-    is.host = now;
-    old_ram.region = &was;
-    now_ram.region = &is;
-    old_ram.count = now_ram.count = 1;
-    guest_init();
-    guest_up();
-    vblk_set_memory(&g.dev, vblk_regions_memory(&old_ram));
-    guest_queue *q = &g.queue[0];
-    uint8_t *d = old + q->desc;
-    d[1] = 0x80, d[8] = 16, d[12] = NEXT, d[14] = 1;
-    d[17] = 0x90, d[25] = 2, d[28] = NEXT | WRITE, d[30] = 2;
-    d[33] = 0xa0, d[40] = 1, d[44] = WRITE;
-    old[q->avail + 2] = 1;
+    guest_queue *q = in_old_memory();
     kick(0);
     CHECK_MEM(g.disk, old + 0x9000, 512);
     memcpy(now, old, sizeof now);
@@ -1309,7 +1302,7 @@ void x_buffers_are_where_memory_is_now(void) {
     memset(now + 0x9000, 0xee, 512);
     now[0x8008] = 1; // another sector
     now[q->avail + 2] = 2;
-    CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, vblk_regions_memory(&now_ram)));
+    CHECK_EQ(VBLK_OK, vblk_set_memory(&g.dev, memory_at(now)));
     kick(0);
     CHECK_MEM(g.disk + 512, now + 0x9000, 512);
     CHECK_EQ(VBLK_S_OK, now[0xa000]);
