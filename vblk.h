@@ -975,8 +975,6 @@ typedef struct vblk_run {
 
 // A virtqueue. Private.
 typedef struct vblk_queue {
-    vblk_counts counts; // any thread reads, the drainer adds
-    uint64_t epoch VBLK__ATOMIC64; // atomic; changes when requests go stale
     vblk_run run;       // the drainer's, as long as the queue is ready
     bool     broken;    // atomic; until a reset
     // Register calls, before the queue is ready.
@@ -985,6 +983,8 @@ typedef struct vblk_queue {
     uint16_t number;    // in dev->queue
     uint32_t size;
     uint64_t desc_gpa, avail_gpa, used_gpa;
+    uint64_t epoch VBLK__ATOMIC64; // atomic; changes when requests go stale
+    vblk_counts counts; // any thread reads, the drainer adds
 #if UINTPTR_MAX > UINT32_MAX
     uint8_t  apart[32]; // what a drainer changes shares no cache line with
 #endif                  // what the next queue's does
@@ -1002,14 +1002,20 @@ typedef struct vblk_dev {
     int (*quiesce)(void *user, int queue);
     void        *user;
     vblk_queue  *queue;
+    uint32_t     queues;
+    uint32_t     queue_size, seg_max, size_max, vendor_id;
     uint64_t     capacity;
     uint64_t     offered;
-    uint32_t     queues, queue_size, seg_max, size_max, vendor_id;
     uint8_t      id[VBLK_ID_BYTES];
     bool         strict;
     // The driver's session.
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
     bool         no_memory_said, legacy_said;
+    // All drainers.
+    bool         waits;    // a queue is stalled, and it is the turn of `turn`
+    uint8_t      clock;    // VBLK__CLOCK_ values
+    uint16_t     turn;     // the queue that stalled first
+    // The driver's session.
     uint64_t     accepted VBLK__ATOMIC64;
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
@@ -1019,9 +1025,6 @@ typedef struct vblk_dev {
     uint64_t     again_ns; // vblk_poll(): when a stalled queue may go on
     uint64_t     clock_ns; // as a limited device last saw it
     uint32_t     clock_calls; // since it was that
-    uint8_t      clock;    // VBLK__CLOCK_ values
-    bool         waits;    // a queue is stalled, and it is the turn of `turn`
-    uint16_t     turn;     // the queue that stalled first
     // Atomics: set by any thread.
     uint32_t     due;   // a queue is
     uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
@@ -1533,7 +1536,7 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 // Segments on the stack of a drain: header and status are in the list at first,
 // and a descriptor that crosses host regions takes a segment for each. This
 // many crossings fit before the request goes without pointers.
-#define VBLK__SPLITS (VBLK_MAX_SEGS / 8)
+#define VBLK__SPLITS (VBLK_MAX_SEGS / 16)
 #define VBLK__SEGS   (VBLK_MAX_SEGS + 2 + VBLK__SPLITS)
 
 // Status, InterruptStatus, the counters and the ring indices are shared with
@@ -1600,6 +1603,12 @@ typedef uint16_t vblk__shared16;
 #define VBLK__FLAT static inline
 #define VBLK__RARE static
 #endif
+// What takes much stack, which is not to be the stack of whoever calls it.
+#if defined(__GNUC__)
+#define VBLK__APART static __attribute__((noinline))
+#else
+#define VBLK__APART static
+#endif
 
 
 // ---- Wire: little-endian loads and stores, layouts --------------------------
@@ -1628,7 +1637,8 @@ static inline uint64_t vblk__get64(const uint8_t *p) {
 
 static inline void vblk__put_le(uint8_t *p, uint64_t value, unsigned bytes) {
     for (unsigned i = 0; i < bytes; i++) {
-        p[i] = (uint8_t)(value >> 8 * i);
+        p[i] = (uint8_t)value;
+        value >>= 8;
     }
 }
 
@@ -1645,9 +1655,9 @@ static inline uint32_t vblk__le32(uint32_t value) {
     return vblk__get32(b);
 }
 
-// The first bytes of an area of `n` at `gpa` may not be past 2^64.
+// `n` bytes at `gpa`, more than 0, go on at address 0.
 static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
-    return n > 0 && n - 1 > UINT64_MAX - gpa;
+    return gpa > 0 - n;
 }
 
 
@@ -1801,22 +1811,16 @@ static bool vblk__is_word(const uint8_t *p, uint64_t n) {
     return n == 2 && ((uintptr_t)p & 1) == 0;
 }
 
-static void vblk__copy_in(uint8_t *dst, const uint8_t *p, uint64_t n) {
-    if (vblk__is_word(p, n)) {
-        uint16_t word = VBLK__ACQUIRE(p);
-        VBLK_MEMCPY(dst, &word, 2);
+static void vblk__copy_piece(uint8_t *p, uint8_t *host, uint64_t n, bool in) {
+    uint16_t word;
+    if (!vblk__is_word(p, n)) {
+        VBLK_MEMCPY(in ? host : p, in ? p : host, (size_t)n);
+    } else if (in) {
+        word = VBLK__ACQUIRE(p);
+        VBLK_MEMCPY(host, &word, 2);
     } else {
-        VBLK_MEMCPY(dst, p, (size_t)n);
-    }
-}
-
-static void vblk__copy_out(uint8_t *p, const uint8_t *src, uint64_t n) {
-    if (vblk__is_word(p, n)) {
-        uint16_t word;
-        VBLK_MEMCPY(&word, src, 2);
+        VBLK_MEMCPY(&word, host, 2);
         VBLK__RELEASE(p, word);
-    } else {
-        VBLK_MEMCPY(p, src, (size_t)n);
     }
 }
 
@@ -1839,37 +1843,30 @@ static uint8_t *vblk__regions_begin(void *user, uint64_t gpa, uint64_t n,
     return p ? first : NULL;
 }
 
-static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
-    uint8_t *to = (uint8_t *)dst;
+// Between guest memory and the host, which is written to only with `in`.
+static int vblk__regions_copy(void *user, uint64_t gpa, uint8_t *host,
+                              uint64_t n, bool in) {
     uint64_t run;
-    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, false);
-    while (p && to && n > 0) {
-        vblk__copy_in(to, p, run);
-        to += run;
+    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, !in);
+    while (p && host && n > 0) {
+        vblk__copy_piece(p, host, run, in);
+        host += run;
         gpa += run;
         run = n -= run;
         if (n > 0) {
-            p = (uint8_t *)vblk__regions_map(user, gpa, &run, false);
+            p = (uint8_t *)vblk__regions_map(user, gpa, &run, !in);
         }
     }
     return p ? 0 : -1;
 }
 
+static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
+    return vblk__regions_copy(user, gpa, (uint8_t *)dst, n, true);
+}
+
 static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
                                uint64_t n) {
-    const uint8_t *from = (const uint8_t *)src;
-    uint64_t run;
-    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, true);
-    while (p && from && n > 0) {
-        vblk__copy_out(p, from, run);
-        from += run;
-        gpa += run;
-        run = n -= run;
-        if (n > 0) {
-            p = (uint8_t *)vblk__regions_map(user, gpa, &run, true);
-        }
-    }
-    return p ? 0 : -1;
+    return vblk__regions_copy(user, gpa, (uint8_t *)(uintptr_t)src, n, false);
 }
 
 
@@ -1915,7 +1912,7 @@ enum {
 };
 
 static const struct vblk__event_shape {
-    uint8_t code, level, a, b;
+    uint8_t code, level : 2, a : 3, b : 3;
 } vblk__event_rows[] = {
 #define VBLK_X(name, number, level, a, b, text)                                \
     {number, VBLK_LEVEL_##level, VBLK__IS_##a, VBLK__IS_##b},
@@ -2083,18 +2080,20 @@ static vblk__wide vblk__multiply(uint64_t a, uint64_t b) {
 
 // w / d, UINT64_MAX if it is more than that, and the remainder.
 static uint64_t vblk__divide(vblk__wide w, uint64_t d, uint64_t *remainder) {
+    const bool machine_can = UINTPTR_MAX > UINT32_MAX; // else a library does
     uint64_t quotient = 0;
     *remainder = 0;
-    if (w.hi == 0) {
+    if (w.hi == 0 && machine_can) {
         *remainder = w.lo % d;
         return w.lo / d;
     }
     if (w.hi >= d) {
         return UINT64_MAX;
     }
-    for (int bit = 63; bit >= 0; bit--) { // w.hi < d: the quotient fits
+    for (int bit = 0; bit < 64; bit++) { // w.hi < d: the quotient fits
         bool carry = w.hi >> 63;
-        w.hi = w.hi << 1 | (w.lo >> bit & 1);
+        w.hi = w.hi << 1 | w.lo >> 63;
+        w.lo <<= 1;
         quotient <<= 1;
         if (carry || w.hi >= d) {
             w.hi -= d;
@@ -2317,40 +2316,39 @@ VBLK__RARE void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     vblk__set_needs_reset(dev);
 }
 
+// One of the three areas of a queue: where it is, or that it cannot be there.
+// One without a pointer, be it outside guest memory or across a seam of it, is
+// left to the accessors; so is one whose words are no single accesses.
+static bool vblk__find_area(vblk_dev *dev, vblk_queue *q, uint8_t **ptr,
+                            uint64_t gpa, uint64_t n, unsigned align) {
+    if (gpa & (align - 1) || vblk__wraps(gpa, n)) {
+        vblk__poison(dev, q, VBLK_EV_RING_PLACE, gpa, 0);
+        return false;
+    }
+    *ptr = vblk__whole(dev, &q->run.near[VBLK__TABLES], gpa, n,
+                       ptr == &q->run.used);
+    if ((uintptr_t)*ptr & 1 && ptr != &q->run.desc) {
+        *ptr = NULL;
+    }
+    return true;
+}
+
 // Look at a queue for the first time since DRIVER_OK, or since the memory
-// changed. A ring without a pointer, be it outside guest memory or across a
-// seam of it, is left to the accessors.
+// changed.
 static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
-    uint64_t desc_bytes = VBLK__DESC_BYTES * (uint64_t)q->size;
     if (q->size == 0) {
         vblk__poison(dev, q, VBLK_EV_RING_SIZE, 0, 0);
         return false;
     }
-    if (q->desc_gpa % 16 || vblk__wraps(q->desc_gpa, desc_bytes)) {
-        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->desc_gpa, 0);
+    q->run.near[VBLK__TABLES] = q->run.near[VBLK__ENDS] =
+        q->run.near[VBLK__DATA] = &vblk__no_region;
+    if (!vblk__find_area(dev, q, &q->run.desc, q->desc_gpa,
+                         VBLK__DESC_BYTES * (uint64_t)q->size, 16) ||
+        !vblk__find_area(dev, q, &q->run.avail, q->avail_gpa,
+                         vblk__avail_bytes(q), 2) ||
+        !vblk__find_area(dev, q, &q->run.used, q->used_gpa,
+                         vblk__used_bytes(q), 4)) {
         return false;
-    }
-    if (q->avail_gpa % 2 || vblk__wraps(q->avail_gpa, vblk__avail_bytes(q))) {
-        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->avail_gpa, 0);
-        return false;
-    }
-    if (q->used_gpa % 4 || vblk__wraps(q->used_gpa, vblk__used_bytes(q))) {
-        vblk__poison(dev, q, VBLK_EV_RING_PLACE, q->used_gpa, 0);
-        return false;
-    }
-    const vblk_region **near = q->run.near;
-    near[VBLK__TABLES] = near[VBLK__ENDS] = near[VBLK__DATA] =
-        &vblk__no_region;
-    q->run.desc = vblk__whole(dev, near, q->desc_gpa, desc_bytes, false);
-    q->run.avail = vblk__whole(dev, near, q->avail_gpa, vblk__avail_bytes(q),
-                               false);
-    q->run.used = vblk__whole(dev, near, q->used_gpa, vblk__used_bytes(q),
-                              true);
-    if ((uintptr_t)q->run.avail & 1) {
-        q->run.avail = NULL;
-    }
-    if ((uintptr_t)q->run.used & 1) {
-        q->run.used = NULL;
     }
     q->run.resolved = true;
     q->run.notify_off = true; // whatever the driver left there [2.7.10.2]
@@ -3053,53 +3051,38 @@ VBLK__RARE int vblk__refused(vblk_dev *dev, const vblk_request *r, vblk_seg s,
     return VBLK_ERR_REFUSED;
 }
 
-static int vblk__get(vblk_dev *dev, const vblk_request *r, vblk__place *at,
-                     uint8_t *dst, size_t n) {
-    if (vblk__stale(dev, &dev->queue[r->queue], r)) {
-        return VBLK_ERR_STALE;
-    }
-    while (n > 0) {
-        vblk_seg s = vblk__piece(r, at, n);
-        if (s.ptr) {
-            VBLK_MEMCPY(dst, s.ptr, s.n);
-        } else if (!vblk__read(dev, s.gpa, dst, s.n)) {
-            return vblk__refused(dev, r, s, *at);
-        }
-        dst += s.n;
-        n -= s.n;
-    }
-    return VBLK_OK;
-}
-
-static int vblk__put(vblk_dev *dev, const vblk_request *r, vblk__place *at,
-                     const uint8_t *src, size_t n) {
+// From `at` on, which moves along. `host` is written to only with `in`, from the
+// guest; out to it, a reset that came meanwhile is told.
+static int vblk__copy(vblk_dev *dev, const vblk_request *r, vblk__place *at,
+                      uint8_t *host, size_t n, bool in) {
     const vblk_queue *q = &dev->queue[r->queue];
-    while (n > 0) {
-        vblk_seg s = vblk__piece(r, at, n);
-        if (vblk__stale(dev, q, r)) {
-            return VBLK_ERR_STALE;
+    while (!vblk__stale(dev, q, r)) {
+        if (n == 0) {
+            return VBLK_OK;
         }
+        vblk_seg s = vblk__piece(r, at, n);
         if (s.ptr) {
-            VBLK_MEMCPY(s.ptr, src, s.n);
-        } else if (!vblk__write(dev, s.gpa, src, s.n)) {
+            VBLK_MEMCPY(in ? host : s.ptr, in ? s.ptr : host, s.n);
+        } else if (in ? !vblk__read(dev, s.gpa, host, s.n)
+                      : !vblk__write(dev, s.gpa, host, s.n)) {
             return vblk__refused(dev, r, s, *at);
         }
-        src += s.n;
+        host += s.n;
         n -= s.n;
     }
-    return vblk__stale(dev, q, r) ? VBLK_ERR_STALE : VBLK_OK;
+    return VBLK_ERR_STALE;
 }
 
 VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
                      void *dst, size_t n) {
     vblk__place p = vblk__find(req, at);
-    return vblk__get(dev, req, &p, (uint8_t *)dst, n);
+    return vblk__copy(dev, req, &p, (uint8_t *)dst, n, true);
 }
 
 VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                      const void *src, size_t n) {
     vblk__place p = vblk__find(req, at);
-    return vblk__put(dev, req, &p, (const uint8_t *)src, n);
+    return vblk__copy(dev, req, &p, (uint8_t *)(uintptr_t)src, n, false);
 }
 
 
@@ -3260,7 +3243,7 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 
 // From byte `at` on, the data reads as zeroes (X2).
 VBLK__RARE bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
-    static const uint8_t zeroes[VBLK_SECTOR] = {0};
+    static const uint8_t zeroes[64] = {0};
     vblk__place p = vblk__find(r, at);
     while (p.seg < r->segs) {
         uint64_t most = r->seg[p.seg].ptr ? 1u << 20 : sizeof zeroes;
@@ -3396,7 +3379,8 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
 }
 
 // The same without pointers, through a buffer.
-static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
+VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
+                                             const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
     const struct vblk__kind *k = vblk__kind_of(r);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
@@ -3406,14 +3390,14 @@ static vblk__progress vblk__move_copied(vblk_dev *dev, const vblk_request *r) {
         n = n < sizeof scratch ? n : sizeof scratch;
         vblk_seg s = {scratch, (size_t)n, 0};
         if (k->data == VBLK__DATA_OUT &&
-            vblk__get(dev, r, &at, scratch, (size_t)n)) {
+            vblk__copy(dev, r, &at, scratch, (size_t)n, true)) {
             done.code = VBLK__TOLD;
             break;
         }
         vblk__progress got = vblk__move(dev, k, r->offset + done.bytes, &s,
                                         1, n);
         if (k->data == VBLK__DATA_IN &&
-            vblk__put(dev, r, &at, scratch, (size_t)got.bytes)) {
+            vblk__copy(dev, r, &at, scratch, (size_t)got.bytes, false)) {
             got.code = VBLK__TOLD;
         }
         bool ends = got.bytes < n;
@@ -3881,7 +3865,9 @@ static const vblk_queue *vblk__selected(const vblk_dev *dev) {
 }
 
 static uint32_t vblk__window(uint64_t features, uint32_t sel) {
-    return sel < 2 ? (uint32_t)(features >> 32 * sel) : 0;
+    return sel == 0   ? (uint32_t)features
+           : sel == 1 ? (uint32_t)(features >> 32)
+                      : 0;
 }
 
 VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
@@ -3890,14 +3876,15 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     if (bytes == 0 || bytes > 8) {
         return UINT64_MAX;
     }
+    uint8_t b[8] = {0};
     if (offset >= VBLK_REG_CONFIG) {
-        uint8_t b[8] = {0};
         vblk_read_config(dev, offset - VBLK_REG_CONFIG, b, bytes);
         return vblk__get64(b);
     }
     if (bytes != 4) { // M2
         vblk__say(dev, VBLK_EV_REG_WIDTH, offset, bytes);
-        return UINT64_MAX >> 8 * (8 - bytes);
+        VBLK_MEMSET(b, 0xff, bytes);
+        return vblk__get64(b);
     }
     switch (offset) {
     case VBLK_REG_MAGIC_VALUE:       return 0x74726976;
@@ -3921,23 +3908,27 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     }
 }
 
+// `number` with one half of it changed.
+static uint64_t vblk__with_half(uint64_t number, bool high, uint32_t half) {
+    return high ? (uint32_t)number | (uint64_t)half << 32
+                : (number >> 32) << 32 | half;
+}
+
 static void vblk__write_features(vblk_dev *dev, uint32_t value) {
     uint32_t sel = dev->driver_features_sel;
     if (sel < 2) {
-        uint64_t other = dev->accepted & ~((uint64_t)UINT32_MAX << 32 * sel);
-        vblk_set_driver_features(dev, other | (uint64_t)value << 32 * sel);
+        vblk_set_driver_features(
+            dev, vblk__with_half(dev->accepted, sel == 1, value));
     }
 }
 
 // The address that a register of `q` holds half of, with that half changed.
 static uint64_t *vblk__half(vblk_queue *q, uint64_t offset, uint32_t value,
                             uint64_t *changed) {
-    unsigned shift = offset & 4 ? 32 : 0;
     uint64_t *address = offset < VBLK_REG_QUEUE_DRIVER_LOW   ? &q->desc_gpa
                         : offset < VBLK_REG_QUEUE_DEVICE_LOW ? &q->avail_gpa
                                                              : &q->used_gpa;
-    *changed = (*address & ~((uint64_t)UINT32_MAX << shift)) |
-               (uint64_t)value << shift;
+    *changed = vblk__with_half(*address, offset & 4, value);
     return address;
 }
 
