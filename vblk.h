@@ -961,11 +961,9 @@ typedef struct vblk_run {
     bool     stalled;      // the request at the head waits for a limit
     uint16_t avail_next;   // next entry to take
     uint16_t avail_seen;   // avail.idx as last read
-    uint16_t used_next;    // next entry to fill
-    uint16_t used_shown;   // used.idx as last stored
-    uint16_t used_decided; // used.idx at the last decision to interrupt
-    uint32_t undecided;    // completions since then; more than an index tells
-                           // apart are 65536
+    uint32_t used_next;    // next entry to fill; of these three, used.idx is
+    uint32_t used_shown;   // the lower half: as last stored
+    uint32_t used_decided; // at the last decision to interrupt
     uint32_t under_way;    // handed out, not completed
     uint8_t *desc, *avail, *used; // NULL: through the accessors
     const struct vblk_region *near[3]; // where the last lookups ended
@@ -1747,19 +1745,6 @@ static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
            m->write(m->user, gpa, src, n) == 0;
 }
 
-// Sixteen bytes, each read once: a descriptor or a header.
-static inline bool vblk__fetch16(vblk_dev *dev, const uint8_t *ptr,
-                                 uint64_t gpa, uint8_t *dst) {
-    bool ok = true;
-    if (ptr) {
-        VBLK_MEMCPY(dst, ptr, 16);
-    } else {
-        ok = vblk__read(dev, gpa, dst, 16);
-    }
-    VBLK__ONCE();
-    return ok;
-}
-
 // What a drain is asked for: to end after the request it is at; or, coming
 // back from where it was stuck, to write nothing more to the guest.
 enum { VBLK__YIELD = 1, VBLK__HALT };
@@ -2333,6 +2318,16 @@ static bool vblk__find_area(vblk_dev *dev, vblk_queue *q, uint8_t **ptr,
     return true;
 }
 
+// Go on in the used ring where its index says.
+static bool vblk__adopt_used(vblk_dev *dev, vblk_queue *q) {
+    uint16_t idx = 0;
+    bool ok = q->used_gpa % 4 == 0 &&
+              vblk__load16(dev, q->run.used, q->used_gpa, 2, &idx);
+    q->run.used_next = q->run.used_shown = q->run.used_decided = idx;
+    q->run.adopt_used = !ok;
+    return ok;
+}
+
 // Look at a queue for the first time since DRIVER_OK, or since the memory
 // changed.
 static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
@@ -2353,13 +2348,10 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
     q->run.resolved = true;
     q->run.notify_off = true; // whatever the driver left there [2.7.10.2]
     if (q->run.adopt_used) {
-        if (!vblk__load16(dev, q->run.used, q->used_gpa, 2,
-                          &q->run.used_next)) {
+        if (!vblk__adopt_used(dev, q)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
             return false;
         }
-        q->run.used_shown = q->run.used_decided = q->run.used_next;
-        q->run.adopt_used = false;
     }
     return true;
 }
@@ -2414,7 +2406,7 @@ static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
 VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
     if (q->run.used_next != q->run.used_shown) {
         if (!vblk__store16(dev, q->run.used, q->used_gpa, 2,
-                           q->run.used_next)) {
+                           (uint16_t)q->run.used_next)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
         }
         q->run.used_shown = q->run.used_next;
@@ -2472,7 +2464,6 @@ VBLK__FLAT bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
         return false;
     }
     q->run.used_next++;
-    q->run.undecided += q->run.undecided <= UINT16_MAX;
     return true;
 }
 
@@ -2483,20 +2474,20 @@ static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
 
 // Whether the driver asked for an interrupt since used.idx was `old`
 // [2.7.7.2]; yes when it cannot be read.
-VBLK__FLAT bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint16_t old) {
+VBLK__FLAT bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint32_t old) {
     uint16_t word;
     if (dev->event_idx) {
-        return q->run.undecided > UINT16_MAX || // once round, past any event
+        return q->run.used_shown - old > UINT16_MAX || // past any event
                !vblk__load16(dev, q->run.avail, q->avail_gpa,
                              vblk__avail_bytes(q) - 2, &word) ||
-               vblk__crosses(word, q->run.used_shown, old);
+               vblk__crosses(word, (uint16_t)q->run.used_shown, (uint16_t)old);
     }
     return !vblk__load16(dev, q->run.avail, q->avail_gpa, 0, &word) ||
            !(word & VBLK__NO_INTERRUPT);
 }
 
 static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
-    uint16_t old = q->run.used_decided;
+    uint32_t old = q->run.used_decided;
     if (vblk__halted(dev)) {
         return;
     }
@@ -2506,12 +2497,11 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->run.undecided == 0) {
+    if (q->run.used_shown == old) {
         return;
     }
     q->run.used_decided = q->run.used_shown;
     bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
-    q->run.undecided = 0;
     if (fire || dev->strict) { // P7
         vblk__raise(dev, q->number, fire);
     }
@@ -2527,17 +2517,17 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 typedef struct vblk__chain {
     const vblk_region **near; // the queue's
     vblk_seg *list, *end; // what is left of it; at first room for seg_max + 2
+    vblk_seg *last;      // the last writable one
     unsigned descs;      // read so far, the empty ones too
+    unsigned empty;      // which of them was the last empty one, from 1 on
+    bool     empty_first; // the first is empty
+    bool     in_first;   // the first that is not empty is writable, and others
+    bool     mixed;      // a readable one after a writable one
     vblk_event_code spoilt; // it has an end, and is refused all the same (P5)
     // Why it is refused, as the event says it, and what the status byte tells.
     vblk_event_code code;
     uint64_t why_a, why_b;
     uint8_t  status;
-    uint64_t last_gpa;   // the last writable descriptor
-    uint32_t last_n;
-    bool     first_ok;   // the first descriptor holds a header
-    bool     last_ok;    // the last descriptor holds a status byte
-    bool     mixed;      // a readable one after a writable one
     uint64_t out_bytes;  // in all readable ones
     uint64_t in_bytes;   // in all writable ones
     uint64_t status_gpa;
@@ -2597,14 +2587,37 @@ static unsigned vblk__stop_at(const vblk__table *t, unsigned most) {
 // that is too long is looked for, as far as any queue could hold it.
 VBLK__RARE bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
                                const vblk__table *t, unsigned limit) {
-    if (c->descs >= limit) {
+    bool is_long = c->descs >= limit;
+    if (is_long) {
         c->spoilt = VBLK_EV_CHAIN_LONG;
     }
     return c->descs == vblk__stop_at(t, VBLK__MAX_WALK) ||
-           (c->spoilt && dev->strict)
+           (is_long && dev->strict)
                ? !vblk__refuse(c, VBLK_EV_CHAIN_LONG,
-                               c->spoilt ? limit : t->entries, 0)
+                               is_long ? limit : t->entries, 0)
                : false;
+}
+
+// Until `limit` more are read: what is in the list will not be used, so it
+// begins again, behind the last writable one.
+VBLK__RARE unsigned vblk__look_on(vblk__chain *c, const vblk__table *t,
+                                  unsigned limit) {
+    c->end = c->list;
+    if (c->last) {
+        *c->end = *c->last;
+        c->last = c->end++;
+    }
+    unsigned most = vblk__stop_at(t, VBLK__MAX_WALK);
+    return most - c->descs < limit - 1 ? most : c->descs + limit - 1;
+}
+
+// A readable descriptor behind a writable one; `first`: the first readable one.
+VBLK__RARE void vblk__mix(const vblk_dev *dev, vblk__chain *c, bool first) {
+    c->in_first = c->in_first || first;
+    c->mixed = true;
+    if (!dev->strict && !c->spoilt) {
+        c->spoilt = VBLK_EV_CHAIN_ORDER;
+    }
 }
 
 // Follow the chain from `head`: at most seg_max + 2 descriptors, and at most
@@ -2614,15 +2627,12 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
     vblk__table t = {q->run.desc, q->desc_gpa, q->size, 0, false};
     const unsigned limit = dev->seg_max + 2;
     unsigned stop = vblk__stop_at(&t, limit);
-    vblk_seg *end = c->list, *const full = end + limit;
+    vblk_seg *end = c->list;
     uint64_t in = 0, out = 0;
     uint32_t i = head, n, flags;
-    bool     mixed = false;
-    c->descs = 0;
-    c->last_gpa = c->last_n = 0;
-    c->first_ok = false;
     do {
-        uint8_t d[VBLK__DESC_BYTES];
+        uint8_t copy[VBLK__DESC_BYTES];
+        const uint8_t *d = copy;
         uint64_t at = VBLK__DESC_BYTES * (uint64_t)i;
         if (i >= t.entries) {
             return vblk__refuse(c, VBLK_EV_CHAIN_NEXT, i, t.entries);
@@ -2631,87 +2641,94 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
             if (vblk__too_long(dev, c, &t, limit)) {
                 return false;
             }
-            stop = vblk__stop_at(&t, VBLK__MAX_WALK);
+            stop = vblk__look_on(c, &t, limit);
+            end = c->end;
         }
-        if (!vblk__fetch16(dev, t.ptr ? t.ptr + at : NULL, t.gpa + at, d)) {
+        if (t.ptr) {
+            d = t.ptr + at;
+        } else if (!vblk__read(dev, t.gpa + at, copy, sizeof copy)) {
             return vblk__refuse(c, VBLK_EV_CHAIN_UNREADABLE, t.gpa + at, 0);
         }
         uint64_t gpa = vblk__get64(d);
         n = vblk__get32(d + 8);
         flags = vblk__get16(d + 12);
         i = vblk__get16(d + 14);
+        VBLK__ONCE();
         if (flags & VBLK__DESC_INDIRECT) {
             if (!vblk__enter(dev, c, &t, gpa, n, flags)) {
                 return false;
             }
-            stop = vblk__stop_at(&t, c->spoilt ? VBLK__MAX_WALK : limit);
+            stop = c->descs < limit ? vblk__stop_at(&t, limit) : c->descs;
             flags = VBLK__DESC_NEXT;
             i = 0;
             continue;
         }
-        if (c->descs++ == 0) {
-            c->first_ok = !(flags & VBLK__DESC_WRITE) &&
-                          n >= VBLK__HEADER_BYTES;
-        }
+        c->descs++;
         if (n == 0) {
+            c->empty_first = c->empty_first || c->descs == 1;
+            c->empty = c->descs;
             continue;
         }
         if (flags & VBLK__DESC_WRITE) {
             in += n;
-            c->last_gpa = gpa;
-            c->last_n = n;
+            c->last = end;
         } else {
-            mixed = mixed || in > 0;
+            if (in > 0) {
+                vblk__mix(dev, c, out == 0);
+            }
             out += n;
         }
-        if (end != full) { // or it is spoilt, and will not be used
-            end->gpa = gpa;
-            end++->n = n;
-        }
+        end->gpa = gpa;
+        end++->n = n;
     } while (flags & VBLK__DESC_NEXT);
-    c->last_ok = flags & VBLK__DESC_WRITE && n > 0;
-    c->mixed = mixed;
     c->in_bytes = in;
     c->out_bytes = out;
     c->end = end;
     return true;
 }
 
+// The last descriptor of several holds the status byte and is not empty.
+static bool vblk__status_framed(const vblk__chain *c) {
+    return c->last == c->end - 1 && c->empty != c->descs && c->descs > 1;
+}
+
 // Find the status byte and take its descriptor off the list (V2, P1).
 static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
-    if (c->in_bytes == 0) {
+    vblk_seg *last = c->last;
+    if (!last) {
         return vblk__refuse(c, VBLK_EV_STATUS_MISSING, 0, 0);
     }
-    if (dev->strict && (!c->last_ok || c->descs == 1)) {
+    if (dev->strict && !vblk__status_framed(c)) {
         return vblk__refuse(c, c->mixed ? VBLK_EV_CHAIN_ORDER
                                         : VBLK_EV_STATUS_FRAMING, 0, 0);
     }
-    if (vblk__wraps(c->last_gpa, c->last_n)) {
-        return vblk__refuse(c, VBLK_EV_STATUS_WRAPS, c->last_gpa, 0);
+    if (vblk__wraps(last->gpa, last->n)) {
+        return vblk__refuse(c, VBLK_EV_STATUS_WRAPS, last->gpa, 0);
     }
-    c->status_gpa = c->last_gpa + (c->last_n - 1);
-    if (!dev->strict && c->mixed && !c->spoilt) {
-        c->spoilt = VBLK_EV_CHAIN_ORDER;
-    }
+    c->status_gpa = last->gpa + (last->n - 1);
     if (c->spoilt) {
         c->in_bytes--;
         return true;
     }
-    vblk_seg *last = c->end - 1;
     size_t cut = dev->strict ? last->n : 1; // V15
     c->in_bytes -= cut;
-    last->n -= cut;
-    c->end -= last->n == 0;
+    if (last->n == cut) {
+        c->end--;
+    } else {
+        last->n -= cut;
+    }
     return true;
 }
 
 // Take `n` bytes off the first descriptor.
 static inline void vblk__cut(vblk__chain *c, size_t n) {
-    vblk_seg *d = c->list;
     c->out_bytes -= n;
-    d->gpa += n;
-    d->n -= n;
-    c->list += d->n == 0;
+    if (c->list->n == n) {
+        c->list++;
+    } else {
+        c->list->gpa += n;
+        c->list->n -= n;
+    }
 }
 
 // From several descriptors, or by the accessors.
@@ -2730,26 +2747,31 @@ VBLK__RARE bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
     return true;
 }
 
-// Read the header and take its bytes off the list (V3, V4, P1).
-static bool vblk__cut_header(vblk_dev *dev, vblk__chain *c, uint8_t *header) {
-    bool framed = c->first_ok || !dev->strict;
-    if (c->out_bytes < VBLK__HEADER_BYTES || (!framed && c->mixed)) {
-        return vblk__refuse(c, VBLK_EV_HEADER_SHORT, c->out_bytes, 0);
-    }
-    if (!framed) {
-        return vblk__refuse(c, VBLK_EV_HEADER_FRAMING, c->out_bytes, 0);
-    }
+// Take the header's bytes off the list (V3, V4, P1). Where they are, which may
+// be `copy`, and is to be read once; or NULL.
+static const uint8_t *vblk__cut_header(vblk_dev *dev, vblk__chain *c,
+                                       uint8_t *copy) {
     const vblk_seg *d = c->list;
-    uint8_t *p = d->n < VBLK__HEADER_BYTES || vblk__wraps(d->gpa, d->n)
-                     ? NULL
-                     : vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa,
-                                   VBLK__HEADER_BYTES, false);
-    if (!p) {
-        return vblk__gather_header(dev, c, header);
+    if (c->out_bytes < VBLK__HEADER_BYTES) {
+        vblk__refuse(c, VBLK_EV_HEADER_SHORT, c->out_bytes, 0);
+        return NULL;
     }
-    vblk__fetch16(dev, p, 0, header);
+    if (dev->strict && (c->empty_first || c->in_first ||
+                        d->n < VBLK__HEADER_BYTES)) {
+        vblk__refuse(c, c->mixed ? VBLK_EV_HEADER_SHORT
+                                 : VBLK_EV_HEADER_FRAMING, c->out_bytes, 0);
+        return NULL;
+    }
+    const uint8_t *p = NULL;
+    if (d->n >= VBLK__HEADER_BYTES && !vblk__wraps(d->gpa, d->n)) {
+        p = vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa, VBLK__HEADER_BYTES,
+                        false);
+    }
+    if (!p) {
+        return vblk__gather_header(dev, c, copy) ? copy : NULL;
+    }
     vblk__cut(c, dev->strict ? d->n : VBLK__HEADER_BYTES);
-    return true;
+    return p;
 }
 
 
@@ -2971,16 +2993,18 @@ static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
 
 // Fill in `r` from its header and the rest of its chain, or say why not.
 static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
-    uint8_t header[VBLK__HEADER_BYTES];
+    uint8_t copy[VBLK__HEADER_BYTES];
     if (c->spoilt) {
         bool is_long = c->spoilt == VBLK_EV_CHAIN_LONG;
         return vblk__refuse(c, c->spoilt, is_long ? dev->seg_max + 2 : 0, 0);
     }
-    if (!vblk__cut_header(dev, c, header)) {
+    const uint8_t *header = vblk__cut_header(dev, c, copy);
+    if (!header) {
         return false;
     }
     uint64_t sector = vblk__get64(header + 8);
     uint32_t type = vblk__get32(header);
+    VBLK__ONCE();
     bool     barrier = (type & VBLK__T_BARRIER) != 0;
     bool     known = vblk__find_kind(dev, r, type & ~VBLK__T_BARRIER);
     if (!known || (barrier && dev->strict)) { // P9
@@ -3228,6 +3252,9 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
     c.list = list;
     c.near = q->run.near;
+    c.last = NULL;
+    c.descs = c.empty = 0;
+    c.empty_first = c.in_first = c.mixed = false;
     c.spoilt = c.code = VBLK_EV_NONE;
     c.why_a = c.why_b = 0;
     c.status = VBLK_S_IOERR;
@@ -3271,8 +3298,27 @@ typedef struct vblk__progress {
 // Guest memory refused, and the event is out.
 #define VBLK__TOLD VBLK_EV_END
 
-// `r` has come as far as `done`: the event of a failure, with the sector; then
-// padding, status, used element, counters.
+// `r` did not come to its end: the event of that, with the sector, or padding.
+// True: it is a success all the same.
+VBLK__RARE bool vblk__fell_short(vblk_dev *dev, const vblk_request *r,
+                                 vblk__progress done) {
+    const struct vblk__kind *k = vblk__kind_of(r);
+    if (!done.code && k->does != VBLK__DO_READ) {
+        done.code = (vblk_event_code)k->cut;
+    }
+    if (!done.code) {
+        return vblk__pad(dev, r, done.bytes);
+    }
+    if (done.code != VBLK__TOLD) {
+        vblk__say_request(dev, r, done.code,
+                          (r->offset + done.bytes) / VBLK_SECTOR,
+                          done.error ? 0 - (uint64_t)done.error
+                                     : r->bytes - done.bytes);
+    }
+    return false;
+}
+
+// `r` has come as far as `done`: status, used element, counters.
 VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
                                  const vblk_request *r, vblk__progress done) {
     if (vblk__stale(dev, q, r)) {
@@ -3288,17 +3334,8 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
     }
     q->run.under_way--;
     const struct vblk__kind *k = vblk__kind_of(r);
-    bool rest = done.bytes < r->bytes;
-    if (rest && !done.code && k->does != VBLK__DO_READ) {
-        done.code = (vblk_event_code)k->cut;
-    }
-    if (done.code && done.code != VBLK__TOLD) {
-        vblk__say_request(dev, r, done.code,
-                          (r->offset + done.bytes) / VBLK_SECTOR,
-                          done.error ? 0 - (uint64_t)done.error
-                                     : r->bytes - done.bytes);
-    }
-    bool ok = !done.code && (!rest || vblk__pad(dev, r, done.bytes));
+    bool ok = (!done.code && done.bytes >= r->bytes) ||
+              vblk__fell_short(dev, r, done);
     if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
                            ok && k->data == VBLK__DATA_IN ? r->bytes : 0) &&
         ok) {
@@ -3562,7 +3599,7 @@ VBLK__FLAT vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
 // are notified at once, few have any.
 static bool vblk__has_news(vblk_dev *dev, const vblk_queue *q) {
     uint16_t idx;
-    return !q->run.armed || !q->run.resolved || q->run.undecided > 0 ||
+    return !q->run.armed || !q->run.resolved || q->run.used_next != q->run.used_decided ||
            !vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx) ||
            idx != q->run.avail_next;
 }
@@ -4098,10 +4135,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
     q->avail_gpa = ring->avail;
     q->used_gpa = ring->used;
     q->run.avail_next = q->run.avail_seen = ring->position;
-    // Where there is no memory yet, the first drain takes it.
-    q->run.adopt_used = q->used_gpa % 4 ||
-                    !vblk__load16(dev, NULL, q->used_gpa, 2, &q->run.used_next);
-    q->run.used_shown = q->run.used_decided = q->run.used_next;
+    (void)vblk__adopt_used(dev, q); // or, without memory, the first drain does
     VBLK__STORE_RELEASE(&q->ready, true);
     vblk_notify(dev, (int)queue);
     return VBLK_OK;
