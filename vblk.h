@@ -2517,6 +2517,7 @@ static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 typedef struct vblk__chain {
     const vblk_region **near; // the queue's
     vblk_seg *list, *end; // what is left of it; at first room for seg_max + 2
+    vblk_seg *full;      // behind the last one there is room for
     vblk_seg *last;      // the last writable one
     unsigned descs;      // read so far, the empty ones too
     unsigned empty;      // which of them was the last empty one, from 1 on
@@ -2654,6 +2655,7 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
         flags = vblk__get16(d + 12);
         i = vblk__get16(d + 14);
         VBLK__ONCE();
+        end->gpa = gpa; // if it stays
         if (flags & VBLK__DESC_INDIRECT) {
             if (!vblk__enter(dev, c, &t, gpa, n, flags)) {
                 return false;
@@ -2678,7 +2680,6 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
             }
             out += n;
         }
-        end->gpa = gpa;
         end++->n = n;
     } while (flags & VBLK__DESC_NEXT);
     c->in_bytes = in;
@@ -2939,12 +2940,20 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
     r->direct = r->direct && ptr;
 }
 
-// One of the list to one segment, or to one for each host region it lies in, as
-// long as they do not reach the next, which is still to be read.
-static bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
-                           const vblk_region **near, const vblk_seg *from,
-                           bool in) {
-    vblk_seg d = *from;
+// The list goes to the end of its array, so that there is room for pieces.
+static void vblk__make_room(vblk__chain *c) {
+    vblk_seg *to = c->full;
+    for (const vblk_seg *d = c->end; d != c->list; ) {
+        *--to = *--d;
+    }
+    c->list = to;
+    c->end = c->full;
+}
+
+// `d`, which was taken off the list, to one segment, or to one for each host
+// region it lies in, as long as they do not reach the list.
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                           vblk_seg d, bool in) {
     if (vblk__wraps(d.gpa, d.n)) {
         return false;
     }
@@ -2958,11 +2967,14 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
     bool fits = true;
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
-        uint8_t *p = vblk__look_up(dev, near, d.gpa, &run, in);
+        uint8_t *p = vblk__look_up(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
         }
-        fits = fits && r->seg + r->segs < from + 1;
+        if (run < d.n && c->end != c->full) {
+            vblk__make_room(c);
+        }
+        fits = fits && r->seg + r->segs < c->list;
         if (fits) {
             vblk__add_seg(r, p, d.gpa, run);
         }
@@ -2974,21 +2986,37 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r,
     return true;
 }
 
-// All of the list is guest memory before the backend is asked (X5). The list
-// stands at the end of the request's segments, which overtake it never.
-static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+// The same for the rest of the list, behind the segments that stand before it.
+static bool vblk__map_rest(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
-    const vblk_region **near = &c->near[VBLK__DATA];
-    for (const vblk_seg *from = c->list; from != c->end; from++) {
-        vblk_seg d = *from; // its segment may take its place
-        uint8_t *p = vblk__in_region(*near, d.gpa, d.n, in);
+    while (c->list != c->end) {
+        vblk_seg d = *c->list++; // its segment may take its place
+        uint8_t *p = vblk__in_region(c->near[VBLK__DATA], d.gpa, d.n, in);
         if (p) {
             vblk__add_seg(r, p, d.gpa, d.n);
-        } else if (!vblk__map_desc(dev, r, near, from, in)) {
+        } else if (!vblk__map_desc(dev, r, c, d, in)) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
     return true;
+}
+
+// All of the list is guest memory before the backend is asked (X5). It becomes
+// the segments where it stands.
+static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                           bool in) {
+    const vblk_region *near = c->near[VBLK__DATA];
+    vblk_seg *d = c->list;
+    r->seg = d;
+    for (; d != c->end; d++) {
+        d->ptr = vblk__in_region(near, d->gpa, d->n, in);
+        if (!d->ptr) {
+            break;
+        }
+    }
+    r->segs = (unsigned)(d - c->list);
+    c->list = d;
+    return d == c->end || vblk__map_rest(dev, r, c, in);
 }
 
 // Fill in `r` from its header and the rest of its chain, or say why not.
@@ -3234,11 +3262,12 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     return VBLK__REQUEST;
 }
 
-// Take one chain. REQUEST: it is in `r`, which has seg_max + 2 segments from
-// `list` on. MORE: it was answered here. STALLED: it is back in the ring.
+// Take one chain. REQUEST: it is in `r`, with its segments in the array from
+// `seg` up to `full`, which is seg_max + 2 long or longer. MORE: it was answered
+// here. STALLED: it is back in the ring.
 static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                               vblk_seg *list, uint64_t now_ns,
-                               uint32_t *budget) {
+                               vblk_seg *seg, vblk_seg *full,
+                               uint64_t now_ns, uint32_t *budget) {
     vblk__chain c;
     if (q->run.under_way >= q->size) {
         vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->run.under_way, 0);
@@ -3250,7 +3279,8 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     r->queue = q->number;
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
-    c.list = list;
+    c.list = seg;
+    c.full = full;
     c.near = q->run.near;
     c.last = NULL;
     c.descs = c.empty = 0;
@@ -3378,7 +3408,7 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
     const vblk_backend *b = &dev->backend;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
-    while (done.bytes < bytes && !vblk__halted(dev)) {
+    while (!vblk__halted(dev)) {
         uint64_t at = offset + done.bytes;
         int64_t n = k->does == VBLK__DO_READ
                         ? b->read(b->user, at, seg, segs)
@@ -3392,7 +3422,10 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
         }
         VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
         done.bytes += (uint64_t)n;
-        while (segs > 0 && (uint64_t)n >= seg->n) {
+        if (done.bytes >= bytes) {
+            break;
+        }
+        while ((uint64_t)n >= seg->n) {
             n -= (int64_t)seg->n;
             if (cut) {
                 *cut = whole;
@@ -3401,7 +3434,7 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
             seg++;
             segs--;
         }
-        if (segs > 0 && n > 0) {
+        if (n > 0) {
             whole = cut ? whole : *seg;
             cut = seg;
             seg->ptr += n;
@@ -3486,7 +3519,7 @@ VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req) {
 // all that can be done. Each chain takes one off `budget`, and a very long one
 // more. MORE: the budget is spent, or the thread is wanted elsewhere.
 static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
-                              vblk_seg *list, uint64_t now_ns,
+                              vblk_seg *seg, vblk_seg *full, uint64_t now_ns,
                               uint32_t *budget, bool here) {
     for (;;) {
         vblk__state state = VBLK__MORE;
@@ -3498,7 +3531,7 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         }
         --*budget;
         vblk__notify_off(dev, q);
-        state = vblk__serve(dev, q, r, list, now_ns, budget);
+        state = vblk__serve(dev, q, r, seg, full, now_ns, budget);
         if (state != VBLK__STALLED && q->run.stalled) {
             vblk__end_stall(dev, q, now_ns);
         }
@@ -3544,9 +3577,7 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
         return false;
     }
     uint32_t budget = q->size;
-    req->seg = seg;
-    seg += room - (dev->seg_max + 2);
-    return vblk__work(dev, q, req, seg, now_ns, &budget, false) ==
+    return vblk__work(dev, q, req, seg, seg + room, now_ns, &budget, false) ==
            VBLK__REQUEST;
 }
 
@@ -3625,13 +3656,13 @@ static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
     if (!q || dev->seg_max > VBLK_MAX_SEGS) {
         return VBLK__EMPTY;
     }
-    vblk_seg seg[VBLK__SEGS], *list = seg + VBLK__SEGS - (dev->seg_max + 2);
+    vblk_seg seg[VBLK__SEGS];
     vblk_request r;
     uint32_t budget = q->size;
     vblk__state state;
-    r.seg = seg;
     do {
-        (void)vblk__work(dev, q, &r, list, now_ns, &budget, true);
+        (void)vblk__work(dev, q, &r, seg, seg + VBLK__SEGS, now_ns, &budget,
+                         true);
         state = vblk__arm_queue(dev, q);
     } while (state == VBLK__MORE && budget > 0 && !VBLK__LOAD(&dev->yield));
     vblk__publish_queue(dev, q);
