@@ -910,7 +910,7 @@ typedef struct vblk_request {
     uint16_t  queue, head;
     bool      durable; // OUT: must be durable before it is completed
     bool      direct;  // every segment has a pointer
-    uint8_t   kind;    // private: the row of its type
+    const struct vblk__kind *kind; // private: the row of its type
     unsigned  segs;
     vblk_seg *seg;     // in the array that vblk_next() was given
     uint64_t  offset;  // of an IN or OUT, in bytes from the start of the disk
@@ -2825,20 +2825,16 @@ static const struct vblk__kind {
 
 #define VBLK__KINDS (sizeof vblk__kinds / sizeof vblk__kinds[0])
 
-static const struct vblk__kind *vblk__kind_of(const vblk_request *r) {
-    return &vblk__kinds[r->kind];
-}
-
 // Find the row of `type`, if it is known and was offered.
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
-    unsigned i = 0;
-    while (i < VBLK__KINDS && vblk__kinds[i].type != type) {
-        i++;
+    const struct vblk__kind *k = vblk__kinds, *end = k + VBLK__KINDS;
+    while (k != end && k->type != type) {
+        k++;
     }
     r->type = type;
-    r->kind = (uint8_t)i;
-    return i < VBLK__KINDS && !(vblk__kinds[i].feature & ~dev->offered);
+    r->kind = k;
+    return k != end && !(k->feature & ~dev->offered);
 }
 
 static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
@@ -2870,7 +2866,7 @@ static void vblk__keep(vblk__chain *c, uint32_t bytes) {
 // As many sectors of the disk, from `sector` on (V7 to V9, V13).
 static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
                               vblk_request *r, uint64_t sector) {
-    bool out = vblk__kind_of(r)->data == VBLK__DATA_OUT;
+    bool out = r->kind->data == VBLK__DATA_OUT;
     if (r->bytes % VBLK_SECTOR) {
         return vblk__refuse(c, VBLK_EV_DATA_RAGGED, r->bytes, 0);
     }
@@ -2906,7 +2902,7 @@ static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c,
 // request's goes into `r`.
 static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
                       uint64_t sector) {
-    const struct vblk__kind *k = vblk__kind_of(r);
+    const struct vblk__kind *k = r->kind;
     uint64_t bytes = c->in_bytes + c->out_bytes;
     r->offset = r->bytes = 0;
     if (k->data == VBLK__NO_DATA) {
@@ -3044,7 +3040,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     if (!vblk__fit(dev, c, r, sector)) {
         return false;
     }
-    uint8_t data = vblk__kind_of(r)->data;
+    uint8_t data = r->kind->data;
     r->segs = 0;
     r->direct = true;
     r->durable = data == VBLK__DATA_OUT && dev->write_through;
@@ -3147,9 +3143,6 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
                                    const vblk_request *r, uint8_t status,
                                    uint64_t data) {
     bool told = true;
-    if (vblk__halted(dev)) {
-        return false;
-    }
     if (r->status_ptr) {
         *r->status_ptr = status;
     } else {
@@ -3172,7 +3165,7 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
 static bool vblk__return_early(vblk_dev *dev, vblk_queue *q,
                                const vblk_request *r, uint8_t status,
                                uint64_t data) {
-    return vblk__return_chain(dev, q, r, status, data);
+    return !vblk__halted(dev) && vblk__return_chain(dev, q, r, status, data);
 }
 
 VBLK__FLAT void vblk__count_success(vblk_queue *q,
@@ -3212,13 +3205,13 @@ static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
 // What needs neither tokens nor backend: an empty transfer (P4), and a FLUSH
 // of what cannot be written (V10).
 static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
-    return vblk__kind_of(r)->does == VBLK__DO_FLUSH ? !dev->backend.write
+    return r->kind->does == VBLK__DO_FLUSH ? !dev->backend.write
                                                     : r->bytes == 0;
 }
 
 // Answer what needs no backend: the id goes out as far as there is space (V16).
 static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
-    const struct vblk__kind *k = vblk__kind_of(r);
+    const struct vblk__kind *k = r->kind;
     if (k->does != VBLK__DO_ANSWER) { // idle
         if (vblk__return_early(dev, q, r, VBLK_S_OK, 0)) {
             vblk__count_success(q, k, 0);
@@ -3254,7 +3247,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         q->run.avail_next--;
         return VBLK__STALLED;
     }
-    if (idle || vblk__kind_of(r)->does == VBLK__DO_ANSWER) {
+    if (idle || r->kind->does == VBLK__DO_ANSWER) {
         vblk__answer(dev, q, r);
         return VBLK__MORE;
     }
@@ -3285,8 +3278,7 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     c.last = NULL;
     c.descs = c.empty = 0;
     c.empty_first = c.in_first = c.mixed = false;
-    c.spoilt = c.code = VBLK_EV_NONE;
-    c.why_a = c.why_b = 0;
+    c.spoilt = VBLK_EV_NONE;
     c.status = VBLK_S_IOERR;
     vblk__state state = vblk__judge(dev, q, r, &c, now_ns);
     if (c.descs >= 512) { // P5
@@ -3332,7 +3324,7 @@ typedef struct vblk__progress {
 // True: it is a success all the same.
 VBLK__RARE bool vblk__fell_short(vblk_dev *dev, const vblk_request *r,
                                  vblk__progress done) {
-    const struct vblk__kind *k = vblk__kind_of(r);
+    const struct vblk__kind *k = r->kind;
     if (!done.code && k->does != VBLK__DO_READ) {
         done.code = (vblk_event_code)k->cut;
     }
@@ -3363,9 +3355,14 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
         return VBLK_ERR_STALE;
     }
     q->run.under_way--;
-    const struct vblk__kind *k = vblk__kind_of(r);
-    bool ok = (!done.code && done.bytes >= r->bytes) ||
-              vblk__fell_short(dev, r, done);
+    const struct vblk__kind *k = r->kind;
+    bool ok = true;
+    if (done.code || done.bytes < r->bytes) {
+        ok = vblk__fell_short(dev, r, done);
+        if (vblk__halted(dev)) {
+            return VBLK_ERR_STALE;
+        }
+    }
     if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
                            ok && k->data == VBLK__DATA_IN ? r->bytes : 0) &&
         ok) {
@@ -3380,7 +3377,7 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
 VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
                           int64_t result) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
-    const struct vblk__kind *k = vblk__kind_of(req);
+    const struct vblk__kind *k = req->kind;
     VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
     if (result < 0) {
         done.error = result;
@@ -3452,7 +3449,7 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
 VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
                                              const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
-    const struct vblk__kind *k = vblk__kind_of(r);
+    const struct vblk__kind *k = r->kind;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     vblk__place at = {0, 0};
     while (done.bytes < r->bytes && !done.code) {
@@ -3486,7 +3483,7 @@ VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
                               const vblk_request *r) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     bool flush = false;
-    const struct vblk__kind *k = vblk__kind_of(r);
+    const struct vblk__kind *k = r->kind;
     switch ((vblk__does)k->does) {
     case VBLK__DO_READ:
     case VBLK__DO_WRITE:
