@@ -2365,30 +2365,34 @@ typedef enum vblk__state {
     VBLK__BROKEN
 } vblk__state;
 
-// EMPTY, MORE or BROKEN.
-VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
-    uint16_t idx;
-    if (q->broken) {
-        return VBLK__BROKEN;
-    }
-    if (q->run.avail_next != q->run.avail_seen) {
-        return VBLK__MORE;
-    }
+// avail.idx is out of reach or no index. Not told once the drain is to halt: the
+// driver may have the ring in hand again.
+VBLK__RARE vblk__state vblk__lost(vblk_dev *dev, vblk_queue *q,
+                                  vblk_event_code code, uint64_t a,
+                                  uint64_t b) {
     if (vblk__halted(dev)) {
         return VBLK__EMPTY;
     }
+    vblk__poison(dev, q, code, a, b);
+    return VBLK__BROKEN;
+}
+
+// What came since avail.idx was last read: EMPTY, MORE or BROKEN.
+VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
+    uint16_t idx, next = q->run.avail_next;
+    if (q->broken) {
+        return VBLK__BROKEN;
+    }
     if (!vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx)) {
-        vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
-        return VBLK__BROKEN;
+        return vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
     }
-    if ((uint16_t)(idx - q->run.avail_next) > q->size) {
-        vblk__poison(dev, q, VBLK_EV_AVAIL_JUMP, idx, q->run.avail_next);
-        return VBLK__BROKEN;
-    }
-    q->run.avail_seen = idx;
-    if (idx == q->run.avail_next) {
+    if (idx == next) {
         return VBLK__EMPTY;
     }
+    if ((uint16_t)(idx - next) > q->size) {
+        return vblk__lost(dev, q, VBLK_EV_AVAIL_JUMP, idx, next);
+    }
+    q->run.avail_seen = idx;
     q->run.armed = false;
     return VBLK__MORE;
 }
@@ -2416,7 +2420,7 @@ VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
 // Notifications on for whatever comes after avail_seen. avail.idx must be
 // looked at again after it: either the driver sees the switch, or the device
 // sees its entry.
-static bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
+VBLK__FLAT bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     bool ok = true;
     if (q->run.notify_off) {
         ok = vblk__store16(dev, q->run.used, q->used_gpa, 0, 0);
@@ -2486,7 +2490,7 @@ VBLK__FLAT bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint32_t old) {
            !(word & VBLK__NO_INTERRUPT);
 }
 
-static void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
+VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
     uint32_t old = q->run.used_decided;
     if (vblk__halted(dev)) {
         return;
@@ -3542,7 +3546,7 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 
 // The queue if it may be drained now, else NULL: what was completed before it
 // broke is published.
-static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
+VBLK__FLAT vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
     if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
         queue >= vblk__queue_count(dev)) {
         return NULL;
@@ -3559,7 +3563,7 @@ static vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
         return NULL;
     }
     if (q->broken || (!q->run.resolved && !vblk__resolve(dev, q))) {
-        vblk__publish_queue(dev, q);
+        vblk_publish(dev, queue);
         return NULL;
     }
     return q;
@@ -3646,7 +3650,7 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     return vblk__again(dev, q, q->broken ? VBLK__BROKEN : state, now_ns);
 }
 
-static vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
+VBLK__FLAT vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
                                      uint64_t now_ns) {
     vblk_queue *q = vblk__prepare(dev, queue);
     VBLK_ASSERT(dev->seg_max <= VBLK_MAX_SEGS); // of another static unit
@@ -4176,7 +4180,7 @@ VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
         return VBLK_ERR_BUSY;
     }
     int position = q->run.avail_next;
-    vblk__publish_queue(dev, q); // what is completed is not lost
+    vblk_publish(dev, queue); // what is completed is not lost
     vblk__forget_queue(dev, q);
     return position;
 }
