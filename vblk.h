@@ -2033,10 +2033,14 @@ static bool vblk__take_due(vblk_queue *q) {
 VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
     VBLK_ASSERT(queue == VBLK_ALL_QUEUES ||
                 (queue >= 0 && (unsigned)queue < dev->queues));
-    for (unsigned i = 0; i < dev->queues; i++) {
-        if (queue == VBLK_ALL_QUEUES || (unsigned)queue == i) {
-            vblk__set_due(dev, &dev->queue[i]);
+    if (queue == VBLK_ALL_QUEUES) {
+        vblk_queue *q = dev->queue, *const end = q + dev->queues;
+        for (; q != end; q++) {
+            VBLK__STORE_RELEASE(&q->due, true);
         }
+        VBLK__OR(&dev->due, 1u);
+    } else if ((unsigned)queue < dev->queues) {
+        vblk__set_due(dev, &dev->queue[queue]);
     }
     if (dev->notify) {
         dev->notify(dev->user, queue);
@@ -2098,7 +2102,11 @@ VBLKDEF void vblk_bucket_init(vblk_bucket *b, uint64_t rate, uint64_t burst) {
 }
 
 VBLKDEF void vblk_bucket_refill(vblk_bucket *b, uint64_t now_ns) {
-    if (b->rate == 0 || now_ns <= b->last_ns) {
+    if (now_ns <= b->last_ns) {
+        return;
+    }
+    if (b->rate == 0) {
+        b->last_ns = now_ns;
         return;
     }
     vblk__wide gained = vblk__multiply(now_ns - b->last_ns, b->rate);
@@ -2161,6 +2169,15 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 
 static bool vblk__limited(const vblk_dev *dev) {
     return dev->ops.rate || dev->bytes.rate;
+}
+
+static inline void vblk__refill(vblk_dev *dev, uint64_t now_ns) {
+    if (now_ns > dev->ops.last_ns) {
+        vblk_bucket_refill(&dev->ops, now_ns);
+    }
+    if (now_ns > dev->bytes.last_ns) {
+        vblk_bucket_refill(&dev->bytes, now_ns);
+    }
 }
 
 // `q` had its turn, or gives it up: it goes to the next queue that waits.
@@ -2249,8 +2266,7 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
     if (!dev->ops.rate && (!dev->bytes.rate || bytes == 0)) {
         return true; // costs nothing, so it waits for nobody
     }
-    vblk_bucket_refill(&dev->ops, now_ns);
-    vblk_bucket_refill(&dev->bytes, now_ns);
+    vblk__refill(dev, now_ns);
     bool its_turn = !dev->waits || dev->turn == q->number;
     if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
         !vblk_bucket_can_take(&dev->bytes, bytes)) {
@@ -2265,8 +2281,7 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
 // When the request whose turn it is passes.
 static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
     const vblk_queue *q = &dev->queue[dev->turn];
-    vblk_bucket_refill(&dev->ops, now_ns);
-    vblk_bucket_refill(&dev->bytes, now_ns);
+    vblk__refill(dev, now_ns);
     uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
     uint64_t b = vblk_bucket_wait(&dev->bytes, q->run.stalled_bytes, now_ns);
     uint64_t wait = a > b ? a : b;
@@ -2832,13 +2847,13 @@ static const struct vblk__kind {
 // Find the row of `type`, if it is known and was offered.
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
-    const struct vblk__kind *k = vblk__kinds, *end = k + VBLK__KINDS;
-    while (k != end && k->type != type) {
-        k++;
+    unsigned i = 0;
+    while (i < VBLK__KINDS && vblk__kinds[i].type != type) {
+        i++;
     }
     r->type = type;
-    r->kind = k;
-    return k != end && !(k->feature & ~dev->offered);
+    r->kind = &vblk__kinds[i];
+    return i < VBLK__KINDS && !(vblk__kinds[i].feature & ~dev->offered);
 }
 
 static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
@@ -3629,9 +3644,9 @@ VBLK__FLAT vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
 
 // Something came since the queue was armed, or is to be published: of many that
 // are notified at once, few have any.
-static bool vblk__has_news(vblk_dev *dev, const vblk_queue *q) {
+VBLK__FLAT bool vblk__has_news(vblk_dev *dev, const vblk_queue *q) {
     uint16_t idx;
-    return !q->run.armed || !q->run.resolved || q->run.used_next != q->run.used_decided ||
+    return !q->run.armed || q->run.used_next != q->run.used_decided ||
            !vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx) ||
            idx != q->run.avail_next;
 }
@@ -3691,18 +3706,18 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     } else if (!timed) {
         return dev->again_ns;
     }
-    unsigned first = dev->waits ? dev->turn : 0;
-    for (unsigned i = 0; i < dev->queues; i++) {
-        unsigned n = (first + i) % dev->queues;
-        vblk_queue *q = &dev->queue[n];
+    vblk_queue *q = dev->queue + (dev->waits ? dev->turn : 0);
+    vblk_queue *const end = dev->queue + dev->queues;
+    for (unsigned left = dev->queues; left > 0; left--) {
         bool look = vblk__take_due(q);
         // A stall ends by time alone.
         if (q->run.stalled ? timed : look && vblk__has_news(dev, q)) {
-            if (vblk__drain_queue(dev, n, now_ns) == VBLK__MORE) {
+            if (vblk__drain_queue(dev, q->number, now_ns) == VBLK__MORE) {
                 vblk__set_due(dev, q);
                 more = true;
             }
         }
+        q = q + 1 == end ? dev->queue : q + 1;
     }
     bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && dev->memory.read;
     dev->again_ns = live && dev->waits ? vblk__turn_comes(dev, now_ns)
@@ -4397,7 +4412,7 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
     dev->again_ns = 0;
     for (unsigned i = 0; i < dev->queues; i++) {
         vblk_queue *q = &dev->queue[i];
-        q->run.resolved = false;
+        q->run.resolved = q->run.armed = false;
         q->run.desc = q->run.avail = q->run.used = NULL;
     }
     vblk_notify(dev, VBLK_ALL_QUEUES);
