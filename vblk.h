@@ -910,17 +910,17 @@ typedef struct vblk_request {
     uint16_t  queue, head;
     bool      durable; // OUT: must be durable before it is completed
     bool      direct;  // every segment has a pointer
-    const struct vblk__kind *kind; // private: the row of its type
     unsigned  segs;
     vblk_seg *seg;     // in the array that vblk_next() was given
     uint64_t  offset;  // of an IN or OUT, in bytes from the start of the disk
     uint64_t  bytes;   // in all segments, which is what an IN or OUT moves
     // Private.
+    const struct vblk__kind *kind; // the row of its type
+    uint8_t  *status_ptr;
+    uint64_t  status_gpa;
     uint64_t  epoch;
     uint64_t  backing; // how far it was known to reach
-    uint64_t  status_gpa;
-    uint8_t  *status_ptr;
-    uint32_t  space;   // written before the status byte, or that does not count
+    uint64_t  space;   // written before the status byte, or that does not count
 } vblk_request;
 
 #if defined(__GNUC__)
@@ -961,9 +961,9 @@ typedef struct vblk_run {
     bool     stalled;      // the request at the head waits for a limit
     uint16_t avail_next;   // next entry to take
     uint16_t avail_seen;   // avail.idx as last read
-    uint32_t used_next;    // next entry to fill; of these three, used.idx is
-    uint32_t used_shown;   // the lower half: as last stored
-    uint32_t used_decided; // at the last decision to interrupt
+    uint16_t used_shown;   // used.idx as last stored
+    uint32_t used_next;    // next entry to fill; used.idx is the lower half
+    uint32_t used_decided; // the same, at the last decision to interrupt
     uint32_t under_way;    // handed out, not completed
     uint8_t *desc, *avail, *used; // NULL: through the accessors
     const struct vblk_region *near[3]; // where the last lookups ended
@@ -1010,6 +1010,7 @@ typedef struct vblk_dev {
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
     bool         no_memory_said, legacy_said;
     // All drainers.
+    bool         limited;  // one of the buckets has a rate
     bool         waits;    // a queue is stalled, and it is the turn of `turn`
     uint8_t      clock;    // VBLK__CLOCK_ values
     uint16_t     turn;     // the queue that stalled first
@@ -1531,11 +1532,10 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #error "vblk.h: VBLK_SCRATCH must be a multiple of 512"
 #endif
 
-// Segments on the stack of a drain: header and status are in the list at first,
-// and a descriptor that crosses host regions takes a segment for each. This
-// many crossings fit before the request goes without pointers.
-#define VBLK__SPLITS (VBLK_MAX_SEGS / 16)
-#define VBLK__SEGS   (VBLK_MAX_SEGS + 2 + VBLK__SPLITS)
+// Segments on the stack of a drain, header and status among them. What these
+// two leave free is for descriptors that cross host regions, which take one for
+// each; with more crossings than that the request goes without pointers.
+#define VBLK__SEGS (VBLK_MAX_SEGS + 2)
 
 // Status, InterruptStatus, the counters and the ring indices are shared with
 // threads, the guest's among them, that are running. The orders:
@@ -1723,11 +1723,11 @@ static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
 // A pointer to all of [gpa, gpa + n), or NULL.
 static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
                                    uint64_t gpa, uint64_t n, bool writable) {
-    uint64_t run = n;
     uint8_t *p = vblk__in_region(*near, gpa, n, writable);
     if (p || !dev->memory.map) {
         return p;
     }
+    uint64_t run = n;
     p = vblk__look_up(dev, near, gpa, &run, writable);
     return run >= n ? p : NULL;
 }
@@ -2167,10 +2167,6 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 
 // ---- Limits: who must wait, and until when ---------------------------------
 
-static bool vblk__limited(const vblk_dev *dev) {
-    return dev->ops.rate || dev->bytes.rate;
-}
-
 static inline void vblk__refill(vblk_dev *dev, uint64_t now_ns) {
     if (now_ns > dev->ops.last_ns) {
         vblk_bucket_refill(&dev->ops, now_ns);
@@ -2263,7 +2259,7 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
 // keep a large one waiting for ever.
 static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
                         uint64_t now_ns) {
-    if (!dev->ops.rate && (!dev->bytes.rate || bytes == 0)) {
+    if (!dev->limited || (!dev->ops.rate && bytes == 0)) {
         return true; // costs nothing, so it waits for nobody
     }
     vblk__refill(dev, now_ns);
@@ -2338,7 +2334,7 @@ static bool vblk__adopt_used(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx = 0;
     bool ok = q->used_gpa % 4 == 0 &&
               vblk__load16(dev, q->run.used, q->used_gpa, 2, &idx);
-    q->run.used_next = q->run.used_shown = q->run.used_decided = idx;
+    q->run.used_next = q->run.used_decided = q->run.used_shown = idx;
     q->run.adopt_used = !ok;
     return ok;
 }
@@ -2423,12 +2419,12 @@ static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
 
 // Let the driver see what is completed.
 VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
-    if (q->run.used_next != q->run.used_shown) {
-        if (!vblk__store16(dev, q->run.used, q->used_gpa, 2,
-                           (uint16_t)q->run.used_next)) {
+    uint16_t idx = (uint16_t)q->run.used_next;
+    if (idx != q->run.used_shown) {
+        q->run.used_shown = idx;
+        if (!vblk__store16(dev, q->run.used, q->used_gpa, 2, idx)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
         }
-        q->run.used_shown = q->run.used_next;
     }
 }
 
@@ -2496,10 +2492,10 @@ static inline bool vblk__crosses(uint16_t event, uint16_t now, uint16_t old) {
 VBLK__FLAT bool vblk__wanted(vblk_dev *dev, vblk_queue *q, uint32_t old) {
     uint16_t word;
     if (dev->event_idx) {
-        return q->run.used_shown - old > UINT16_MAX || // past any event
+        return q->run.used_next - old > UINT16_MAX || // past any event
                !vblk__load16(dev, q->run.avail, q->avail_gpa,
                              vblk__avail_bytes(q) - 2, &word) ||
-               vblk__crosses(word, (uint16_t)q->run.used_shown, (uint16_t)old);
+               vblk__crosses(word, q->run.used_shown, (uint16_t)old);
     }
     return !vblk__load16(dev, q->run.avail, q->avail_gpa, 0, &word) ||
            !(word & VBLK__NO_INTERRUPT);
@@ -2510,16 +2506,16 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
     if (vblk__halted(dev)) {
         return;
     }
-    if (q->run.used_next != q->run.used_shown) {
+    if ((uint16_t)q->run.used_next != q->run.used_shown) {
         vblk__show(dev, q);
         // Either the driver sees the new index when it switches interrupts
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->run.used_shown == old) {
+    if (q->run.used_next == old) {
         return;
     }
-    q->run.used_decided = q->run.used_shown;
+    q->run.used_decided = q->run.used_next;
     bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
     if (fire || dev->strict) { // P7
         vblk__raise(dev, q->number, fire);
@@ -3208,9 +3204,7 @@ VBLK__RARE void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
 // Where the status goes (V17).
 static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
                                vblk__chain *c) {
-    r->space = dev->strict                  ? 0
-               : c->in_bytes < UINT32_MAX ? (uint32_t)c->in_bytes
-                                          : UINT32_MAX;
+    r->space = dev->strict ? 0 : c->in_bytes;
     r->status_gpa = c->status_gpa;
     r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], c->status_gpa, 1,
                                 true);
@@ -3375,19 +3369,21 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
     }
     q->run.under_way--;
     const struct vblk__kind *k = r->kind;
-    bool ok = true;
     if (done.code || done.bytes < r->bytes) {
-        ok = vblk__fell_short(dev, r, done);
+        bool ok = vblk__fell_short(dev, r, done);
         if (vblk__halted(dev)) {
             return VBLK_ERR_STALE;
         }
+        if (!ok) {
+            vblk__return_early(dev, q, r, VBLK_S_IOERR, 0);
+            return VBLK_OK;
+        }
     }
-    if (vblk__return_chain(dev, q, r, ok ? VBLK_S_OK : VBLK_S_IOERR,
-                           ok && k->data == VBLK__DATA_IN ? r->bytes : 0) &&
-        ok) {
+    if (vblk__return_chain(dev, q, r, VBLK_S_OK,
+                           k->data == VBLK__DATA_IN ? r->bytes : 0)) {
         vblk__count_success(q, k, done.bytes);
     }
-    if (ok && k->does == VBLK__DO_WRITE) {
+    if (k->does == VBLK__DO_WRITE) {
         vblk__raise_to(&dev->backing, r->offset + r->bytes);
     }
     return VBLK_OK;
@@ -3657,7 +3653,7 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     if (!q) {
         return VBLK_NEVER;
     }
-    if (vblk__limited(dev)) {
+    if (dev->limited) {
         vblk__watch_clock(dev, now_ns, 1);
     }
     vblk__state state = vblk__arm_queue(dev, q);
@@ -3687,7 +3683,7 @@ VBLK__FLAT vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
 
 VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     VBLK_ASSERT(queue < dev->queues);
-    if (vblk__limited(dev)) {
+    if (dev->limited) {
         vblk__watch_clock(dev, now_ns, 1);
     }
     vblk__state state = vblk__drain_queue(dev, queue, now_ns);
@@ -3698,7 +3694,7 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     uint32_t due = VBLK__LOAD(&dev->due);
     bool timed = now_ns >= dev->again_ns;
     bool more = false;
-    if (vblk__limited(dev)) {
+    if (dev->limited) {
         vblk__watch_clock(dev, now_ns, dev->queues + 1);
     }
     if (due) {
@@ -4331,6 +4327,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     vblk__set_bursts(&l);
     vblk_bucket_init(&dev->ops, l.iops, l.iops_burst);
     vblk_bucket_init(&dev->bytes, l.bps, l.bps_burst);
+    dev->limited = l.iops || l.bps;
     for (unsigned i = 0; i < dev->queues; i++) {
         VBLK_MEMSET(&dev->queue[i], 0, sizeof dev->queue[i]);
         dev->queue[i].epoch = vblk__first_epoch();
@@ -4385,12 +4382,13 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     vblk__set_bursts(&l);
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
+    dev->limited = l.iops || l.bps;
     dev->clock = VBLK__CLOCK_NEW;
     dev->again_ns = 0;
     // Only a limited device has a turn: without limits its queues may be
     // drained by several threads, and none of them could pass it on.
-    dev->waits = dev->waits && vblk__limited(dev);
-    for (unsigned i = 0; !vblk__limited(dev) && i < dev->queues; i++) {
+    dev->waits = dev->waits && dev->limited;
+    for (unsigned i = 0; !dev->limited && i < dev->queues; i++) {
         if (dev->queue[i].run.stalled) {
             vblk__end_stall(dev, &dev->queue[i], now_ns);
         }
@@ -5334,7 +5332,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
             next = now;
             continue;
         }
-        now = vblk__limited(&w->dev) ? vblk__clock() : 0;
+        now = w->dev.limited ? vblk__clock() : 0;
         next = vblk_poll(&w->dev, now);
         uint64_t most = now + VBLK__MAX_WAIT;
         if (next > now && next != VBLK_NEVER &&
