@@ -1729,7 +1729,7 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
     }
     uint64_t run = n;
     p = vblk__look_up(dev, near, gpa, &run, writable);
-    return run >= n ? p : NULL;
+    return run == n ? p : NULL; // more would break its word
 }
 
 static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, uint64_t n) {
@@ -1809,40 +1809,39 @@ static void vblk__copy_piece(uint8_t *p, uint8_t *host, uint64_t n, bool in) {
     }
 }
 
-// A pointer to the first `run` of the bytes. All or nothing: a range that goes
-// on in another region is looked up to its end before a byte moves.
-static uint8_t *vblk__regions_begin(void *user, uint64_t gpa, uint64_t n,
-                                    uint64_t *run, bool writable) {
-    const vblk_region *r =
-        vblk__find_region((const vblk_regions *)user, gpa);
-    uint8_t *first = vblk__in_region(r, gpa, n, writable), *p = first;
-    *run = n;
-    if (p) {
-        return p;
-    }
-    first = p = vblk__part_of(r, gpa, run, writable);
-    for (uint64_t done = *run, more; p && done < n; done += more) {
-        more = n - done;
-        p = (uint8_t *)vblk__regions_map(user, gpa + done, &more, writable);
-    }
-    return p ? first : NULL;
-}
-
-// Between guest memory and the host, which is written to only with `in`.
-static int vblk__regions_copy(void *user, uint64_t gpa, uint8_t *host,
-                              uint64_t n, bool in) {
-    uint64_t run;
-    uint8_t *p = vblk__regions_begin(user, gpa, n, &run, !in);
-    while (p && host && n > 0) {
-        vblk__copy_piece(p, host, run, in);
-        host += run;
-        gpa += run;
-        run = n -= run;
-        if (n > 0) {
-            p = (uint8_t *)vblk__regions_map(user, gpa, &run, !in);
+// Between guest memory and the host, which is written to only with `in`. Across
+// regions it is looked up to its end before a byte moves.
+static int vblk__regions_across(void *user, uint64_t gpa, uint8_t *host,
+                                uint64_t n, bool in) {
+    for (int moves = 0; moves <= (host != NULL); moves++) {
+        uint64_t run;
+        for (uint64_t done = 0; done < n; done += run) {
+            run = n - done;
+            uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa + done, &run,
+                                                      !in);
+            if (!p) {
+                return -1;
+            }
+            if (moves) {
+                vblk__copy_piece(p, host + done, run, in);
+            }
         }
     }
-    return p ? 0 : -1;
+    return 0;
+}
+
+static inline int vblk__regions_copy(void *user, uint64_t gpa, uint8_t *host,
+                                     uint64_t n, bool in) {
+    const vblk_region *r =
+        vblk__find_region((const vblk_regions *)user, gpa);
+    uint8_t *p = vblk__in_region(r, gpa, n, !in);
+    if (!p) {
+        return vblk__regions_across(user, gpa, host, n, in);
+    }
+    if (host) {
+        vblk__copy_piece(p, host, n, in);
+    }
+    return 0;
 }
 
 static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
@@ -2961,29 +2960,21 @@ static void vblk__make_room(vblk__chain *c) {
     c->end = c->full;
 }
 
-// `d`, which was taken off the list, to one segment, or to one for each host
-// region it lies in, as long as they do not reach the list.
-static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
-                           vblk_seg d, bool in) {
-    if (vblk__wraps(d.gpa, d.n)) {
-        return false;
-    }
-    if (!dev->memory.map) {
-        vblk__add_seg(r, NULL, d.gpa, d.n);
-        return in ? vblk__write(dev, d.gpa, NULL, d.n)
-                  : vblk__read(dev, d.gpa, NULL, d.n);
-    }
+// `d`, which was taken off the list, to a segment for each host region it lies
+// in, as long as they do not reach the list.
+static bool vblk__map_pieces(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                             vblk_seg d, bool in) {
     const unsigned start = r->segs;
     const vblk_seg whole = d;
     bool fits = true;
+    if (c->end != c->full) {
+        vblk__make_room(c);
+    }
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
         uint8_t *p = vblk__look_up(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
         if (!p || run == 0 || run > d.n) { // or a map that breaks its word
             return false;
-        }
-        if (run < d.n && c->end != c->full) {
-            vblk__make_room(c);
         }
         fits = fits && r->seg + r->segs < c->list;
         if (fits) {
@@ -2997,15 +2988,31 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     return true;
 }
 
+// Guest memory that the accessors reach; nothing moves.
+static bool vblk__map_copied(vblk_dev *dev, vblk_request *r, vblk_seg d,
+                             bool in) {
+    vblk__add_seg(r, NULL, d.gpa, d.n);
+    return in ? vblk__write(dev, d.gpa, NULL, d.n)
+              : vblk__read(dev, d.gpa, NULL, d.n);
+}
+
 // The same for the rest of the list, behind the segments that stand before it.
 static bool vblk__map_rest(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     while (c->list != c->end) {
         vblk_seg d = *c->list++; // its segment may take its place
-        uint8_t *p = vblk__in_region(c->near[VBLK__DATA], d.gpa, d.n, in);
+        uint8_t *p = NULL;
+        bool ok = !vblk__wraps(d.gpa, d.n);
+        if (ok && dev->memory.map) {
+            p = vblk__whole(dev, &c->near[VBLK__DATA], d.gpa, d.n, in);
+        }
         if (p) {
             vblk__add_seg(r, p, d.gpa, d.n);
-        } else if (!vblk__map_desc(dev, r, c, d, in)) {
+        } else if (ok) {
+            ok = dev->memory.map ? vblk__map_pieces(dev, r, c, d, in)
+                                 : vblk__map_copied(dev, r, d, in);
+        }
+        if (!ok) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }
