@@ -2926,7 +2926,8 @@ static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
     if (!vblk__check_sizes(dev, c)) {
         return false;
     }
-    if (k->data == VBLK__DATA_IN ? c->out_bytes : c->in_bytes) {
+    if ((c->out_bytes > 0 && k->data == VBLK__DATA_IN) ||
+        (c->in_bytes > 0 && k->data == VBLK__DATA_OUT)) {
         return vblk__refuse(c, VBLK_EV_DATA_DIRECTION, k->type, 0);
     }
     if (dev->strict && bytes == 0) {
@@ -3418,30 +3419,27 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
 
 // ---- Execute: a request by the backend -------------------------------------
 
-// Call the backend until all is moved, nothing moves, or it fails. A segment
-// that a short transfer ended in is cut for the next call, and whole again
-// afterwards.
-static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
-                                 uint64_t offset, vblk_seg *seg, unsigned segs,
-                                 uint64_t bytes) {
+static inline int64_t vblk__transfer(const vblk_dev *dev,
+                                     const struct vblk__kind *k,
+                                     uint64_t offset, const vblk_seg *seg,
+                                     unsigned segs) {
     const vblk_backend *b = &dev->backend;
+    return k->does == VBLK__DO_READ ? b->read(b->user, offset, seg, segs)
+                                    : b->write(b->user, offset, seg, segs);
+}
+
+// The backend answered `n` instead of `bytes`: call it until all is moved,
+// nothing moves, or it fails. A segment that a short transfer ended in is cut
+// for the next call, and whole again afterwards.
+static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
+                                    uint64_t offset, vblk_seg *seg,
+                                    unsigned segs, uint64_t bytes, int64_t n) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
-    while (!vblk__halted(dev)) {
-        uint64_t at = offset + done.bytes;
-        int64_t n = k->does == VBLK__DO_READ
-                        ? b->read(b->user, at, seg, segs)
-                        : b->write(b->user, at, seg, segs);
-        if (n < 0) {
-            done.code = (vblk_event_code)k->failed;
-            done.error = n;
-        }
-        if (n <= 0) {
-            break;
-        }
+    while (n > 0) {
         VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
         done.bytes += (uint64_t)n;
-        if (done.bytes >= bytes) {
+        if (done.bytes >= bytes || vblk__halted(dev)) {
             break;
         }
         while ((uint64_t)n >= seg->n) {
@@ -3460,11 +3458,26 @@ static vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
             seg->gpa += (uint64_t)n;
             seg->n -= (size_t)n;
         }
+        n = vblk__transfer(dev, k, offset + done.bytes, seg, segs);
     }
     if (cut) {
         *cut = whole;
     }
+    if (n < 0) {
+        done.code = (vblk_event_code)k->failed;
+        done.error = n;
+    }
     return done;
+}
+
+VBLK__FLAT vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
+                                     uint64_t offset, vblk_seg *seg,
+                                     unsigned segs, uint64_t bytes) {
+    vblk__progress done = {bytes, VBLK_EV_NONE, 0};
+    int64_t n = vblk__transfer(dev, k, offset, seg, segs);
+    return n >= 0 && (uint64_t)n == bytes
+               ? done
+               : vblk__move_on(dev, k, offset, seg, segs, bytes, n);
 }
 
 // The same without pointers, through a buffer.
