@@ -517,6 +517,49 @@ void r4_nothing_is_begun_after_a_reset(void) {
     g.queue[0].size = 0;
 }
 
+// W7: the reset comes at any access, and the host says no. That access may have
+// begun to write; none does after it.
+static unsigned traced_by_then;
+
+static void reset_now(void) {
+    traced_by_then = g.traced;
+    quiet.answer = -1;
+    vblk_mmio_write(&g.dev, VBLK_REG_STATUS, 4, 0);
+}
+
+void w7_nothing_is_written_after_a_reset(void) {
+    static const struct {
+        uint32_t type, bytes;
+    } kinds[] = {{VBLK_T_IN, 4096}, {VBLK_T_OUT, 512}, {VBLK_T_GET_ID, 20},
+                 {77, 512}, {VBLK_T_FLUSH, 0}};
+    const uint64_t backing = g.backing;
+    for (unsigned kind = 0; kind < 2 * COUNT(kinds); kind++) {
+        unsigned n = 0;
+        do {
+            guest_init();
+            with_quiesce();
+            g.backing = kind < COUNT(kinds) ? backing : 700; // padded
+            g.dev.backing = g.backing;
+            for (int i = 0; i < 2; i++) {
+                request(kinds[kind % COUNT(kinds)].type, 0,
+                        kinds[kind % COUNT(kinds)].bytes);
+            }
+            g.traced = 0;
+            g.strike = reset_now;
+            g.ambush = ++n;
+            vblk_drain(&g.dev, 0, 0);
+            for (unsigned i = traced_by_then + 1; !g.ambush && i < g.traced;
+                 i++) {
+                CHECK(!g.trace[i].write);
+            }
+            CHECK(g.ambush || !rd(VBLK_REG_INTERRUPT_STATUS));
+        } while (g.ambush == 0);
+        CHECK(g.mapped || n > 10);
+        g.ambush = 0;
+    }
+    guest_init();
+}
+
 // An execution of an earlier session does nothing.
 void r1_an_old_request_is_not_executed(void) {
     vblk_request r;

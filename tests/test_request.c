@@ -151,6 +151,32 @@ void p5_a_chain_that_is_much_too_long_is_an_error(void) {
     }
 }
 
+// It goes on in a table that is longer than any request may be.
+void p5_a_long_chain_goes_on_in_a_table(void) {
+    enum { OWN = 200, SEGMENTS = 513 };
+    static part p[SEGMENTS + 1], q[OWN + 1];
+    g.o.profile = VBLK_STANDARD;
+    guest_up();
+    for (unsigned own = 125; own <= OWN; own++) { // 130 is the limit
+        req r = prepare(VBLK_T_IN, 0, 512);
+        for (unsigned i = 0; i < SEGMENTS; i++) {
+            p[i] = (part){r.data, 512, WRITE};
+        }
+        p[SEGMENTS] = (part){r.status, 1, WRITE};
+        q[0] = (part){r.header, 16, 0};
+        for (unsigned i = 1; i < own; i++) {
+            q[i] = (part){r.data, 512, WRITE};
+        }
+        q[own] = (part){put_table(p, SEGMENTS + 1), 16 * (SEGMENTS + 1),
+                        INDIRECT};
+        refused(send_parts(q, own + 1, r.status), VBLK_EV_CHAIN_LONG);
+        CHECK_EQ(vblk_seg_max(&g.dev) + 2, event_a(&g.last));
+        guest_init();
+        g.o.profile = VBLK_STANDARD;
+        guest_up();
+    }
+}
+
 // A table is as long as the guest says: the work on it is bounded.
 void p5_a_table_of_4_gib_is_not_followed_for_ever(void) {
     g.o.profile = VBLK_STANDARD;

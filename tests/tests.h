@@ -106,6 +106,7 @@
     X(v1_p5_chain_limit_standard, GUEST)                                       \
     X(v1_a_loop_in_a_small_table_ends_there, GUEST)                            \
     X(p5_a_chain_that_is_much_too_long_is_an_error, GUEST)                     \
+    X(p5_a_long_chain_goes_on_in_a_table, GUEST)                               \
     X(p5_a_table_of_4_gib_is_not_followed_for_ever, GUEST)                     \
     X(v2_p5_no_place_for_the_status, GUEST)                                    \
     X(v2_strict_wants_the_status_last, STRICT)                                 \
@@ -255,6 +256,7 @@
     X(t4_the_next_in_turn_is_notified, GUEST)                                  \
     X(w9_memory_stays_while_a_broken_queue_has_requests, GUEST)                \
     X(r4_nothing_is_begun_after_a_reset, GUEST)                                \
+    X(w7_nothing_is_written_after_a_reset, GUEST)                              \
     X(r1_an_old_request_is_not_executed, GUEST)                                \
     X(all_status_sequences, GUEST)                                             \
     X(all_status_writes_from_every_state, GUEST)                               \
