@@ -348,8 +348,9 @@
 
         VBLK_MAX_SEGS          largest seg_max; default 128
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
-        VBLK_SINGLE_THREADED   no atomics: one thread, guest included;
-                               else some 32-bit targets need -latomic
+        VBLK_SINGLE_THREADED   no atomics: one thread, guest included; else
+                               some 32-bit targets need -latomic, and
+                               compilers but gcc and clang those of C11
         VBLK_ASSERT(x)         default assert
         VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
 
@@ -1507,6 +1508,9 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #if defined(VBLK_SINGLE_THREADED) && defined(VBLK_IMPLEMENTATION_THREADED)
 #error "vblk.h: the worker needs atomics: leave out VBLK_SINGLE_THREADED"
 #endif
+#if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(__GNUC__)
+#error "vblk.h: the worker needs gcc or clang; the rest does not"
+#endif
 #if defined(VBLK_MEMCPY) != defined(VBLK_MEMSET)
 #error "vblk.h: define both of VBLK_MEMCPY and VBLK_MEMSET, or neither"
 #endif
@@ -1587,8 +1591,39 @@ typedef uint16_t vblk__shared16;
 // What was copied from the guest before this stays copied: the compiler may
 // not fetch it again.
 #define VBLK__ONCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#elif defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L &&              \
+    (!defined(__STDC_NO_ATOMICS__) || /* tcc has them and denies it */         \
+     (defined(__TINYC__) && __TINYC__ >= 928))
+#include <stdatomic.h>
+#define VBLK__AS(type, p) (_Atomic type *)(uintptr_t)(p)
+#define VBLK__ATOMIC(p)                                                        \
+    _Generic((p), bool *: VBLK__AS(bool, p), const bool *: VBLK__AS(bool, p),  \
+             uint32_t *: VBLK__AS(uint32_t, p),                                \
+             const uint32_t *: VBLK__AS(uint32_t, p),                          \
+             uint64_t *: VBLK__AS(uint64_t, p),                                \
+             const uint64_t *: VBLK__AS(uint64_t, p))
+#define VBLK__LOAD(p)                                                          \
+    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_relaxed)
+#define VBLK__STORE(p, v)                                                      \
+    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_relaxed)
+#define VBLK__LOAD_ACQUIRE(p)                                                  \
+    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_acquire)
+#define VBLK__STORE_RELEASE(p, v)                                              \
+    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_release)
+#define VBLK__ACQUIRE(p)                                                       \
+    atomic_load_explicit(VBLK__AS(uint16_t, p), memory_order_acquire)
+#define VBLK__RELEASE(p, v)                                                    \
+    atomic_store_explicit(VBLK__AS(uint16_t, p), v, memory_order_release)
+#define VBLK__OR(p, v)                                                         \
+    ((void)atomic_fetch_or_explicit(VBLK__ATOMIC(p), v, memory_order_acq_rel))
+#define VBLK__CAS(p, old, new)                                                 \
+    atomic_compare_exchange_strong_explicit(VBLK__ATOMIC(p), &(old), new,      \
+                                            memory_order_acq_rel,              \
+                                            memory_order_acquire)
+#define VBLK__FENCE() atomic_thread_fence(memory_order_seq_cst)
+#define VBLK__ONCE()  atomic_signal_fence(memory_order_seq_cst)
 #else
-#error "vblk.h: no atomics for this compiler; define VBLK_SINGLE_THREADED"
+#error "vblk.h: no atomics: define VBLK_SINGLE_THREADED, or compile as C11"
 #endif
 
 

@@ -74,6 +74,17 @@ for cxx in g++ clang++; do
             -o "$B/compile.o"
     done
 done
+# A compiler of another family, with the atomics of C11; and one without any.
+have clang clang && for e in emulator pool queues; do
+    try "C11 atomics, $e" clang -fgnuc-version=0 -U__clang__ -std=c11 \
+        -D_GNU_SOURCE $warn -O1 examples/$e.c -o "$B/compile" -lpthread
+    try "C11 atomics, $e run" timeout 60 "$B/compile"
+done
+have tcc tcc && {
+    try "tcc" tcc -D_GNU_SOURCE -DVBLK_SINGLE_THREADED examples/emulator.c \
+        -o "$B/compile"
+    try "tcc, run" timeout 60 "$B/compile"
+}
 sed -n '/^```c$/,/^```$/p' README.md | sed '/^```/d' >"$B/readme.c"
 try "README compiles" ${CC:-cc} -std=c99 $warn -I. "$B/readme.c" -o "$B/readme"
 try "README runs" "$B/readme"
