@@ -113,10 +113,13 @@ bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
-interop: interop-uboot interop-uml interop-qemu interop-firmware interop-powerloss ## all below but xv6
+interop: interop-uboot interop-m3 interop-uml interop-qemu interop-firmware interop-powerloss ## all below but xv6
 
 interop-uboot:                 ## U-Boot under Unicorn
 	@sh tests/interop/uboot/run.sh
+
+interop-m3:                    ## driver and device in a firmware image, on QEMU's Cortex-M3
+	@B=$(B) sh tests/image/m3.sh
 
 interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-linux)
 	@sh tests/interop/uml/run.sh
@@ -133,9 +136,8 @@ interop-xv6:                   ## xv6 under QEMU, on vblk-serve (XV6=its sources
 interop-powerloss:             ## nothing flushed is lost (ROUNDS=20, GUEST=uml|qemu)
 	@sh tests/interop/vhost/powerloss.sh
 
-size: $(B)                     ## bytes of code of the core at -Os
-	$(CC) $(STD) -Os -DVBLK_IMPLEMENTATION -x c -c vblk.h -o $(B)/size.o
-	size $(B)/size.o
+size:                          ## of an image, of the stack, of structs: a table (gcc for each)
+	@B=$(B) sh tests/image/size.sh
 
 lint:                          ## what no compiler checks: width, tabs, ASCII, no call downwards
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
