@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { QUEUE = 256, CHAINS = 32, RAM = 16 << 20, MOST_REGIONS = 256 };
+enum { QUEUE = 256, CHAINS = 32, RAM = 64 << 20, MOST_REGIONS = 256 };
 
 static const struct row {
     const char *name;
@@ -39,6 +39,7 @@ static const struct row {
     {"IN, 64 regions", VBLK_T_IN, 32, 1, 64, 1, INDIRECT},
     {"IN, 256 regions", VBLK_T_IN, 32, 1, 256, 1, INDIRECT},
     {"IN, 256 regions, all", VBLK_T_IN, 32, 1, 256, 1, INDIRECT | SPREAD},
+    {"IN, 254 segments, 256 regions", VBLK_T_IN, 32, 254, 256, 1, INDIRECT},
     {"IN, 254 segments, 256 regions, all", VBLK_T_IN, 32, 254, 256, 1,
      INDIRECT | SPREAD},
     {"IN, a map of the host's own", VBLK_T_IN, 32, 1, 1, 1, FOREIGN},
@@ -97,15 +98,26 @@ static void lay_regions(void) {
     guest.count = row->regions;
 }
 
-// `n` bytes, in the region with that number, counted round, or in the middle.
+// The region with that number, counted round, or the one in the middle.
+static size_t which(size_t number) {
+    return row->how & SPREAD ? number % row->regions : row->regions / 2;
+}
+
+// `n` bytes in it.
 static uint64_t place(size_t number, size_t n) {
-    size_t i = row->how & SPREAD ? number % row->regions : row->regions / 2;
-    uint64_t gpa = i * (RAM / row->regions) + taken[i];
+    size_t   i = which(number), each = RAM / row->regions;
+    uint64_t gpa = i * each + taken[i];
     taken[i] += (n + 63) / 64 * 64;
-    if (taken[i] > RAM / row->regions) {
+    if (taken[i] > each / 4 * 3) {
         abort();
     }
     return gpa;
+}
+
+// A sector in its last quarter. Nothing is moved, so they may overlap.
+static uint64_t sector(size_t number) {
+    size_t each = RAM / row->regions;
+    return which(number) * each + each / 4 * 3 + 512 * number % (each / 4);
 }
 
 static void put(uint64_t gpa, uint64_t value, int bytes) {
@@ -134,7 +146,7 @@ static void lay_chains(void) {
         put(head + 8, 0, 8);
         desc(table, d++, head, 16, 1);
         for (unsigned k = 0; k < row->segs; k++) {
-            desc(table, d++, place(37 * k + i, 512), 512, flags);
+            desc(table, d++, sector(37 * k + i), 512, flags);
         }
         desc(table, d++, status, 1, 2);
         head_of[i] = (uint16_t)first;
