@@ -1767,14 +1767,14 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
     return run == n ? p : NULL; // more would break its word
 }
 
-static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, uint64_t n) {
+static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, size_t n) {
     const vblk_memory *m = &dev->memory;
     return m->read && !vblk__wraps(gpa, n) &&
            m->read(m->user, gpa, dst, n) == 0;
 }
 
 static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
-                        uint64_t n) {
+                        size_t n) {
     const vblk_memory *m = &dev->memory;
     return m->write && !vblk__wraps(gpa, n) &&
            m->write(m->user, gpa, src, n) == 0;
@@ -1846,8 +1846,8 @@ static void vblk__copy_piece(uint8_t *p, uint8_t *host, uint64_t n, bool in) {
 
 // Between guest memory and the host, which is written to only with `in`. Across
 // regions it is looked up to its end before a byte moves.
-static int vblk__regions_across(void *user, uint64_t gpa, uint8_t *host,
-                                uint64_t n, bool in) {
+static int vblk__regions_across(void *user, bool in, uint64_t gpa,
+                                uint8_t *host, uint64_t n) {
     for (int moves = 0; moves <= (host != NULL); moves++) {
         uint64_t run;
         for (uint64_t done = 0; done < n; done += run) {
@@ -1865,13 +1865,13 @@ static int vblk__regions_across(void *user, uint64_t gpa, uint8_t *host,
     return 0;
 }
 
-static inline int vblk__regions_copy(void *user, uint64_t gpa, uint8_t *host,
-                                     uint64_t n, bool in) {
+static inline int vblk__regions_copy(void *user, bool in, uint64_t gpa,
+                                     uint8_t *host, uint64_t n) {
     const vblk_region *r =
         vblk__find_region((const vblk_regions *)user, gpa);
     uint8_t *p = vblk__in_region(r, gpa, n, !in);
     if (!p) {
-        return vblk__regions_across(user, gpa, host, n, in);
+        return vblk__regions_across(user, in, gpa, host, n);
     }
     if (host) {
         vblk__copy_piece(p, host, n, in);
@@ -1880,12 +1880,12 @@ static inline int vblk__regions_copy(void *user, uint64_t gpa, uint8_t *host,
 }
 
 static int vblk__regions_read(void *user, uint64_t gpa, void *dst, uint64_t n) {
-    return vblk__regions_copy(user, gpa, (uint8_t *)dst, n, true);
+    return vblk__regions_copy(user, true, gpa, (uint8_t *)dst, n);
 }
 
 static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
                                uint64_t n) {
-    return vblk__regions_copy(user, gpa, (uint8_t *)(uintptr_t)src, n, false);
+    return vblk__regions_copy(user, false, gpa, (uint8_t *)(uintptr_t)src, n);
 }
 
 
