@@ -1757,7 +1757,7 @@ static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
 
 // A pointer to all of [gpa, gpa + n), or NULL.
 static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
-                                   uint64_t gpa, uint64_t n, bool writable) {
+                                   uint64_t gpa, size_t n, bool writable) {
     uint8_t *p = vblk__in_region(*near, gpa, n, writable);
     if (p || !dev->memory.map) {
         return p;
@@ -3195,7 +3195,7 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 // byte any more.
 VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
                                    const vblk_request *r, uint8_t status,
-                                   uint64_t data) {
+                                   uint32_t data) {
     bool told = true;
     if (r->status_ptr) {
         *r->status_ptr = status;
@@ -3208,7 +3208,7 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
     if (told) {
         // The status byte counts if nothing before it was left out (P6).
         uint32_t all = data >= r->space;
-        vblk__give_back(dev, q, r->head, (uint32_t)data + all);
+        vblk__give_back(dev, q, r->head, data + all);
     } else { // V17
         vblk__say_request(dev, r, VBLK_EV_STATUS_UNWRITABLE, r->status_gpa, 0);
     }
@@ -3218,7 +3218,7 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
 // What ends without the backend, or badly: meanwhile a reset may have come.
 static bool vblk__return_early(vblk_dev *dev, vblk_queue *q,
                                const vblk_request *r, uint8_t status,
-                               uint64_t data) {
+                               uint32_t data) {
     return !vblk__halted(dev) && vblk__return_chain(dev, q, r, status, data);
 }
 
@@ -3271,7 +3271,7 @@ static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     } else if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
         vblk__return_early(dev, q, r, VBLK_S_IOERR, 0);
     } else {
-        vblk__return_early(dev, q, r, VBLK_S_OK, r->bytes);
+        vblk__return_early(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes);
     }
 }
 
@@ -3416,7 +3416,7 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
         return VBLK_OK;
     }
     if (vblk__return_chain(dev, q, r, VBLK_S_OK,
-                           k->data == VBLK__DATA_IN ? r->bytes : 0)) {
+                           k->data == VBLK__DATA_IN ? (uint32_t)r->bytes : 0)) {
         vblk__count_success(q, k, done.bytes);
     }
     if (k->does == VBLK__DO_WRITE) {
@@ -4596,30 +4596,28 @@ VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
 }
 
 // How many of the segments' bytes the disk has from `offset` on.
-static int64_t vblk__ramdisk_copy(vblk_ramdisk *d, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs,
-                                  bool in) {
-    uint64_t left = offset < d->bytes ? d->bytes - offset : 0;
-    uint8_t *p = (uint8_t *)d->data + (d->bytes - left);
-    int64_t done = 0;
-    for (unsigned i = 0; i < segs && left > 0; i++) {
-        size_t n = seg[i].n < left ? seg[i].n : (size_t)left;
-        VBLK_MEMCPY(in ? seg[i].ptr : p, in ? p : seg[i].ptr, n);
+static int64_t vblk__ramdisk_copy(void *user, bool in, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    vblk_ramdisk *d = (vblk_ramdisk *)user;
+    size_t   left = offset < d->bytes ? (size_t)(d->bytes - offset) : 0;
+    uint8_t *p = (uint8_t *)d->data + (d->bytes - left), *first = p;
+    for (; segs > 0 && left > 0; seg++, segs--) {
+        size_t n = seg->n < left ? seg->n : left;
+        VBLK_MEMCPY(in ? seg->ptr : p, in ? p : seg->ptr, n);
         p += n;
         left -= n;
-        done += (int64_t)n;
     }
-    return done;
+    return p - first;
 }
 
 static int64_t vblk__ramdisk_read(void *user, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
-    return vblk__ramdisk_copy((vblk_ramdisk *)user, offset, seg, segs, true);
+    return vblk__ramdisk_copy(user, true, offset, seg, segs);
 }
 
 static int64_t vblk__ramdisk_write(void *user, uint64_t offset,
                                    const vblk_seg *seg, unsigned segs) {
-    return vblk__ramdisk_copy((vblk_ramdisk *)user, offset, seg, segs, false);
+    return vblk__ramdisk_copy(user, false, offset, seg, segs);
 }
 
 static int vblk__ramdisk_flush(void *user) {
