@@ -2356,7 +2356,7 @@ static bool vblk__find_area(vblk_dev *dev, vblk_queue *q, uint8_t **ptr,
         vblk__poison(dev, q, VBLK_EV_RING_PLACE, gpa, 0);
         return false;
     }
-    *ptr = vblk__whole(dev, &q->run.near[VBLK__TABLES], gpa, n,
+    *ptr = vblk__whole(dev, &q->run.near[VBLK__TABLES], gpa, (size_t)n,
                        ptr == &q->run.used);
     if ((uintptr_t)*ptr & 1 && ptr != &q->run.desc) {
         *ptr = NULL;
