@@ -1918,7 +1918,8 @@ static unsigned vblk__queue_count(const vblk_dev *dev) {
                : dev->queues;
 }
 
-// Which fields of an event its two numbers are, and its level.
+// Which fields of an event its two numbers are, and its level. From `address`
+// on they stand in this order.
 enum {
     VBLK__IS_NONE,
     VBLK__IS_ADDRESS,
@@ -1949,17 +1950,9 @@ static const struct vblk__event_shape *vblk__event_row(vblk_event_code code) {
     return row;
 }
 
-static void vblk__set_field(vblk_event *e, unsigned field, uint64_t n) {
-    switch (field) {
-    case VBLK__IS_ADDRESS: e->address = n;        break;
-    case VBLK__IS_BYTES:   e->bytes = n;          break;
-    case VBLK__IS_SECTOR:  e->sector = n;         break;
-    case VBLK__IS_INDEX:   e->index = n;          break;
-    case VBLK__IS_VALUE:   e->value = n;          break;
-    case VBLK__IS_AGAINST: e->against = n;        break;
-    case VBLK__IS_ERROR:   e->error = (int64_t)n; break;
-    default:               break;
-    }
+static uint64_t *vblk__field(vblk_event *e, unsigned field) {
+    uint8_t *first = (uint8_t *)e + offsetof(vblk_event, address);
+    return (uint64_t *)(void *)first + (field - VBLK__IS_ADDRESS);
 }
 
 // Tell the host: of the device, of a queue, of a chain.
@@ -1973,8 +1966,12 @@ static void vblk__emit(const vblk_dev *dev, int queue, int head,
         e.level = (vblk_level)row->level;
         e.queue = queue;
         e.head = head;
-        vblk__set_field(&e, row->a, a);
-        vblk__set_field(&e, row->b, b);
+        if (row->a) {
+            *vblk__field(&e, row->a) = a;
+        }
+        if (row->b) {
+            *vblk__field(&e, row->b) = b;
+        }
         dev->event(dev->user, &e);
     }
 }
@@ -4538,25 +4535,16 @@ static void vblk__print_number(vblk__line *l, const char *name, uint64_t n,
 }
 
 static void vblk__print_field(vblk__line *l, const char *before,
-                              const vblk_event *e, unsigned field) {
+                              const vblk_event *event, unsigned field) {
+    static const char *const names[] = {
+        "", "address", "bytes", "sector", "index", "value", "against", "error"};
+    vblk_event e = *event;
     if (field != VBLK__IS_NONE) {
+        bool hex = field == VBLK__IS_ADDRESS || field == VBLK__IS_VALUE ||
+                   (field == VBLK__IS_AGAINST && e.value); // bits, if it has
         vblk__print(l, before);
-    }
-    switch (field) {
-    case VBLK__IS_ADDRESS:
-        vblk__print_number(l, "address", e->address, 16);
-        break;
-    case VBLK__IS_BYTES:  vblk__print_number(l, "bytes", e->bytes, 10);   break;
-    case VBLK__IS_SECTOR: vblk__print_number(l, "sector", e->sector, 10); break;
-    case VBLK__IS_INDEX:  vblk__print_number(l, "index", e->index, 10);   break;
-    case VBLK__IS_VALUE:  vblk__print_number(l, "value", e->value, 16);   break;
-    case VBLK__IS_AGAINST: // of a value, bits; of a number, a number
-        vblk__print_number(l, "against", e->against, e->value ? 16 : 10);
-        break;
-    case VBLK__IS_ERROR:
-        vblk__print_number(l, "error", (uint64_t)e->error, 10);
-        break;
-    default: break;
+        vblk__print_number(l, names[field], *vblk__field(&e, field),
+                           hex ? 16 : 10);
     }
 }
 
