@@ -710,7 +710,7 @@ static unsigned spoil(part *p, unsigned n) {
     case 13: p[k].n = one_in(2) ? UINT32_MAX : 0x80000000; break;
     case 14: // beyond the disk, or beyond memory: rings are not data
         p[k].n = m.capacity > MODEL_SECTORS ? RAM_END : MODEL_SECTORS * 512;
-        p[k].n += 512 * test_below(100);
+        p[k].n += 512 * (1 + test_below(100));
         break;
     case 15: add(p, &n, RAM_END, 0, one_in(2) ? WRITE : 0); break;
     case 16:
