@@ -2573,7 +2573,6 @@ typedef struct vblk__chain {
     uint8_t  status;
     uint64_t out_bytes;  // in all readable ones
     uint64_t in_bytes;   // in all writable ones
-    uint64_t status_gpa;
 } vblk__chain;
 
 // False, for the caller to return.
@@ -2736,7 +2735,8 @@ static bool vblk__status_framed(const vblk__chain *c) {
 }
 
 // Find the status byte and take its descriptor off the list (V2, P1).
-static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
+static bool vblk__cut_status(const vblk_dev *dev, vblk_request *r,
+                             vblk__chain *c) {
     vblk_seg *last = c->last;
     if (!last) {
         return vblk__refuse(c, VBLK_EV_STATUS_MISSING, 0, 0);
@@ -2748,7 +2748,7 @@ static bool vblk__cut_status(const vblk_dev *dev, vblk__chain *c) {
     if (vblk__wraps(last->gpa, last->n)) {
         return vblk__refuse(c, VBLK_EV_STATUS_WRAPS, last->gpa, 0);
     }
-    c->status_gpa = last->gpa + (last->n - 1);
+    r->status_gpa = last->gpa + (last->n - 1);
     if (c->spoilt) {
         c->in_bytes--;
         return true;
@@ -3241,14 +3241,13 @@ VBLK__RARE void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
 static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
                                vblk__chain *c) {
     r->space = dev->strict ? 0 : c->in_bytes;
-    r->status_gpa = c->status_gpa;
-    r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], c->status_gpa, 1,
+    r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], r->status_gpa, 1,
                                 true);
     bool there = dev->memory.map
                      ? r->status_ptr != NULL
-                     : vblk__write(dev, c->status_gpa, NULL, 1);
+                     : vblk__write(dev, r->status_gpa, NULL, 1);
     return there ||
-           vblk__refuse(c, VBLK_EV_STATUS_UNWRITABLE, c->status_gpa, 0);
+           vblk__refuse(c, VBLK_EV_STATUS_UNWRITABLE, r->status_gpa, 0);
 }
 
 // What needs neither tokens nor backend: an empty transfer (P4), and a FLUSH
@@ -3276,7 +3275,7 @@ static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
 // waits at the head.
 static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                vblk__chain *c, uint64_t now_ns) {
-    if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, c)) {
+    if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, r, c)) {
         vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
         vblk__drop(dev, q, r->head);
         return VBLK__MORE;
