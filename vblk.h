@@ -1767,17 +1767,16 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
     return run == n ? p : NULL; // more would break its word
 }
 
+// Of bytes that do not go on at address 0, by the accessors.
 static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, size_t n) {
     const vblk_memory *m = &dev->memory;
-    return m->read && !vblk__wraps(gpa, n) &&
-           m->read(m->user, gpa, dst, n) == 0;
+    return m->read && m->read(m->user, gpa, dst, n) == 0;
 }
 
 static bool vblk__write(vblk_dev *dev, uint64_t gpa, const void *src,
                         size_t n) {
     const vblk_memory *m = &dev->memory;
-    return m->write && !vblk__wraps(gpa, n) &&
-           m->write(m->user, gpa, src, n) == 0;
+    return m->write && m->write(m->user, gpa, src, n) == 0;
 }
 
 // What a drain is asked for: to end after the request it is at; or, coming
@@ -2633,11 +2632,9 @@ VBLK__RARE bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
     if (is_long) {
         c->spoilt = VBLK_EV_CHAIN_LONG;
     }
-    return c->descs == vblk__stop_at(t, VBLK__MAX_WALK) ||
-           (is_long && dev->strict)
-               ? !vblk__refuse(c, VBLK_EV_CHAIN_LONG,
-                               is_long ? limit : t->entries, 0)
-               : false;
+    return (dev->strict || c->descs == vblk__stop_at(t, VBLK__MAX_WALK)) &&
+           !vblk__refuse(c, VBLK_EV_CHAIN_LONG, is_long ? limit : t->entries,
+                         0);
 }
 
 // Until `limit` more are read: what is in the list will not be used, so it
