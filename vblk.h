@@ -1244,8 +1244,9 @@ typedef struct vblk_region {
 } vblk_region;
 
 // A table of regions in any order; sorted by address it is searched faster.
-// They must not overlap, which is not checked: one of them would win. It may
-// grow; for anything else there is vblk_set_memory().
+// They must not overlap, which is not checked: one of them would win. More may
+// be put behind the last, in place, as the device keeps pointers to regions;
+// for anything else there is vblk_set_memory().
 typedef struct vblk_regions {
     const vblk_region *region;
     unsigned           count;
@@ -2405,8 +2406,8 @@ typedef enum vblk__state {
     VBLK__BROKEN
 } vblk__state;
 
-// avail.idx is out of reach or no index. Not told once the drain is to halt:
-// the driver may have the ring in hand again.
+// The available ring is out of reach or holds what cannot be. Not told once the
+// drain is to halt: the driver may have the ring in hand again.
 VBLK__RARE vblk__state vblk__lost(vblk_dev *dev, vblk_queue *q,
                                   vblk_event_code code, uint64_t a,
                                   uint64_t b) {
@@ -2422,6 +2423,9 @@ VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx, next = q->run.avail_next;
     if (q->broken) {
         return VBLK__BROKEN;
+    }
+    if (vblk__halted(dev)) {
+        return VBLK__EMPTY;
     }
     if (!vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx)) {
         return vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
@@ -2482,11 +2486,11 @@ VBLK__FLAT bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
 static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
     uint64_t at = 4 + 2 * (uint64_t)(q->run.avail_next & (q->size - 1));
     if (!vblk__load16(dev, q->run.avail, q->avail_gpa, at, head)) {
-        vblk__poison(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
+        vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
         return false;
     }
     if (*head >= q->size) {
-        vblk__poison(dev, q, VBLK_EV_HEAD_RANGE, *head, 0);
+        vblk__lost(dev, q, VBLK_EV_HEAD_RANGE, *head, 0);
         return false;
     }
     q->run.avail_next++;
@@ -2538,7 +2542,7 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->run.used_next == old) {
+    if (q->run.used_next == old || vblk__halted(dev)) {
         return;
     }
     q->run.used_decided = q->run.used_next;
@@ -2632,7 +2636,7 @@ VBLK__RARE bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
     if (is_long) {
         c->spoilt = VBLK_EV_CHAIN_LONG;
     }
-    return (dev->strict || c->descs == vblk__stop_at(t, VBLK__MAX_WALK)) &&
+    return (dev->strict || c->descs >= vblk__stop_at(t, VBLK__MAX_WALK)) &&
            !vblk__refuse(c, VBLK_EV_CHAIN_LONG, is_long ? limit : t->entries,
                          0);
 }
@@ -3051,7 +3055,6 @@ static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     const vblk_region *near = c->near[VBLK__DATA];
     vblk_seg *d = c->list;
-    r->seg = d;
     for (; d != c->end; d++) {
         d->ptr = vblk__in_region(near, d->gpa, d->n, in);
         if (!d->ptr) {
@@ -3089,6 +3092,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         return false;
     }
     uint8_t data = r->kind->data;
+    r->seg = c->list;
     r->segs = 0;
     r->direct = true;
     r->durable = data == VBLK__DATA_OUT && dev->write_through;
@@ -3117,7 +3121,6 @@ static vblk__place vblk__find(const vblk_request *r, uint64_t at) {
 
 // What there is of one segment at `p`, but at most `n` bytes; and past it.
 static vblk_seg vblk__piece(const vblk_request *r, vblk__place *p, uint64_t n) {
-    VBLK_ASSERT(p->seg < r->segs); // more than the request's bytes
     vblk_seg s = r->seg[p->seg];
     s.ptr = s.ptr ? s.ptr + p->at : NULL;
     s.gpa += p->at;
@@ -3155,6 +3158,10 @@ static int vblk__copy(vblk_dev *dev, const vblk_request *r, vblk__place *at,
     while (!vblk__stale(dev, q, r)) {
         if (n == 0) {
             return VBLK_OK;
+        }
+        VBLK_ASSERT(at->seg < r->segs); // else beyond the request's bytes
+        if (at->seg >= r->segs) {
+            return VBLK_ERR_REFUSED;
         }
         vblk_seg s = vblk__piece(r, at, n);
         if (s.ptr) {
@@ -3459,8 +3466,12 @@ static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
     vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
     while (n > 0) {
         VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
+        if ((uint64_t)n >= bytes - done.bytes) {
+            done.bytes = bytes;
+            break;
+        }
         done.bytes += (uint64_t)n;
-        if (done.bytes >= bytes || vblk__halted(dev)) {
+        if (vblk__halted(dev)) {
             break;
         }
         while ((uint64_t)n >= seg->n) {
@@ -3593,6 +3604,9 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         state = vblk__serve(dev, q, r, seg, full, now_ns, budget);
         if (state != VBLK__STALLED && q->run.stalled) {
             vblk__end_stall(dev, q, now_ns);
+        }
+        if (state == VBLK__REQUEST && vblk__halted(dev)) { // R4
+            return VBLK__MORE;
         }
         if (state == VBLK__REQUEST && here) {
             vblk__execute(dev, q, r);
@@ -4583,15 +4597,16 @@ VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
 static int64_t vblk__ramdisk_copy(void *user, bool in, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
     vblk_ramdisk *d = (vblk_ramdisk *)user;
-    size_t   left = offset < d->bytes ? (size_t)(d->bytes - offset) : 0;
-    uint8_t *p = (uint8_t *)d->data + (d->bytes - left), *first = p;
+    const size_t all = offset < d->bytes ? (size_t)(d->bytes - offset) : 0;
+    uint8_t *p = (uint8_t *)d->data + (d->bytes - all);
+    size_t   left = all;
     for (; segs > 0 && left > 0; seg++, segs--) {
         size_t n = seg->n < left ? seg->n : left;
         VBLK_MEMCPY(in ? seg->ptr : p, in ? p : seg->ptr, n);
         p += n;
         left -= n;
     }
-    return p - first;
+    return (int64_t)(all - left);
 }
 
 static int64_t vblk__ramdisk_read(void *user, uint64_t offset,

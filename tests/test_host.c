@@ -517,12 +517,16 @@ void r4_nothing_is_begun_after_a_reset(void) {
     g.queue[0].size = 0;
 }
 
-// W7: the reset comes at any access, and the host says no. That access may have
-// begun to write; none does after it.
-static unsigned traced_by_then;
+// W7, R4: the reset comes at any access, and the host says no. That access may
+// have begun to write; none does after it, and nothing is begun. The ring is
+// the driver's again, and nobody is told what is in it.
+static unsigned traced_by_then, calls_by_then;
 
 static void reset_now(void) {
     traced_by_then = g.traced;
+    calls_by_then = g.calls + g.flushes;
+    put16(g.queue[0].avail + 4, 999);
+    put16(g.queue[0].avail + 6, 999);
     quiet.answer = -1;
     vblk_mmio_write(&g.dev, VBLK_REG_STATUS, 4, 0);
 }
@@ -553,6 +557,8 @@ void w7_nothing_is_written_after_a_reset(void) {
                 CHECK(!g.trace[i].write);
             }
             CHECK(g.ambush || !rd(VBLK_REG_INTERRUPT_STATUS));
+            CHECK(g.ambush || calls_by_then == g.calls + g.flushes);
+            CHECK_EQ(0, counts().broken_queues);
         } while (g.ambush == 0);
         CHECK(g.mapped || n > 10);
         g.ambush = 0;
