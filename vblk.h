@@ -1727,8 +1727,10 @@ static const vblk_region vblk__no_region = {0, 0, NULL, false};
 static const vblk_region *vblk__find_region(const vblk_regions *all,
                                             uint64_t gpa) {
     const vblk_region *r = all->region, *end = r + all->count;
-    for (unsigned n = all->count; n > 1; n -= n / 2) {
-        r += gpa >= r[n / 2].gpa ? n / 2 : 0;
+    for (size_t n = all->count, half; n > 1; n -= half) {
+        half = n / 2;
+        const vblk_region *middle = r + half;
+        r = gpa >= middle->gpa ? middle : r;
     }
     if (r != end && gpa - r->gpa < r->bytes) {
         return r;
