@@ -3028,7 +3028,7 @@ static bool vblk__map_copied(vblk_dev *dev, vblk_request *r, vblk_seg d,
               : vblk__read(dev, d.gpa, NULL, d.n);
 }
 
-// The same for the rest of the list, behind the segments that stand before it.
+// The rest of the list, to segments behind those that stand before it.
 static bool vblk__map_rest(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     while (c->list != c->end) {
