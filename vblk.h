@@ -3020,12 +3020,18 @@ static bool vblk__map_pieces(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     return true;
 }
 
-// Guest memory that the accessors reach; nothing moves.
-static bool vblk__map_copied(vblk_dev *dev, vblk_request *r, vblk_seg d,
-                             bool in) {
-    vblk__add_seg(r, NULL, d.gpa, d.n);
-    return in ? vblk__write(dev, d.gpa, NULL, d.n)
-              : vblk__read(dev, d.gpa, NULL, d.n);
+// One of the list to one segment or more; without map, to one that the
+// accessors reach, and nothing moves.
+static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
+                           vblk_seg d, bool in) {
+    uint8_t *p = vblk__whole(dev, &c->near[VBLK__DATA], d.gpa, d.n, in);
+    if (!p && dev->memory.map) {
+        return vblk__map_pieces(dev, r, c, d, in);
+    }
+    vblk__add_seg(r, p, d.gpa, d.n);
+    return p    ? true
+           : in ? vblk__write(dev, d.gpa, NULL, d.n)
+                : vblk__read(dev, d.gpa, NULL, d.n);
 }
 
 // The rest of the list, to segments behind those that stand before it.
@@ -3033,18 +3039,7 @@ static bool vblk__map_rest(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     while (c->list != c->end) {
         vblk_seg d = *c->list++; // its segment may take its place
-        uint8_t *p = NULL;
-        bool ok = !vblk__wraps(d.gpa, d.n);
-        if (ok && dev->memory.map) {
-            p = vblk__whole(dev, &c->near[VBLK__DATA], d.gpa, d.n, in);
-        }
-        if (p) {
-            vblk__add_seg(r, p, d.gpa, d.n);
-        } else if (ok) {
-            ok = dev->memory.map ? vblk__map_pieces(dev, r, c, d, in)
-                                 : vblk__map_copied(dev, r, d, in);
-        }
-        if (!ok) {
+        if (vblk__wraps(d.gpa, d.n) || !vblk__map_desc(dev, r, c, d, in)) {
             return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d.gpa, d.n);
         }
     }

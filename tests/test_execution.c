@@ -102,6 +102,39 @@ void x5_a_map_that_breaks_its_word(void) {
     CHECK_EQ(0, g.calls);
 }
 
+// One that knows no end of memory is not asked what goes on at address 0.
+static unsigned asked_round;
+
+static void *map_all(void *user, uint64_t gpa, uint64_t *n, bool writable) {
+    vblk_memory m = vblk_regions_memory((vblk_regions *)user);
+    asked_round += gpa > 0 - *n;
+    return gpa > 0 - *n ? g.ram : m.map(m.user, gpa, n, writable);
+}
+
+void x5_no_map_is_asked_what_goes_round(void) {
+    if (!g.mapped) {
+        return;
+    }
+    g.o.memory.map = map_all;
+    asked_round = 0;
+    guest_up();
+    for (int i = 0; i < 2; i++) {
+        part p[4] = {{put_header(VBLK_T_IN, 0), 16, 0},
+                     {alloc(512, 1), 512, WRITE}, {0, 512, WRITE},
+                     {alloc(1, 1), 1, WRITE}};
+        mark(p[1].gpa, 512, OFFERED);
+        mark(p[3].gpa, 1, OFFERED);
+        p[2].gpa = UINT64_MAX - 255;
+        submit(0, p, 4);
+        kick(0);
+        CHECK_EQ(VBLK_S_IOERR, *at(p[3].gpa));
+        CHECK_EQ(VBLK_EV_DATA_UNMAPPED, g.last.code);
+        CHECK_EQ(p[2].gpa, g.last.address);
+    }
+    CHECK_EQ(0, asked_round);
+    CHECK_EQ(0, g.calls);
+}
+
 void x1_larger_than_the_scratch_buffer(void) {
     guest_up();
     uint32_t bytes = SCRATCH * 3 + 512;
@@ -647,6 +680,14 @@ void options_refused_with_a_code_and_nothing_half_set_up(void) {
         }
         ROW("option case %d", i);
     }
+    vblk_dev other = g.dev; // what another header calls so
+    CHECK_EQ((uint64_t)VBLK_ERR_LAYOUT,
+             (uint64_t)vblk_init_checked(&other, &g.o, VBLK_VERSION + 100,
+                                         sizeof other));
+    CHECK_EQ((uint64_t)VBLK_ERR_LAYOUT,
+             (uint64_t)vblk_init_checked(&other, &g.o, VBLK_VERSION,
+                                         sizeof other - 8));
+    CHECK_MEM(&g.dev, &other, sizeof other);
     vblk_options least = {0}; // no more than it takes
     least.backend.read = no_read;
     least.capacity = 1;

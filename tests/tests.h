@@ -405,6 +405,7 @@
     X(w_all_options_have_defaults, ONCE)                                       \
     X(fuzz_corpus_replays, ONCE)                                               \
     X(x5_a_map_that_breaks_its_word, GUEST)                                    \
+    X(x5_no_map_is_asked_what_goes_round, GUEST)                               \
     X(transport_start_before_memory, GUEST)                                    \
     X(transport_stop_publishes, GUEST)                                         \
     X(transport_a_broken_queue_publishes_first, GUEST)                         \
