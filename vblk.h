@@ -1010,12 +1010,12 @@ typedef struct vblk_dev {
     // The driver's session.
     bool         event_idx, indirect, write_through; // from FEATURES_OK on
     bool         no_memory_said, legacy_said;
-    // All drainers.
+    // All drainers: what is small.
     bool         limited;  // one of the buckets has a rate
     bool         waits;    // a queue is stalled, and it is the turn of `turn`
     uint8_t      clock;    // VBLK__CLOCK_ values
     uint16_t     turn;     // the queue that stalled first
-    // The driver's session.
+    // The driver's session: registers.
     uint64_t     accepted VBLK__ATOMIC64;
     uint32_t     device_features_sel, driver_features_sel, queue_sel;
     uint32_t     generation;
@@ -2201,6 +2201,7 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 
 // ---- Limits: who must wait, and until when ---------------------------------
 
+// Those of a batch come at one time: all but the first find it done.
 static inline void vblk__refill(vblk_dev *dev, uint64_t now_ns) {
     if (now_ns > dev->ops.last_ns) {
         vblk_bucket_refill(&dev->ops, now_ns);
@@ -2549,7 +2550,7 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
     }
     q->run.used_decided = q->run.used_next;
     bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
-    if ((fire || dev->strict) && !vblk__halted(dev)) { // P7
+    if ((fire || dev->strict) && !vblk__halted(dev)) { // P7, W8
         vblk__raise(dev, q->number, fire);
     }
 }

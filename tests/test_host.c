@@ -518,8 +518,8 @@ void r4_nothing_is_begun_after_a_reset(void) {
 }
 
 // W7, R4: the reset comes at any access, and the host says no. That access may
-// have begun to write; none does after it, and nothing is begun. The ring is
-// the driver's again, and nobody is told what is in it.
+// have begun to write; none does after it, and nothing is begun or looked for.
+// The ring is the driver's again, and nobody is told what is in it.
 static unsigned traced_by_then, calls_by_then;
 
 static void reset_now(void) {
@@ -555,6 +555,7 @@ void w7_nothing_is_written_after_a_reset(void) {
             for (unsigned i = traced_by_then + 1; !g.ambush && i < g.traced;
                  i++) {
                 CHECK(!g.trace[i].write);
+                CHECK(g.trace[i].gpa != g.queue[0].avail + 2);
             }
             CHECK(g.ambush || !rd(VBLK_REG_INTERRUPT_STATUS));
             CHECK(g.ambush || calls_by_then == g.calls + g.flushes);

@@ -1,6 +1,6 @@
 // The device as firmware holds it: the register window, a drain and a disk in
 // memory; no libc but memcpy and memset, and of the events the codes, so that
-// no sentence is linked. tests/size.sh measures it, m3.c drives it.
+// no sentence is linked. size.sh measures it, m3.c drives it.
 #include "device.h"
 
 #define VBLK_IMPLEMENTATION

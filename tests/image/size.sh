@@ -113,4 +113,5 @@ cd "$B" || exit 1
             printf NR == 1 ? (i % 2 ? "%9s" : " %-4s") : "%10s    ", $i
         }
         print ""
-    }'
+    }
+    END { print "-Os: VBLK_MAX_SEGS 16, VBLK_SCRATCH 512; -O2: the defaults" }'
