@@ -362,53 +362,8 @@
 
     HISTORY
 
-        0.2.0  (2026-11-26)  the interface: of each pair, the old and the new
-            vblk_drain(...).state == VBLK_MORE
-                                  vblk_poll(), which says when to call again
-            vblk_outcome          a time on your clock, VBLK_NEVER
-            VBLK_BROKEN           vblk_queue_broken()
-            vblk_next() EMPTY     false, and vblk_arm() before you wait
-            vblk_request.seg[]    an array of yours, given to vblk_next()
-            VBLK_MAX_QUEUES       options.queue, an array of options.queues
-            VBLK_QUEUE_SIZE       options.queue_size
-            queue returned by vblk_mmio_write(), vblk_set_status()
-                                  options.notify, or vblk_poll() knows
-            drain VBLK_ALL_QUEUES after vblk_set_memory(), vblk_set_limits(),
-            vblk_queue_stop()     they do it themselves
-            stop I/O before forwarding a Status of 0
-                                  options.quiesce
-            vblk_complete(status, bytes)
-                                  result, as of read(2)
-            vblk_event.a, .b      named fields, a level; VBLK_NO_HEAD
-            vblk_event_text()     vblk_event_line()
-            worker_options.log    options.event
-            vblk_worker_reset()   vblk_worker_mmio_write(), Status, 0; after
-                                  released() the device has been reset
-            vblk_worker.dev       vblk_worker_dev()
-            worker_options.cpus, .parked_fd
-                                  vblk_worker_set_cpus(), _set_parked_fd()
-            vblk_worker_end(), vblk_limiter_end()
-                                  vblk_worker_close(), vblk_pacer_close()
-            vblk_limiter          vblk_pacer; it takes vblk_limits
-            vblk_locked           a mutex in a backend of yours
-            vblk_ram, vblk_memdisk
-                                  vblk_regions, vblk_ramdisk
-            vblk_accept(), vblk_accepted(), vblk_features()
-                                  vblk_set_driver_features(),
-                                  vblk_driver_features(),
-                                  vblk_device_features()
-            options.read_only, backend.read_only, memdisk.read_only
-                                  backend.write = NULL
-            options.cache         backend.flush = NULL
-            counts.invalid_avail_idx
-                                  broken_queues
-            true and false of get, put, complete, pause, queue_start
-                                  VBLK_OK and a VBLK_ERR_
-            VBLK_STRICT as default
-                                  VBLK_STANDARD
-            events BACKEND_FAILED, BACKEND_STUCK, NOTIFY_IGNORED
-                                  READ_, WRITE_, FLUSH_FAILED, WRITE_STUCK,
-                                  NOTIFY_NO_QUEUE, _NOT_READY, _EARLY
+        0.2.0  (2026-11-26)  another interface: times in place of outcomes, one
+                             way to end a request, arrays of the host's, quiesce
         0.1.0  (2026-11-20)  first release
 */
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
