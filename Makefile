@@ -14,11 +14,12 @@ TESTS    = tests/main.c tests/test.c tests/guest.c tests/test_registers.c \
            tests/test_exhaustive.c tests/test_fault.c tests/test_cases.c \
            tests/test_worker_edges.c tests/test_calls.c tests/test_races.c \
            tests/model.c tests/test_model.c tests/test_habits.c \
+           tests/uring.c tests/test_engine.c \
            tests/fuzz.c
 SERVE    = examples/serve/main.c examples/serve/options.c \
            examples/serve/memory.c examples/serve/protocol.c \
            examples/serve/rings.c examples/serve/loop.c
-HEADERS  = vblk.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
+HEADERS  = vblk.h examples/pacer.h tests/uring.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)
 
 all: $(B)/vblk_test $(B)/demo $(B)/throttle $(B)/threaded $(B)/emulator \

@@ -19,25 +19,6 @@
     Written against VIRTIO 1.2 (1.3 and 1.4 agree for this device). A number
     in brackets, [2.7.8], is a section of that document.
 
-
-    CONTENTS
-
-        Quick start          the smallest disk that works
-        You provide          guest memory, a backend, an interrupt, options
-        Request life         from the driver's ring to the used ring
-        Time                 what now_ns is, and when 0 will do
-        Other hosts          asynchronous I/O, threads, other languages
-        Threads              who may call what, when
-        Errors               three kinds, three channels
-        Rules                what is refused, and how it ends
-        Profiles             standard and strict
-        Hostile guests       what any guest can and cannot do
-        Limits               what is fixed, what is not done
-        Compile-time options
-        History              newest first
-        License              at the end of the file
-
-
     QUICK START
 
         static uint8_t ram[64 << 20];                 // guest memory at 0
@@ -80,7 +61,6 @@
     virtio_mmio.device= on the command line of Linux. examples/demo.c is all
     this, complete, with a driver.
 
-
     YOU PROVIDE
 
     Guest memory is a vblk_memory: two functions, read and write, that copy
@@ -108,7 +88,6 @@
     start from {0}, in C++ from {}, and name what differs. One queue is built
     into the device; for more, give an array of vblk_queue and its length.
 
-
     REQUEST LIFE
 
         driver's ring -> vblk_next() -> request -> you -> vblk_complete()
@@ -124,7 +103,6 @@
     dropped by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its
     queue was reset or stopped.
 
-
     TIME
 
     now_ns is any clock that does not go backwards, in nanoseconds, and never
@@ -137,10 +115,9 @@
     so the call is yours to make. With several queues, the one that stalled
     first goes first. The times of several queues combine by the smaller.
 
-
     OTHER HOSTS
 
-    For io_uring, a thread pool or an event loop:
+    For a thread pool, or asynchronous I/O of your own:
 
         while ((slot = a_free_one()) &&
                vblk_next(dev, queue, now, &slot->req, slot->seg, ROOM)) {
@@ -156,43 +133,41 @@
     again, so call it before you wait for the driver. With no slot free wait
     for what is under way alone. A request points to its segments, which lie
     in an array of yours: take both to where they stay. They may go once the
-    result is whole. Go on with the rest of a short transfer yourself: nobody
-    calls again. Of the backend only what there is counts then (read must be;
-    without write the disk is read-only, without flush FLUSH is not offered),
-    and size, called once; without it the backing is as long as the capacity.
-    A request with `durable` set must be on stable storage before it is
-    completed. examples/pool.c is such a host.
+    result is whole. Go on with the rest of a short transfer yourself. Of the
+    backend only what there is counts then, and size, called once; without it
+    the backing is as long as the capacity. A request with `durable` set must
+    be on stable storage before it is completed. examples/pool.c does this.
 
     options.quiesce is called when the driver resets the device or stops a
     queue, also where nothing is under way: what there is belongs to the guest
     again, so cancel it or wait it out there. What is cancelled needs no
     vblk_complete(), which throws away a request of an earlier session.
 
-    For a thread for each queue, options.notify wakes it, and it calls
-    vblk_drain() under a lock of its queue (or, with limits, of the device).
-    quiesce() takes that lock, and whoever made the register call gives it
-    back when that has returned; notify() may come in between, so it takes
-    another. A drain that is under way ends after its request then.
-    examples/queues.c does all that.
+    For io_uring on Linux there is an engine, vblk_engine_poll() in place of
+    vblk_poll(): hundreds of requests under way, on a vblk_file, and a backend
+    where the file cannot. examples/serve, a vhost-user daemon, runs on it.
 
-    For a thread per device, vblk_worker_init() and what follows it (Linux).
-    A kick is then an eventfd and a vCPU never waits for the disk. Stopping is
-    bounded whatever the backend does: a thread stuck in it is left behind and
-    touches nothing afterwards. What its system call itself still moves is
-    beyond anybody's reach; therefore Status shows DEVICE_NEEDS_RESET until it
-    has ended, and released() says when backend and memory may go. Callbacks
-    other than the backend, the interrupt and the event hook must not block.
+    For a thread per device, or one for each queue, vblk_worker_init() and what
+    follows it (Linux); they have engines. A kick is then an eventfd and a vCPU
+    never waits for the disk. Stopping is bounded whatever the backend does: a
+    thread stuck in it is left behind and touches nothing afterwards. What its
+    system call itself still moves is beyond anybody's reach; therefore Status
+    shows DEVICE_NEEDS_RESET until it has ended, and released() says when
+    backend and memory may go. Other callbacks than the backend, the interrupt
+    and the event hook must not block. A worker serves an interpreter too, if
+    the guest's fences are fences of the host and its stores to the rings are
+    single accesses; irq_fd need not be read: poll vblk_interrupt_line().
 
-    A worker serves an interpreter too, if the guest's fences are fences of
-    the host and its stores to the rings are single accesses. irq_fd need not
-    be read: poll vblk_interrupt_line() between two instructions, and to wake
-    a loop that sleeps until something happens, wait for irq_fd in it.
+    For threads of your own, one for each queue, options.notify wakes them, and
+    they call vblk_drain() under a lock of their queue (or, with limits, of the
+    device). quiesce() takes that lock, and whoever made the register call
+    gives it back when that has returned; notify() may come in between, so it
+    takes another. examples/queues.c does that.
 
     Two libraries of one program may each have the header to themselves, of
     any version: with VBLK_STATIC in each. Readers of C declarations take the
     part before the implementation as it is, preprocessed: examples/rig.py
     drives a device from Python.
-
 
     THREADS
 
@@ -201,16 +176,17 @@
         registers   vblk_mmio_write, vblk_set_memory, vblk_set_status,
                     vblk_set_driver_features, vblk_queue_start,
                     vblk_queue_stop
-        draining    vblk_poll, vblk_drain, vblk_next, vblk_execute,
-                    vblk_complete, vblk_publish, vblk_arm, vblk_set_limits
+        draining    vblk_poll, vblk_drain, vblk_next, vblk_complete,
+                    vblk_publish, vblk_arm, vblk_set_limits
         any time    vblk_mmio_read, vblk_notify, vblk_interrupt_ack,
                     vblk_needs_reset, vblk_counters, all other queries, and,
                     while their request is under way, vblk_get and vblk_put
 
     Register calls: one at a time for a device. Draining calls: one at a time
     for a queue; different queues may be drained by different threads, unless
-    a limit is set: then one at a time for the device. vblk_poll() and
-    vblk_set_limits() are draining calls of every queue.
+    a limit is set: then one at a time for the device. vblk_poll(),
+    vblk_set_limits() and an engine's calls are of every queue. A worker's
+    threads, also one for each queue, see to all this: its calls are free.
 
     A register call may overlap draining calls, except where it takes queues
     away: a Status of 0, QueueReady of 0 while live, vblk_queue_stop(). These
@@ -227,7 +203,6 @@
     vblk_complete() inside quiesce. A worker's thread blocks all signals but
     those of its own faults.
 
-
     ERRORS
 
     What can fail returns VBLK_OK, which is 0, or a negative VBLK_ERR_ code;
@@ -241,38 +216,17 @@
     vblk_event_line() makes a line of it. Print them to stderr at first: "my
     guest does not find its disk" is usually answered by the first line.
 
-
     RULES
 
-    IOERR and UNSUPP are status bytes; "dropped" means that the chain is not
-    returned (standard: IOERR, or returned with length 0, P5). Each but V11
-    and Q4 counts one io_error; Q4 counts one broken_queues. Other letters
-    in the text of an event name its group: M registers, F features and
-    status, B backends, W the host; Q3 a queue's notifications.
-
-        V1   a chain of more than seg_max + 2 descriptors, one that
-             loops or leaves its table, a bad indirect table       dropped
-        V2   no writable byte for the status at the end            dropped
-        V3   no 16-byte header at the start                        IOERR
-        V4   header outside guest memory                           IOERR
-        V5   a data descriptor longer than size_max                IOERR
-        V6   IN, OUT or GET_ID without data                        IOERR
-        V7   FLUSH with data                                       IOERR
-        V8   IN or OUT of no multiple of 512 bytes                 IOERR
-        V9   OUT on a read-only disk                               IOERR
-        V11  unknown type (no io_error)                            UNSUPP
-        V12  data in the wrong direction                           IOERR
-        V13  a range that is not wholly on the disk, or 4 GiB      IOERR
-        V16  GET_ID with less than 20 bytes in its first buffer    IOERR
-        V17  status byte outside guest memory        dropped in any profile
-        X2   a read that ends before the backing does              IOERR
-        X3   the backend failed                                    IOERR
-        X5   data outside guest memory, or read to where it is
-             read-only                                             IOERR
-        Q4   an avail.idx more than the queue size ahead, a head
-             beyond the queue, a misplaced ring, an available or
-             used ring outside guest memory                      NEEDS_RESET
-
+    What is refused is an event, whose sentence ends with its rule. V1 and V2,
+    no end of the chain or no status byte to be found, drop it: it is not
+    returned (standard: IOERR, or returned with length 0, P5); so does V17, a
+    status byte outside guest memory, in any profile. V11, an unknown type, is
+    UNSUPP. Q4, a ring that cannot be, is NEEDS_RESET. All else, V3 to V16 of
+    the request and X2 to X5 of its data and the backend, is IOERR. Each but V11
+    and Q4 counts one io_error; Q4 counts one broken_queues. Other letters are
+    M registers, F features and status, B backends, W the host; Q3 a queue's
+    notifications.
 
     PROFILES
 
@@ -307,13 +261,6 @@
 
     Where strict refuses what standard would take, the event's text says so.
 
-    Some drivers need more than a profile: virtio-drivers (Rust) a queue_size
-    of 16 or more; barebox reads its partition table before DRIVER_OK, which
-    no device may serve [2.1.2], and stays one completion behind; Phoenix-RTOS
-    takes the bytes of a read from its used length less 1; RT-Thread speaks
-    version 1 alone, and an event says so.
-
-
     HOSTILE GUESTS
 
     Every number from the guest is checked before it is used, and each is
@@ -324,7 +271,6 @@
     exception is yours to close: data may change under a backend while it is
     written out, as with any device that does not copy.
 
-
     LIMITS
 
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
@@ -333,7 +279,6 @@
 
     A drain takes 4 KB of stack beside what your functions take, 8 KB without
     map; with VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 1 and 1.6 KB.
-
 
     COMPILE-TIME OPTIONS
 
@@ -358,7 +303,6 @@
     not call is not compiled: with an event hook that shows numbers and does
     without vblk_strerror(), no sentence is. Nothing of the compiler's own
     support library is needed either. tests/image/device.c is one.
-
 
     HISTORY
 
@@ -491,7 +435,8 @@ extern "C" {
       "different versions of vblk.h, or lay out its structs differently")      \
     X(ERR_MEMORY, -2, "memory needs both read and write, or neither to be "    \
       "given later by vblk_set_memory()")                                      \
-    X(ERR_BACKEND, -3, "backend.read is missing")                              \
+    X(ERR_BACKEND, -3, "backend.read is missing, or its block_size is no "     \
+      "power of two from 512 to 65536")                                        \
     X(ERR_CAPACITY, -4, "capacity is 0 and the backend has no size function, " \
       "or it is more than 2^63 bytes; it is in sectors of 512 bytes")          \
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
@@ -506,12 +451,14 @@ extern "C" {
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
-      "rate and, but for a pacer's, may not be smaller than one second's "     \
+      "rate and may not be smaller than one second's "                       \
       "worth of it; neither may be 2^63 or more")                              \
     X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
-    X(ERR_LOCK, -13, "the lock cannot be made; errno says why")                \
-    X(ERR_WORKER, -14, "an eventfd, timerfd, epoll descriptor or lock cannot " \
-      "be had; errno says why")                                                \
+    X(ERR_URING, -13, "io_uring is not to be had for this backend: errno says "\
+      "why; EOPNOTSUPP: it is no vblk_file_backend(), or its file system can " \
+      "only wait")                                                             \
+    X(ERR_WORKER, -14, "an eventfd, a lock or memory cannot be had; errno "    \
+      "says why")                                                              \
     X(ERR_CPUS, -15, "cpus names a processor below 0 or above what cpu_set_t " \
       "holds")                                                                 \
     X(ERR_BUSY, -16, "requests are under way, or the thread did not come to "  \
@@ -544,8 +491,8 @@ typedef enum vblk_level {
 #define VBLK_EVENTS(X)                                                         \
     /* set-up */                                                               \
     X(CAPACITY_LARGE, 1, NOTE, BYTES, AGAINST, "capacity, against, is more "   \
-      "than the backend has, bytes: beyond its end reads give zeroes, and "    \
-      "writes may extend it (X2)")                                             \
+      "than the backend's bytes: what is beyond reads as zeroes, and writes "  \
+      "may extend it (X2)")                                                    \
     X(CAPACITY_ROUNDED, 2, WARNING, BYTES, NONE, "the backend's last bytes "   \
       "are no whole sector and not on the disk (B4)")                          \
     X(CAPACITY_ZERO, 3, ERROR, BYTES, NONE, "the backend is smaller than one " \
@@ -553,35 +500,32 @@ typedef enum vblk_level {
     /* registers: address is the offset in the window */                       \
     X(REG_WIDTH, 10, WARNING, ADDRESS, BYTES, "a register below 0x100 was "    \
       "accessed with a width other than 4 bytes (M2)")                         \
-    X(REG_FEATURES_WINDOW, 11, WARNING, VALUE, AGAINST, "DriverFeatures was "  \
-      "written outside the window from DRIVER to FEATURES_OK and is ignored; " \
-      "against: Status (M5)")                                                  \
-    X(REG_QUEUE_WINDOW, 12, WARNING, ADDRESS, VALUE, "a queue register was "   \
-      "written outside the window from FEATURES_OK to DRIVER_OK and is "       \
-      "ignored; in the standard profile it begins with DRIVER (M7, P13)")      \
+    X(REG_FEATURES_WINDOW, 11, WARNING, VALUE, AGAINST, "DriverFeatures "      \
+      "outside the window from DRIVER to FEATURES_OK is ignored; against: "    \
+      "Status (M5)")                                                           \
+    X(REG_QUEUE_WINDOW, 12, WARNING, ADDRESS, VALUE, "a queue register "       \
+      "outside the window from FEATURES_OK to DRIVER_OK is ignored; in the "   \
+      "standard profile from DRIVER on (M7, P13)")                             \
     X(REG_QUEUE_FROZEN, 13, WARNING, ADDRESS, VALUE, "QueueReady was cleared " \
-      "while the device is live and is ignored; the standard profile stops "   \
-      "the queue (M7, P8)")                                                    \
+      "on a live device and is ignored; the standard profile stops the queue " \
+      "(M7, P8)")                                                              \
     X(REG_QUEUE_SIZE, 14, WARNING, ADDRESS, VALUE, "QueueNum is 0, over "      \
       "QueueNumMax or no power of two and is ignored (M7)")                    \
-    X(REG_LEGACY, 15, WARNING, ADDRESS, VALUE, "a register of version 1 was "  \
-      "written, which is not served: the driver did not look at Version "      \
-      "(M12)")                                                                 \
+    X(REG_LEGACY, 15, WARNING, ADDRESS, VALUE, "a register of version 1, "     \
+      "which is not served: the driver did not look at Version (M12)")         \
     X(NOTIFY_NO_QUEUE, 16, WARNING, INDEX, NONE, "QueueNotify for a queue "    \
       "that does not exist is ignored (M10)")                                  \
     X(NOTIFY_NOT_READY, 17, WARNING, INDEX, NONE, "QueueNotify for a queue "   \
       "that is not ready is ignored (M10)")                                    \
     X(NOTIFY_EARLY, 18, WARNING, INDEX, AGAINST, "QueueNotify before "         \
-      "DRIVER_OK is ignored: nothing is served until then; against: Status "   \
-      "(M10)")                                                                 \
+      "DRIVER_OK is ignored: nothing is served yet; against: Status (M10)")    \
     /* status: value was written, against is Status */                         \
     X(STATUS_CLEARS, 20, WARNING, VALUE, AGAINST, "a Status write that would " \
-      "clear a bit is refused: only 0 clears, and resets; the standard "       \
-      "profile adds what is new in it (F2, P2)")                               \
+      "clear a bit is refused: only 0 does, and resets; the standard profile " \
+      "adds what is new (F2, P2)")                                             \
     X(STATUS_BITS, 21, WARNING, VALUE, AGAINST, "a Status write that adds "    \
       "two bits or an unknown bit is refused: 1, 3, 11, 15 in turn; the "      \
-      "standard profile takes several steps at once and masks the unknown "    \
-      "(F2, P2)")                                                              \
+      "standard profile takes several and masks the unknown (F2, P2)")         \
     X(STATUS_ORDER, 22, WARNING, VALUE, AGAINST, "a Status write out of the "  \
       "order ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK is refused (F2)")     \
     X(STATUS_NO_ACK, 23, WARNING, VALUE, AGAINST, "DRIVER without "            \
@@ -599,9 +543,9 @@ typedef enum vblk_level {
     /* a queue is broken */                                                    \
     X(RING_SIZE, 30, WARNING, NONE, NONE, "the queue was started without a "   \
       "valid QueueNum (Q4)")                                                   \
-    X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring is misaligned or wraps " \
-      "the address space: descriptors 16, driver area 2, device area 4 bytes " \
-      "(Q4)")                                                                  \
+    X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring wraps the address "      \
+      "space, or is misaligned: descriptors 16, driver area 2, device area 4 " \
+      "bytes (Q4)")                                                            \
     X(AVAIL_UNREADABLE, 32, WARNING, ADDRESS, NONE, "the available ring is "   \
       "outside guest memory (Q4)")                                             \
     X(AVAIL_JUMP, 33, WARNING, INDEX, AGAINST, "avail.idx is more than the "   \
@@ -612,13 +556,12 @@ typedef enum vblk_level {
       "than the queue has entries (Q4)")                                       \
     X(USED_UNWRITABLE, 36, WARNING, ADDRESS, NONE, "the used ring is outside " \
       "guest memory or read-only (Q4)")                                        \
-    X(NOTIFY_SWITCH, 37, WARNING, ADDRESS, NONE, "guest notifications cannot " \
-      "be switched on: the used ring is outside guest memory or read-only "    \
-      "(Q3)")                                                                  \
+    X(NOTIFY_SWITCH, 37, WARNING, ADDRESS, NONE, "notifications cannot be "    \
+      "switched on: the used ring is outside guest memory or read-only (Q3)")  \
     /* a chain is dropped (standard: see P5) */                                \
-    X(CHAIN_LONG, 40, WARNING, AGAINST, NONE, "a chain has more than seg_max " \
-      "+ 2 descriptors, or more than its table has: it loops; against: how "   \
-      "many (V1)")                                                             \
+    X(CHAIN_LONG, 40, WARNING, AGAINST, NONE, "a chain of more than seg_max "  \
+      "+ 2 descriptors, or than its table has: it loops; against: how many "   \
+      "(V1)")                                                                  \
     X(CHAIN_NEXT, 41, WARNING, INDEX, AGAINST, "a descriptor index is "        \
       "outside its table; against: its entries (V1)")                          \
     X(CHAIN_UNREADABLE, 42, WARNING, ADDRESS, NONE, "a descriptor, or the "    \
@@ -635,7 +578,7 @@ typedef enum vblk_level {
       "writable one (V2)")                                                     \
     X(STATUS_MISSING, 48, WARNING, NONE, NONE, "no writable byte for the "     \
       "status (V2)")                                                           \
-    X(STATUS_FRAMING, 49, WARNING, NONE, NONE, "the last of two or more "      \
+    X(STATUS_FRAMING, 49, WARNING, NONE, NONE, "the last of several "          \
       "descriptors does not hold the status; the standard profile takes the "  \
       "last writable byte (V2, P1)")                                           \
     X(STATUS_WRAPS, 50, WARNING, ADDRESS, NONE, "the status descriptor wraps " \
@@ -653,13 +596,12 @@ typedef enum vblk_level {
     X(TYPE_UNKNOWN, 63, WARNING, VALUE, NONE, "a request type that is "        \
       "unknown or was not offered (V11)")                                      \
     X(TYPE_BARRIER, 64, WARNING, VALUE, NONE, "a request type with bit 31, "   \
-      "BARRIER, which was never offered; the standard profile ignores it "     \
-      "(V11, P9)")                                                             \
+      "BARRIER, never offered; the standard profile ignores it (V11, P9)")     \
     X(SEGMENT_LONG, 65, WARNING, BYTES, AGAINST, "a data descriptor longer "   \
       "than size_max (V5)")                                                    \
     X(SEGMENT_LONG_STRICT, 66, WARNING, BYTES, AGAINST, "a data descriptor "   \
-      "longer than size_max; the standard profile takes it, as the driver "    \
-      "did not accept SIZE_MAX (V5, P3)")                                      \
+      "longer than size_max; the standard profile takes it without SIZE_MAX "  \
+      "(V5, P3)")                                                              \
     X(DATA_DIRECTION, 67, WARNING, VALUE, NONE, "data in the wrong direction " \
       "for the type (V12)")                                                    \
     X(DATA_MISSING, 68, WARNING, VALUE, NONE, "a request of a type that "      \
@@ -669,8 +611,7 @@ typedef enum vblk_level {
     X(DATA_RAGGED, 70, WARNING, BYTES, NONE, "data of no multiple of 512 "     \
       "bytes (V8)")                                                            \
     X(DATA_LONG, 71, WARNING, BYTES, NONE, "data of 4 GiB or more: a used "    \
-      "length cannot tell it, and no request may hold the device for so long " \
-      "(V13)")                                                                 \
+      "length cannot tell it, and it would take too long (V13)")               \
     X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "a data buffer is outside "  \
       "guest memory, or read-only where it is read to (X5)")                   \
     X(READ_ONLY, 73, WARNING, SECTOR, NONE, "a write to a read-only disk "     \
@@ -695,32 +636,27 @@ typedef enum vblk_level {
       "was not given yet; the work waits for vblk_set_memory() (W9)")          \
     X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset of the "   \
       "device")                                                                \
-    X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a limit is set and a request "     \
-      "waits, but the clock has stood still so far: now_ns must go on for it " \
-      "to pass (T9)")                                                          \
+    X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a request waits for a limit, but " \
+      "the clock has stood still so far: now_ns must go on (T9)")              \
     X(NOT_QUIET, 93, ERROR, NONE, NONE, "the driver stops a queue, and what "  \
-      "is under way there could not be ended in time: the device needs a "     \
-      "reset (P8)")                                                            \
+      "is under way there does not end in time: the device needs a reset "     \
+      "(P8)")                                                                  \
     /* a worker */                                                             \
     X(WORKER_LEFT, 100, ERROR, AGAINST, NONE, "the backend, or another "       \
       "callback, did not return within stop_ms, against: the thread is left "  \
-      "behind, and the device is reset when it has ended (W7)")                \
-    X(WORKER_STUCK, 101, ERROR, AGAINST, NONE, "the device got no page of "    \
-      "guest memory within stop_ms, against: the thread is left behind, and "  \
-      "the device is reset when it has ended (W7)")                            \
+      "behind; the device is reset when it has ended (W7)")                    \
+    X(WORKER_STUCK, 101, ERROR, AGAINST, NONE, "no page of guest memory came " \
+      "within stop_ms, against: the thread is left behind; the device is "     \
+      "reset when it has ended (W7)")                                          \
     X(WORKER_START, 102, ERROR, ERROR, NONE, "the thread cannot be started: "  \
       "the device needs a reset")                                              \
-    X(WORKER_WAIT, 103, ERROR, ERROR, NONE, "waiting for events failed: the "  \
-      "device needs a reset")                                                  \
-    X(WORKER_TIMER, 104, ERROR, ERROR, NONE, "the timer cannot be set: the "   \
-      "device needs a reset")                                                  \
-    X(WORKER_DESCRIPTOR, 105, ERROR, INDEX, VALUE, "an error or a hang-up of " \
-      "a descriptor; index: its place in the epoll set, value: its events "    \
-      "(W4)")                                                                  \
-    X(WORKER_TOKEN, 106, ERROR, NONE, NONE, "an event of no descriptor of "    \
-      "ours is skipped (W4)")                                                  \
+    X(WORKER_WAIT, 103, ERROR, ERROR, NONE, "kick_fd is broken, or there is "  \
+      "no memory: the device needs a reset (W4)")                              \
     X(WORKER_CPUS, 107, WARNING, ERROR, NONE, "the thread cannot run on the "  \
-      "given cpus and goes on where the kernel likes (W6)")
+      "given cpus and goes on where the kernel likes (W6)")                    \
+    /* an engine */                                                            \
+    X(URING_OFF, 110, NOTE, ERROR, NONE, "io_uring is not to be had: "         \
+      "requests are done one after another")
 
 typedef enum vblk_event_code {
     VBLK_EV_NONE,
@@ -793,7 +729,9 @@ typedef struct vblk_backend {
     // forgets. NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
-    void *user; // first argument of each
+    void    *user;       // first argument of each
+    uint32_t block_size; // the driver hears that multiples of it do best, in
+                         // bytes; default 512
 } vblk_backend;
 
 // What is done for a request: a call of the backend, or none. Private.
@@ -1070,12 +1008,6 @@ VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns);
 VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
                        vblk_request *req, vblk_seg *seg, unsigned room);
 
-// Do `req` with the backend, here and now, and complete it, unless it is of an
-// earlier session: for a host that
-// looks around between two requests, where vblk_drain() would not. Thread: the
-// queue's drainer.
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req);
-
 // `req` has ended with `result`, as of read(2): the bytes that were moved, all
 // for a success, 0 for a FLUSH; or a negative error number, for the event. An
 // IN that is short is filled with zeroes if it came to where the backing ends,
@@ -1225,7 +1157,6 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk);
 #endif
 #endif // VBLK_H
 
-
 #if defined(VBLK_FILES) && !defined(VBLK_FILES_H)
 #define VBLK_FILES_H
 #include <pthread.h>
@@ -1235,7 +1166,7 @@ extern "C" {
 #endif
 
 
-// ---- Files, pacers (POSIX) -------------------------------------------------
+// ---- Files (POSIX) ---------------------------------------------------------
 
 // An image file or a block device by positioned I/O and fdatasync(). Safe from
 // several threads. What was there once and is not any more, because the file
@@ -1244,75 +1175,36 @@ extern "C" {
 typedef struct vblk_file {
     int             fd;
     bool            read_only;
+    uint32_t        block, align; // of O_DIRECT, else 0: offsets and lengths
+                                  // are multiples of it, and addresses
+    int             buffered_fd;  // for those of which the first are not
     int             flush_error; // after one failed fdatasync, all fail: the
                                  // kernel forgets which pages are not written
     uint64_t end VBLK__ATOMIC64; // atomic; so long it was, at its longest
     pthread_mutex_t mutex;       // of flush_error
 } vblk_file;
 
-// Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set. vblk_file_close()
-// after the device's last use.
-VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only);
+#define VBLK_FILE_READ_ONLY 1u
+#define VBLK_FILE_DIRECT    2u // Linux: O_DIRECT, around the page cache; what
+                               // is not aligned to it is copied
+
+// Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set; EOPNOTSUPP: no
+// O_DIRECT. vblk_file_close() after the device's last use.
+VBLKDEF int vblk_file_open(vblk_file *file, const char *path, unsigned flags);
 
 // The same for a descriptor that is open, such as a memfd or one that another
 // process passed; vblk_file_close() closes it. On failure it stays yours.
-// With O_DIRECT it is the guest's buffers that must be aligned. errno may be
-// EACCES: not open for reading, or, unless `read_only`, for writing; EINVAL:
-// O_APPEND; EISDIR; ENOTBLK: neither a file nor a block device.
+// It may have O_DIRECT. errno may be EACCES: not open for reading, or, unless
+// `read_only`, for writing; EINVAL: O_APPEND; EISDIR; ENOTBLK: neither a file
+// nor a block device.
 VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
-
-// A call of a backend, and a backend around another, in one function for all of
-// them: vblk__inner() makes the call. Private.
-typedef struct vblk__call {
-    vblk__does      does;
-    uint64_t        offset; // READ, WRITE
-    const vblk_seg *seg;
-    unsigned        segs;
-} vblk__call;
-
-typedef struct vblk_wrapper {
-    vblk_backend inner;
-    int64_t (*around)(struct vblk_wrapper *wrapper, const vblk__call *call);
-} vblk_wrapper;
-
-// A backend whose calls wait until they fit a rate: for several devices on one
-// image, or a host without a timer. The calling thread sleeps, so the device's
-// own limits are better where they will do.
-//
-// A call takes its share, at most a tenth of a second's bytes, in the order
-// of arrival, sleeps until that has come, and moves as much: large requests
-// come again for the rest, behind those that arrived meanwhile. So none waits
-// for ever, and a thread can be stopped between two shares.
-typedef struct vblk_pacer {
-    vblk_wrapper    wrapper;    // first: its calls are the pacer's
-    uint64_t        share;      // bytes, most of a call; whole sectors
-    vblk_bucket     ops, bytes; // in debt for what is promised and to come
-    struct {
-        uint64_t at;            // where a request goes on that was cut
-        uint64_t paid;          // bytes, of its share and not yet moved
-    } rest[16];
-    unsigned        rests;      // remembered so far, the old ones overwritten
-    pthread_mutex_t mutex;
-    uint64_t (*now)(void);      // nanoseconds, CLOCK_MONOTONIC
-    void (*sleep)(uint64_t ns);
-} vblk_pacer;
-
-// A rate of 0 is no limit. A burst of 0 is steady: a tenth of a second's
-// worth; unlike a device's it may be less than a second's. A call is one
-// operation. VBLK_OK, VBLK_ERR_LIMITS or VBLK_ERR_LOCK. vblk_pacer_close()
-// after the last use. Safe from several threads if `inner` is.
-VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
-                            const vblk_limits *limits);
-VBLKDEF void vblk_pacer_close(vblk_pacer *pacer);
-VBLKDEF vblk_backend vblk_pacer_backend(vblk_pacer *pacer);
 
 #ifdef __cplusplus
 }
 #endif
 #endif // VBLK_FILES
-
 
 #if defined(VBLK_THREADED) && !defined(VBLK_THREADED_H)
 #define VBLK_THREADED_H
@@ -1322,11 +1214,86 @@ extern "C" {
 #endif
 
 
+// ---- Engine (Linux) --------------------------------------------------------
+
+// Serves a device in place of vblk_poll(), with up to some 250 requests under
+// way, which end in any order. Of a vblk_file_backend(), io_uring does what the
+// file does without waiting, reads of most, and each FLUSH; the backend does
+// the rest, and all of any other, at once, as it is faster so. Writes that must
+// be durable, and FLUSH, are collected under one fdatasync(). Before it says
+// that there is nothing to do it looks on for a while.
+//
+// One thread opens it, polls it and so on. Its options.quiesce is to call
+// vblk_engine_quiesce().
+typedef struct vblk_engine {
+    uint64_t look_on_ns; // for new requests, with none under way; 50,000; a
+                         // host with one processor may set 0
+    // Private from here.
+    vblk_dev    *dev;
+    unsigned     first, end; // its queues
+    pthread_mutex_t *lock;   // of all engines of a limited device, or NULL
+    bool         locked;
+    vblk_file   *file;     // that io_uring works on, or NULL
+    uint64_t   (*now)(void);
+    uint64_t     busy_ns;  // when there was something to do last
+    uint32_t     under_way;
+    bool         polling, woken;  // `fd` of vblk_engine_wait(), by io_uring
+    bool         dropping;        // what ends is forgotten
+    bool         reads, writes;   // io_uring does them
+    uint32_t     free, to_sync, in_sync; // lists of slots
+    uint64_t     sync_end; // of the file, before it was synced
+    struct vblk__slot *slot;
+    vblk_seg    *seg;      // of all slots, then of the one that is taken
+    // io_uring. The tail counts what is filled in, `queued` of it not handed
+    // over.
+    int          ring_fd, file_fd; // or -1
+    int          event_fd; // or -1
+    uint32_t     tail, queued, iovs;
+    uint32_t    *sq_tail, *sq_flags, *cq_head, *cq_tail;
+    struct io_uring_sqe *sqe;
+    struct io_uring_cqe *cqe;
+    struct iovec *iov;     // of what is queued
+    void        *rings;
+    size_t       rings_bytes;
+} vblk_engine;
+
+// VBLK_OK; VBLK_ERR_URING, with errno set: io_uring is not to be had, and the
+// backend does all, which is also what happens if `uring` is not set; or
+// VBLK_ERR_WORKER: no memory, and nothing was opened.
+VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, bool uring);
+
+// What waits in the queues is begun, what has ended is completed, for some
+// milliseconds at most. Returns when to call again, by CLOCK_MONOTONIC: 0, at
+// once, or as vblk_poll() does; and when the driver notifies or something ends.
+VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e);
+
+// Sleep until then: until something has ended, `fd` is readable, always the
+// same one, or the time has come. Whether it is `fd`.
+VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns);
+
+// For hosts that wait in a loop of their own: an eventfd, signalled when
+// something has ended, to be read before the next poll. -1: not to be had, or
+// nothing is ever under way.
+VBLKDEF int vblk_engine_event_fd(vblk_engine *e);
+
+// Begin nothing, and wait for what is under way, up to `ms`. It is completed;
+// or, with VBLK_ALL_QUEUES, as options.quiesce is told it for a reset, it is
+// cancelled, and forgotten. VBLK_OK: the kernel has no pointer into guest
+// memory any more. VBLK_ERR_BUSY: it has, and what ends later touches no queue
+// that was reset. Also before vblk_set_memory(), with 0 for the queue.
+VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms);
+
+// After it was quiesced; VBLK_ERR_BUSY if not: nothing is freed then.
+VBLKDEF int vblk_engine_close(vblk_engine *e);
+
+
 // ---- Worker (Linux) --------------------------------------------------------
 
 typedef struct vblk_worker_options {
-    unsigned stop_ms; // bound on stop, reset, pause; default 1000, at most
-                      // INT_MAX
+    unsigned stop_ms;    // of a stop, reset, pause; default 1000, most INT_MAX
+    bool     no_uring;   // else its engine does what it can by io_uring
+    bool     each_queue; // has a thread of its own
+    unsigned look_on_us; // for new requests, before a thread sleeps; default 50
     // A thread that was left behind, as a call of yours was told, has ended:
     // all it used is out of its hands, and the device has been reset. From
     // here any call of the worker may be made, unless vblk_worker_close() has
@@ -1335,37 +1302,42 @@ typedef struct vblk_worker_options {
     void *user; // its argument
 } vblk_worker_options;
 
-// A device with a thread that serves it. Of any storage; must not move.
+// A device with a thread that serves it, or one for each queue. Of any storage;
+// must not move.
 typedef struct vblk_worker {
     int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
-    int      kick_fd; // eventfd that starts a drain; good as a KVM ioeventfd
+    int      kick_fd; // eventfd that wakes it; good as a KVM ioeventfd
     int      number;  // "vblk3" is the thread's name and begins its lines
     // Private from here.
     vblk_dev            dev;
-    vblk_wrapper        backend; // around the host's, as the rest of these
+    vblk_backend        backend; // the host's, as the rest of these
     void (*interrupt)(void *user, int queue, bool fire);
     void (*event)(void *user, const vblk_event *event);
     void               *user;
     vblk_worker_options wo;
-    int                 epoll_fd, stop_fd, timer_fd, pause_fd, done_fd;
+    int                *kick_fds;     // of each thread
+    unsigned            threads;
     pthread_mutex_t     registers;    // one register call at a time
-    struct vblk__thread *thread;      // under `registers`; NULL: not started
-    struct vblk__thread *left_behind; // the same
-    struct vblk__thread *returned;    // the same; a list, not joined yet
+    struct vblk__thread *thread;      // under `registers`, as all lists of them
+    struct vblk__thread *left_behind;
+    struct vblk__thread *returned;    // not joined yet
     bool                held;         // the same; vblk__hold_still() holds
     bool                refused;      // the same; it could not
-    bool                orphaned;     // the same; the one left behind disposes
+    bool                orphaned;     // the same; the last left behind disposes
     unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
-    // Under `parking`. `parked` is also read without.
+    pthread_mutex_t     limits;       // a turn of a thread's, where there are
+    // Under `parking`. `awake` and `left` are also read without.
     pthread_mutex_t     parking;
     pthread_cond_t      changed;
     bool                pause, hold; // the host asks, the library asks
-    bool                placed;      // the thread runs on `cpu_set`
+    unsigned            placed;      // counts the changes of `cpu_set`
     unsigned char       cpu_set[128];
     int                 parked_fd;   // to signal, or -1
     bool                parked_told; // it was, for this pause
-    uint32_t            left;        // atomic: one that was left behind lives
-    uint32_t            parked;      // atomic; true also while not started
+    uint32_t            running;     // threads that have not ended
+    uint32_t            uring_told;  // atomic; that it is not to be had
+    uint32_t            awake;       // atomic; those that do not rest
+    uint32_t            left;        // atomic; those left behind that live
     // Under `printing`.
     pthread_mutex_t     printing;
     vblk_bucket         lines;
@@ -1402,6 +1374,10 @@ VBLKDEF int vblk_worker_close(vblk_worker *w);
 // vblk_counters(), vblk_status() and all others that any thread may make.
 VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w);
 
+// The eventfd of the thread that serves `queue`, for a KVM ioeventfd that looks
+// at what is stored. Any thread.
+VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue);
+
 // The processors that the thread may run on, from now on: `count` numbers, or
 // none for those of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. That the
 // kernel will not have it is an event. Any thread.
@@ -1422,10 +1398,8 @@ VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                    unsigned bytes, uint64_t value);
 
-// vblk_needs_reset(). Any thread.
+// vblk_needs_reset(); wake the threads, harmless at any time. Any thread.
 VBLKDEF void vblk_worker_needs_reset(vblk_worker *w);
-
-// Start a drain; harmless at any time. Any thread.
 VBLKDEF void vblk_worker_kick(vblk_worker *w);
 
 // Ask the thread to finish its request and rest, and wait for that up to
@@ -1437,11 +1411,9 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w);
 // from its start. Any thread.
 VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms);
 
-// End a pause, if there is one. Any thread.
+// End a pause, if there is one; whether all threads are at rest now: paused, or
+// not started, and none is left behind. Any thread.
 VBLKDEF void vblk_worker_resume(vblk_worker *w);
-
-// Whether the thread is at rest now: paused, or not started, and none is left
-// behind. Any thread.
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
 
 // vblk_set_memory() and vblk_set_limits() with the thread at rest: their codes,
@@ -1453,7 +1425,6 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 }
 #endif
 #endif // VBLK_THREADED
-
 
 #if defined(VBLK_IMPLEMENTATION) && !defined(VBLK_IMPLEMENTED)
 #define VBLK_IMPLEMENTED
@@ -1668,9 +1639,7 @@ static inline uint8_t *vblk__in_region(const vblk_region *r, uint64_t gpa,
 static uint8_t *vblk__part_of(const vblk_region *r, uint64_t gpa, uint64_t *n,
                               bool writable) {
     uint64_t at = gpa - r->gpa;
-    if (at >= r->bytes) {
-        return NULL;
-    }
+    if (at >= r->bytes) return NULL;
     *n = *n < r->bytes - at ? *n : r->bytes - at;
     return vblk__in_region(r, gpa, *n, writable);
 }
@@ -1687,13 +1656,9 @@ static const vblk_region *vblk__find_region(const vblk_regions *all,
         const vblk_region *middle = r + half;
         r = gpa >= middle->gpa ? middle : r;
     }
-    if (r != end && gpa - r->gpa < r->bytes) {
-        return r;
-    }
+    if (r != end && gpa - r->gpa < r->bytes) return r;
     for (r = all->region; r != end; r++) {
-        if (gpa - r->gpa < r->bytes) {
-            return r;
-        }
+        if (gpa - r->gpa < r->bytes) return r;
     }
     return &vblk__no_region;
 }
@@ -1717,9 +1682,7 @@ static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
 static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
                                    uint64_t gpa, size_t n, bool writable) {
     uint8_t *p = vblk__in_region(*near, gpa, n, writable);
-    if (p || !dev->memory.map) {
-        return p;
-    }
+    if (p || !dev->memory.map) return p;
     uint64_t run = n;
     p = vblk__look_up(dev, near, gpa, &run, writable);
     return run == n ? p : NULL; // more would break its word
@@ -1754,9 +1717,7 @@ static inline bool vblk__load16(vblk_dev *dev, const uint8_t *ptr,
     if (ptr) {
         le = VBLK__ACQUIRE(ptr + at);
     } else {
-        if (!vblk__read(dev, gpa + at, &le, 2)) {
-            return false;
-        }
+        if (!vblk__read(dev, gpa + at, &le, 2)) return false;
         VBLK__FENCE();
     }
     *value = vblk__le16(le);
@@ -1766,9 +1727,7 @@ static inline bool vblk__load16(vblk_dev *dev, const uint8_t *ptr,
 static inline bool vblk__store16(vblk_dev *dev, uint8_t *ptr, uint64_t gpa,
                                  uint64_t at, uint16_t value) {
     uint16_t le = vblk__le16(value);
-    if (vblk__halted(dev)) {
-        return true;
-    }
+    if (vblk__halted(dev)) return true;
     if (ptr) {
         VBLK__RELEASE(ptr + at, le);
         return true;
@@ -1811,12 +1770,8 @@ static int vblk__regions_across(void *user, bool in, uint64_t gpa,
             run = n - done;
             uint8_t *p = (uint8_t *)vblk__regions_map(user, gpa + done, &run,
                                                       !in);
-            if (!p) {
-                return -1;
-            }
-            if (moves) {
-                vblk__copy_piece(p, host + done, run, in);
-            }
+            if (!p) return -1;
+            if (moves) vblk__copy_piece(p, host + done, run, in);
         }
     }
     return 0;
@@ -1827,12 +1782,8 @@ static inline int vblk__regions_copy(void *user, bool in, uint64_t gpa,
     const vblk_region *r =
         vblk__find_region((const vblk_regions *)user, gpa);
     uint8_t *p = vblk__in_region(r, gpa, n, !in);
-    if (!p) {
-        return vblk__regions_across(user, in, gpa, host, n);
-    }
-    if (host) {
-        vblk__copy_piece(p, host, n, in);
-    }
+    if (!p) return vblk__regions_across(user, in, gpa, host, n);
+    if (host) vblk__copy_piece(p, host, n, in);
     return 0;
 }
 
@@ -1923,12 +1874,8 @@ static void vblk__emit(const vblk_dev *dev, int queue, int head,
         e.level = (vblk_level)row->level;
         e.queue = queue;
         e.head = head;
-        if (row->a) {
-            *vblk__field(&e, row->a) = a;
-        }
-        if (row->b) {
-            *vblk__field(&e, row->b) = b;
-        }
+        if (row->a) *vblk__field(&e, row->a) = a;
+        if (row->b) *vblk__field(&e, row->b) = b;
         dev->event(dev->user, &e);
     }
 }
@@ -1968,12 +1915,8 @@ static void vblk__raise_to(uint64_t *reach, uint64_t end) {
 static void vblk__raise(vblk_dev *dev, int queue, bool fire) {
     uint32_t set = VBLK__INTERRUPT(VBLK_INTERRUPT_USED);
     set |= fire ? VBLK__LINE : 0;
-    if ((VBLK__LOAD(&dev->state) & set) != set) {
-        VBLK__OR(&dev->state, set);
-    }
-    if (fire && dev->interrupt) {
-        dev->interrupt(dev->user, queue, true);
-    }
+    if ((VBLK__LOAD(&dev->state) & set) != set) VBLK__OR(&dev->state, set);
+    if (fire && dev->interrupt) dev->interrupt(dev->user, queue, true);
 }
 
 // Status and, on a live device, the configuration interrupt, in one step. A
@@ -2012,12 +1955,6 @@ static void vblk__set_due(vblk_dev *dev, vblk_queue *q) {
     VBLK__OR(&dev->due, 1u);
 }
 
-// Whether `q` was notified since it was last asked.
-static bool vblk__take_due(vblk_queue *q) {
-    bool due = VBLK__LOAD(&q->due);
-    return due && VBLK__CAS(&q->due, due, false);
-}
-
 VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
     VBLK_ASSERT(queue == VBLK_ALL_QUEUES ||
                 (queue >= 0 && (unsigned)queue < dev->queues));
@@ -2030,9 +1967,7 @@ VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
     } else if ((unsigned)queue < dev->queues) {
         vblk__set_due(dev, &dev->queue[queue]);
     }
-    if (dev->notify) {
-        dev->notify(dev->user, queue);
-    }
+    if (dev->notify) dev->notify(dev->user, queue);
 }
 
 
@@ -2065,9 +2000,7 @@ static uint64_t vblk__divide(vblk__wide w, uint64_t d, uint64_t *remainder) {
         return w.lo / d;
     }
 #endif
-    if (w.hi >= d) {
-        return UINT64_MAX;
-    }
+    if (w.hi >= d) return UINT64_MAX;
     for (int bit = 0; bit < 64; bit++) { // w.hi < d: the quotient fits
         bool carry = w.hi >> 63;
         w.hi = w.hi << 1 | w.lo >> 63;
@@ -2091,9 +2024,7 @@ VBLKDEF void vblk_bucket_init(vblk_bucket *b, uint64_t rate, uint64_t burst) {
 }
 
 VBLKDEF void vblk_bucket_refill(vblk_bucket *b, uint64_t now_ns) {
-    if (now_ns <= b->last_ns) {
-        return;
-    }
+    if (now_ns <= b->last_ns) return;
     if (b->rate == 0) {
         b->last_ns = now_ns;
         return;
@@ -2139,9 +2070,7 @@ VBLKDEF void vblk_bucket_take(vblk_bucket *b, uint64_t n) {
 VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
                                   uint64_t now_ns) {
     uint64_t left, wait, lag;
-    if (vblk_bucket_can_take(b, n)) {
-        return 0;
-    }
+    if (vblk_bucket_can_take(b, n)) return 0;
     uint64_t missing = (uint64_t)vblk__bucket_needs(b, n) -
                        (uint64_t)b->tokens;
     vblk__wide needed = vblk__multiply(missing, VBLK__SECOND);
@@ -2158,12 +2087,8 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 
 // Those of a batch come at one time: all but the first find it done.
 static inline void vblk__refill(vblk_dev *dev, uint64_t now_ns) {
-    if (now_ns > dev->ops.last_ns) {
-        vblk_bucket_refill(&dev->ops, now_ns);
-    }
-    if (now_ns > dev->bytes.last_ns) {
-        vblk_bucket_refill(&dev->bytes, now_ns);
-    }
+    if (now_ns > dev->ops.last_ns) vblk_bucket_refill(&dev->ops, now_ns);
+    if (now_ns > dev->bytes.last_ns) vblk_bucket_refill(&dev->bytes, now_ns);
 }
 
 // `q` had its turn, or gives it up: it goes to the next queue that waits.
@@ -2177,9 +2102,7 @@ static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
             dev->waits = dev->queue[next].run.stalled;
             dev->turn = (uint16_t)next;
         }
-        if (dev->waits) {
-            vblk_notify(dev, dev->turn);
-        }
+        if (dev->waits) vblk_notify(dev, dev->turn);
     }
 }
 
@@ -2290,9 +2213,7 @@ static uint64_t vblk__used_bytes(const vblk_queue *q) {
 // until the host has ended it. Its stall ends: no other queue waits for it.
 VBLK__RARE void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
                              uint64_t a, uint64_t b) {
-    if (q->broken) {
-        return;
-    }
+    if (q->broken) return;
     VBLK__STORE(&q->broken, true);
     VBLK__STORE(&q->epoch, q->epoch + 1);
     q->run.avail_seen = q->run.avail_next; // there is nothing to take
@@ -2313,9 +2234,7 @@ static bool vblk__find_area(vblk_dev *dev, vblk_queue *q, uint8_t **ptr,
     }
     *ptr = vblk__whole(dev, &q->run.near[VBLK__TABLES], gpa, (size_t)n,
                        ptr == &q->run.used);
-    if ((uintptr_t)*ptr & 1 && ptr != &q->run.desc) {
-        *ptr = NULL;
-    }
+    if ((uintptr_t)*ptr & 1 && ptr != &q->run.desc) *ptr = NULL;
     return true;
 }
 
@@ -2369,9 +2288,7 @@ typedef enum vblk__state {
 VBLK__RARE vblk__state vblk__lost(vblk_dev *dev, vblk_queue *q,
                                   vblk_event_code code, uint64_t a,
                                   uint64_t b) {
-    if (vblk__halted(dev)) {
-        return VBLK__EMPTY;
-    }
+    if (vblk__halted(dev)) return VBLK__EMPTY;
     vblk__poison(dev, q, code, a, b);
     return VBLK__BROKEN;
 }
@@ -2379,18 +2296,12 @@ VBLK__RARE vblk__state vblk__lost(vblk_dev *dev, vblk_queue *q,
 // What came since avail.idx was last read: EMPTY, MORE or BROKEN.
 VBLK__FLAT vblk__state vblk__peek(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx, next = q->run.avail_next;
-    if (q->broken) {
-        return VBLK__BROKEN;
-    }
-    if (vblk__halted(dev)) {
-        return VBLK__EMPTY;
-    }
+    if (q->broken) return VBLK__BROKEN;
+    if (vblk__halted(dev)) return VBLK__EMPTY;
     if (!vblk__load16(dev, q->run.avail, q->avail_gpa, 2, &idx)) {
         return vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa, 0);
     }
-    if (idx == next) {
-        return VBLK__EMPTY;
-    }
+    if (idx == next) return VBLK__EMPTY;
     if ((uint16_t)(idx - next) > q->size) {
         return vblk__lost(dev, q, VBLK_EV_AVAIL_JUMP, idx, next);
     }
@@ -2460,9 +2371,7 @@ VBLK__FLAT bool vblk__give_back(vblk_dev *dev, vblk_queue *q, uint16_t head,
     uint64_t at = 4 + VBLK__USED_BYTES *
                           (uint64_t)(q->run.used_next & (q->size - 1));
     const uint32_t element[2] = {vblk__le32(head), vblk__le32(written)};
-    if (vblk__halted(dev)) {
-        return false;
-    }
+    if (vblk__halted(dev)) return false;
     if (q->run.used) {
         VBLK_MEMCPY(q->run.used + at, element, sizeof element);
     } else if (!vblk__write(dev, q->used_gpa + at, element, sizeof element)) {
@@ -2500,9 +2409,7 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
         // on, or the device sees the switch.
         VBLK__FENCE();
     }
-    if (q->run.used_next == old || vblk__halted(dev)) {
-        return;
-    }
+    if (q->run.used_next == old || vblk__halted(dev)) return;
     q->run.used_decided = q->run.used_next;
     bool fire = vblk__wanted(dev, q, old) || q->run.switch_failed;
     if ((fire || dev->strict) && !vblk__halted(dev)) { // P7, W8
@@ -2557,12 +2464,8 @@ typedef struct vblk__table {
 // Go from `t` to the indirect table at `gpa` [2.7.5.3].
 static bool vblk__enter(vblk_dev *dev, vblk__chain *c, vblk__table *t,
                         uint64_t gpa, uint32_t n, unsigned flags) {
-    if (!dev->indirect) {
-        return vblk__refuse(c, VBLK_EV_INDIRECT_OFF, n, 0);
-    }
-    if (t->indirect) {
-        return vblk__refuse(c, VBLK_EV_INDIRECT_NESTED, n, 0);
-    }
+    if (!dev->indirect) return vblk__refuse(c, VBLK_EV_INDIRECT_OFF, n, 0);
+    if (t->indirect) return vblk__refuse(c, VBLK_EV_INDIRECT_NESTED, n, 0);
     if (flags & VBLK__DESC_NEXT) {
         return vblk__refuse(c, VBLK_EV_INDIRECT_NEXT, n, 0);
     }
@@ -2591,9 +2494,7 @@ static unsigned vblk__stop_at(const vblk__table *t, unsigned most) {
 VBLK__RARE bool vblk__too_long(const vblk_dev *dev, vblk__chain *c,
                                const vblk__table *t, unsigned limit) {
     bool is_long = c->descs >= limit;
-    if (is_long) {
-        c->spoilt = VBLK_EV_CHAIN_LONG;
-    }
+    if (is_long) c->spoilt = VBLK_EV_CHAIN_LONG;
     return (dev->strict || c->descs >= vblk__stop_at(t, VBLK__MAX_WALK)) &&
            !vblk__refuse(c, VBLK_EV_CHAIN_LONG, is_long ? limit : t->entries,
                          0);
@@ -2616,9 +2517,7 @@ VBLK__RARE unsigned vblk__look_on(vblk__chain *c, const vblk__table *t,
 VBLK__RARE void vblk__mix(const vblk_dev *dev, vblk__chain *c, bool first) {
     c->in_first = c->in_first || first;
     c->mixed = true;
-    if (!dev->strict && !c->spoilt) {
-        c->spoilt = VBLK_EV_CHAIN_ORDER;
-    }
+    if (!dev->strict && !c->spoilt) c->spoilt = VBLK_EV_CHAIN_ORDER;
 }
 
 // Follow the chain from `head`: at most seg_max + 2 descriptors, and at most
@@ -2639,9 +2538,7 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
             return vblk__refuse(c, VBLK_EV_CHAIN_NEXT, i, t.entries);
         }
         if (c->descs == stop) {
-            if (vblk__too_long(dev, c, &t, limit)) {
-                return false;
-            }
+            if (vblk__too_long(dev, c, &t, limit)) return false;
             stop = vblk__look_on(c, &t, limit);
             end = c->end;
         }
@@ -2657,9 +2554,7 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
         VBLK__ONCE();
         end->gpa = gpa; // if it stays
         if (flags & VBLK__DESC_INDIRECT) {
-            if (!vblk__enter(dev, c, &t, gpa, n, flags)) {
-                return false;
-            }
+            if (!vblk__enter(dev, c, &t, gpa, n, flags)) return false;
             stop = c->descs < limit ? vblk__stop_at(&t, limit) : c->descs;
             flags = VBLK__DESC_NEXT;
             i = 0;
@@ -2675,9 +2570,7 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
             in += n;
             c->last = end;
         } else {
-            if (in > 0) {
-                vblk__mix(dev, c, out == 0);
-            }
+            if (in > 0) vblk__mix(dev, c, out == 0);
             out += n;
         }
         end++->n = n;
@@ -2688,19 +2581,13 @@ static bool vblk__walk(vblk_dev *dev, const vblk_queue *q, uint16_t head,
     return true;
 }
 
-// The last descriptor of several holds the status byte and is not empty.
-static bool vblk__status_framed(const vblk__chain *c) {
-    return c->last == c->end - 1 && c->empty != c->descs && c->descs > 1;
-}
-
 // Find the status byte and take its descriptor off the list (V2, P1).
 static bool vblk__cut_status(const vblk_dev *dev, vblk_request *r,
                              vblk__chain *c) {
     vblk_seg *last = c->last;
-    if (!last) {
-        return vblk__refuse(c, VBLK_EV_STATUS_MISSING, 0, 0);
-    }
-    if (dev->strict && !vblk__status_framed(c)) {
+    if (!last) return vblk__refuse(c, VBLK_EV_STATUS_MISSING, 0, 0);
+    if (dev->strict && (last != c->end - 1 || c->empty == c->descs ||
+                        c->descs < 2)) { // it is not alone in the last of all
         return vblk__refuse(c, c->mixed ? VBLK_EV_CHAIN_ORDER
                                         : VBLK_EV_STATUS_FRAMING, 0, 0);
     }
@@ -2769,9 +2656,7 @@ static const uint8_t *vblk__cut_header(vblk_dev *dev, vblk__chain *c,
         p = vblk__whole(dev, &c->near[VBLK__ENDS], d->gpa, VBLK__HEADER_BYTES,
                         false);
     }
-    if (!p) {
-        return vblk__gather_header(dev, c, copy) ? copy : NULL;
-    }
+    if (!p) return vblk__gather_header(dev, c, copy) ? copy : NULL;
     vblk__cut(c, dev->strict ? d->n : VBLK__HEADER_BYTES);
     return p;
 }
@@ -2791,9 +2676,9 @@ typedef enum vblk__shape { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID } vblk__shape;
 // no other has is a value of a column, and a case in the switch over it:
 //
 //     shape   vblk__fit, with a function that checks the data
-//     does    enum vblk__does and a member of vblk_backend; vblk_execute;
-//             vblk__inner, a vblk__wrapped_ of its own and its line in
-//             vblk__wrap, arguments in vblk__call; in each *_backend() the call
+//     does    enum vblk__does and a member of vblk_backend; vblk__run; a
+//             vblk__worker_ of its own and its line in vblk__worker_backend;
+//             in each *_backend() the call
 //
 // Elsewhere it is treated as what is no read: not padded, and paid for by its
 // data. Around it are the feature (vblk__offer), the events and the counter;
@@ -2910,9 +2795,7 @@ static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
         return !dev->strict || bytes == 0 ||
                vblk__refuse(c, VBLK_EV_DATA_UNWANTED, bytes, 0);
     }
-    if (!vblk__check_sizes(dev, c)) {
-        return false;
-    }
+    if (!vblk__check_sizes(dev, c)) return false;
     if ((c->out_bytes > 0 && k->data == VBLK__DATA_IN) ||
         (c->in_bytes > 0 && k->data == VBLK__DATA_OUT)) {
         return vblk__refuse(c, VBLK_EV_DATA_DIRECTION, k->type, 0);
@@ -2955,9 +2838,7 @@ static bool vblk__map_pieces(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     const unsigned start = r->segs;
     const vblk_seg whole = d;
     bool fits = true;
-    if (c->end != c->full) {
-        vblk__make_room(c);
-    }
+    if (c->end != c->full) vblk__make_room(c);
     for (uint64_t run; d.n > 0; d.gpa += run, d.n -= (size_t)run) {
         run = d.n;
         uint8_t *p = vblk__look_up(dev, &c->near[VBLK__DATA], d.gpa, &run, in);
@@ -2965,9 +2846,7 @@ static bool vblk__map_pieces(vblk_dev *dev, vblk_request *r, vblk__chain *c,
             return false;
         }
         fits = fits && r->seg + r->segs < c->list;
-        if (fits) {
-            vblk__add_seg(r, p, d.gpa, run);
-        }
+        if (fits) vblk__add_seg(r, p, d.gpa, run);
     }
     if (!fits) { // too many pieces: the accessors can do it
         r->segs = start;
@@ -2981,9 +2860,7 @@ static bool vblk__map_pieces(vblk_dev *dev, vblk_request *r, vblk__chain *c,
 static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            vblk_seg d, bool in) {
     uint8_t *p = vblk__whole(dev, &c->near[VBLK__DATA], d.gpa, d.n, in);
-    if (!p && dev->memory.map) {
-        return vblk__map_pieces(dev, r, c, d, in);
-    }
+    if (!p && dev->memory.map) return vblk__map_pieces(dev, r, c, d, in);
     vblk__add_seg(r, p, d.gpa, d.n);
     return p    ? true
            : in ? vblk__write(dev, d.gpa, NULL, d.n)
@@ -3010,9 +2887,7 @@ static bool vblk__map_data(vblk_dev *dev, vblk_request *r, vblk__chain *c,
     vblk_seg *d = c->list;
     for (; d != c->end; d++) {
         d->ptr = vblk__in_region(near, d->gpa, d->n, in);
-        if (!d->ptr) {
-            break;
-        }
+        if (!d->ptr) break;
     }
     r->segs = (unsigned)(d - c->list);
     c->list = d;
@@ -3027,9 +2902,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         return vblk__refuse(c, c->spoilt, is_long ? dev->seg_max + 2 : 0, 0);
     }
     const uint8_t *header = vblk__cut_header(dev, c, copy);
-    if (!header) {
-        return false;
-    }
+    if (!header) return false;
     uint64_t sector = vblk__get64(header + 8);
     uint32_t type = vblk__get32(header);
     VBLK__ONCE();
@@ -3041,9 +2914,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         c->status = VBLK_S_UNSUPP;
         return false;
     }
-    if (!vblk__fit(dev, c, r, sector)) {
-        return false;
-    }
+    if (!vblk__fit(dev, c, r, sector)) return false;
     uint8_t data = r->kind->data;
     r->seg = c->list;
     r->segs = 0;
@@ -3109,13 +2980,9 @@ static int vblk__copy(vblk_dev *dev, const vblk_request *r, vblk__place *at,
                       uint8_t *host, size_t n, bool in) {
     const vblk_queue *q = &dev->queue[r->queue];
     while (!vblk__stale(dev, q, r)) {
-        if (n == 0) {
-            return VBLK_OK;
-        }
+        if (n == 0) return VBLK_OK;
         VBLK_ASSERT(at->seg < r->segs); // else beyond the request's bytes
-        if (at->seg >= r->segs) {
-            return VBLK_ERR_REFUSED;
-        }
+        if (at->seg >= r->segs) return VBLK_ERR_REFUSED;
         vblk_seg s = vblk__piece(r, at, n);
         if (s.ptr) {
             VBLK_MEMCPY(in ? host : s.ptr, in ? s.ptr : host, s.n);
@@ -3156,9 +3023,7 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
     } else {
         told = vblk__write(dev, r->status_gpa, &status, 1);
     }
-    if (!told || status == VBLK_S_IOERR) {
-        vblk__count(&q->counts.io_errors, 1);
-    }
+    if (!told || status == VBLK_S_IOERR) vblk__count(&q->counts.io_errors, 1);
     if (told) {
         // The status byte counts if nothing before it was left out (P6).
         uint32_t all = data >= r->space;
@@ -3181,17 +3046,7 @@ VBLK__FLAT void vblk__count_success(vblk_queue *q,
                                     uint64_t bytes) {
     uint64_t *counts = (uint64_t *)(void *)&q->counts;
     vblk__count(&counts[k->counter], 1);
-    if (k->bytes != k->counter) {
-        vblk__count(&counts[k->bytes], bytes);
-    }
-}
-
-// V1 and V2, and there is no status byte to tell the driver by (P5).
-VBLK__RARE void vblk__drop(vblk_dev *dev, vblk_queue *q, uint16_t head) {
-    vblk__count(&q->counts.io_errors, 1);
-    if (!dev->strict) {
-        vblk__give_back(dev, q, head, 0);
-    }
+    if (k->bytes != k->counter) vblk__count(&counts[k->bytes], bytes);
 }
 
 // Where the status goes (V17).
@@ -3234,7 +3089,8 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                vblk__chain *c, uint64_t now_ns) {
     if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, r, c)) {
         vblk__say_request(dev, r, c->code, c->why_a, c->why_b);
-        vblk__drop(dev, q, r->head);
+        vblk__count(&q->counts.io_errors, 1);
+        if (!dev->strict) vblk__give_back(dev, q, r->head, 0); // P5
         return VBLK__MORE;
     }
     if (!vblk__place_status(dev, r, c)) {
@@ -3271,9 +3127,7 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         vblk__poison(dev, q, VBLK_EV_QUEUE_OVERRUN, q->run.under_way, 0);
         return VBLK__BROKEN;
     }
-    if (!vblk__take(dev, q, &r->head)) {
-        return VBLK__BROKEN;
-    }
+    if (!vblk__take(dev, q, &r->head)) return VBLK__BROKEN;
     r->queue = q->number;
     r->epoch = q->epoch;
     r->backing = VBLK__LOAD(&dev->backing); // it may grow meanwhile
@@ -3335,9 +3189,7 @@ VBLK__RARE bool vblk__fell_short(vblk_dev *dev, const vblk_request *r,
     if (!done.code && k->does != VBLK__DO_READ) {
         done.code = (vblk_event_code)k->cut;
     }
-    if (!done.code) {
-        return vblk__pad(dev, r, done.bytes);
-    }
+    if (!done.code) return vblk__pad(dev, r, done.bytes);
     if (done.code != VBLK__TOLD) {
         vblk__say_request(dev, r, done.code,
                           (r->offset + done.bytes) / VBLK_SECTOR,
@@ -3352,15 +3204,11 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
                                  const vblk_request *r, vblk__progress done) {
     if (vblk__stale(dev, q, r)) {
         bool of_broken = q->broken && r->epoch + 1 == q->epoch;
-        if (of_broken && q->run.under_way > 0) {
-            q->run.under_way--;
-        }
+        if (of_broken && q->run.under_way > 0) q->run.under_way--;
         return VBLK_ERR_STALE;
     }
     VBLK_ASSERT(q->run.under_way > 0); // else it was completed before
-    if (q->run.under_way == 0) {
-        return VBLK_ERR_STALE;
-    }
+    if (q->run.under_way == 0) return VBLK_ERR_STALE;
     q->run.under_way--;
     const struct vblk__kind *k = r->kind;
     if ((done.code || done.bytes < r->bytes) &&
@@ -3378,8 +3226,9 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
     return VBLK_OK;
 }
 
-VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
-                          int64_t result) {
+// What a host says of it, as progress.
+VBLK__FLAT vblk__progress vblk__came_to(const vblk_request *req,
+                                        int64_t result) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     const struct vblk__kind *k = req->kind;
     VBLK_ASSERT(result < 0 || (uint64_t)result <= req->bytes);
@@ -3394,7 +3243,13 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
         req->offset + done.bytes < req->backing) {
         done.code = (vblk_event_code)k->cut;
     }
-    return vblk__end_request(dev, &dev->queue[req->queue], req, done);
+    return done;
+}
+
+VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
+                          int64_t result) {
+    return vblk__end_request(dev, &dev->queue[req->queue], req,
+                             vblk__came_to(req, result));
 }
 
 
@@ -3410,43 +3265,23 @@ static inline int64_t vblk__transfer(const vblk_dev *dev,
 }
 
 // The backend answered `n` instead of `bytes`: call it until all is moved,
-// nothing moves, or it fails. A segment that a short transfer ended in is cut
-// for the next call, and whole again afterwards.
+// nothing moves, or it fails. What is left of a segment is a call of its own.
 static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
-                                    uint64_t offset, vblk_seg *seg,
+                                    uint64_t offset, const vblk_seg *seg,
                                     unsigned segs, uint64_t bytes, int64_t n) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
-    vblk_seg whole = {NULL, 0, 0}, *cut = NULL;
+    uint64_t at = 0; // into the segment
     while (n > 0) {
-        VBLK_ASSERT((uint64_t)n <= bytes - done.bytes);
-        if ((uint64_t)n >= bytes - done.bytes) {
-            done.bytes = bytes;
-            break;
+        uint64_t left = bytes - done.bytes;
+        VBLK_ASSERT((uint64_t)n <= left);
+        done.bytes += (uint64_t)n < left ? (uint64_t)n : left;
+        if (done.bytes == bytes || vblk__halted(dev)) break;
+        for (at += (uint64_t)n; at >= seg->n; segs--) {
+            at -= seg++->n;
         }
-        done.bytes += (uint64_t)n;
-        if (vblk__halted(dev)) {
-            break;
-        }
-        while ((uint64_t)n >= seg->n) {
-            n -= (int64_t)seg->n;
-            if (cut) {
-                *cut = whole;
-                cut = NULL;
-            }
-            seg++;
-            segs--;
-        }
-        if (n > 0) {
-            whole = cut ? whole : *seg;
-            cut = seg;
-            seg->ptr += n;
-            seg->gpa += (uint64_t)n;
-            seg->n -= (size_t)n;
-        }
-        n = vblk__transfer(dev, k, offset + done.bytes, seg, segs);
-    }
-    if (cut) {
-        *cut = whole;
+        vblk_seg rest = {seg->ptr + at, seg->n - (size_t)at, seg->gpa + at};
+        n = vblk__transfer(dev, k, offset + done.bytes, at ? &rest : seg,
+                           at ? 1 : segs);
     }
     if (n < 0) {
         done.code = (vblk_event_code)k->failed;
@@ -3457,7 +3292,7 @@ static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
 
 // Most of the time one call does it.
 VBLK__FLAT vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
-                                     uint64_t offset, vblk_seg *seg,
+                                     uint64_t offset, const vblk_seg *seg,
                                      unsigned segs, uint64_t bytes) {
     vblk__progress done = {bytes, VBLK_EV_NONE, 0};
     int64_t n = vblk__transfer(dev, k, offset, seg, segs);
@@ -3491,43 +3326,43 @@ VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
         bool ends = got.bytes < n;
         got.bytes += done.bytes;
         done = got;
-        if (ends) {
-            break;
-        }
+        if (ends) break;
     }
     return done;
 }
 
-// A read that moves nothing has come to the end: unlike a host, the backend
-// knows where that is.
-VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
-                              const vblk_request *r) {
+// The transfer of `r`, if it is one. A read that moves nothing has come to the
+// end: unlike a host, the backend knows where that is.
+VBLK__FLAT vblk__progress vblk__run(vblk_dev *dev, const vblk_request *r) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
-    bool flush = false;
     const struct vblk__kind *k = r->kind;
     switch ((vblk__does)k->does) {
     case VBLK__DO_READ:
     case VBLK__DO_WRITE:
-        done = r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
+        return r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
                                       r->bytes)
                          : vblk__move_copied(dev, r);
-        flush = r->durable && !done.code && done.bytes == r->bytes;
-        break;
-    case VBLK__DO_FLUSH:  flush = true; break;
-    case VBLK__DO_ANSWER: break; // is never handed out
+    case VBLK__DO_FLUSH:
+    case VBLK__DO_ANSWER: break; // the second is never handed out
     }
-    if (flush) {
+    return done;
+}
+
+// Whether `r` wants to be durable now: a FLUSH, a write that went well.
+static inline bool vblk__wants_flush(const vblk_request *r,
+                                     vblk__progress done) {
+    return r->kind->does == VBLK__DO_FLUSH ||
+           (r->durable && !done.code && done.bytes == r->bytes);
+}
+
+VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
+                              const vblk_request *r) {
+    vblk__progress done = vblk__run(dev, r);
+    if (vblk__wants_flush(r, done)) {
         done.error = dev->backend.flush(dev->backend.user);
         done.code = done.error ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
     }
     vblk__end_request(dev, q, r, done);
-}
-
-VBLKDEF void vblk_execute(vblk_dev *dev, const vblk_request *req) {
-    vblk_queue *q = &dev->queue[req->queue];
-    if (!vblk__stale(dev, q, req)) {
-        vblk__execute(dev, q, req);
-    }
 }
 
 
@@ -3546,9 +3381,7 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                               uint32_t *budget, bool here) {
     for (;;) {
         vblk__state state = VBLK__MORE;
-        if (q->run.avail_next == q->run.avail_seen) {
-            state = vblk__peek(dev, q);
-        }
+        if (q->run.avail_next == q->run.avail_seen) state = vblk__peek(dev, q);
         if (state != VBLK__MORE || *budget == 0 || VBLK__LOAD(&dev->yield)) {
             return state;
         }
@@ -3577,9 +3410,7 @@ VBLK__FLAT vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
         return NULL;
     }
     vblk_queue *q = &dev->queue[queue];
-    if (!VBLK__LOAD_ACQUIRE(&q->ready)) {
-        return NULL;
-    }
+    if (!VBLK__LOAD_ACQUIRE(&q->ready)) return NULL;
     if (!dev->memory.read) {
         bool said = VBLK__LOAD(&dev->no_memory_said);
         if (!said && VBLK__CAS(&dev->no_memory_said, said, true)) {
@@ -3599,9 +3430,7 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
     VBLK_ASSERT(queue < dev->queues);
     VBLK_ASSERT(room >= dev->seg_max + 2);
     vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q || room < dev->seg_max + 2) {
-        return false;
-    }
+    if (!q || room < dev->seg_max + 2) return false;
     uint32_t budget = q->size;
     return vblk__work(dev, q, req, seg, seg + room, now_ns, &budget, false) ==
            VBLK__REQUEST;
@@ -3614,12 +3443,8 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
 // When to call again for `q`, after a drain that came to `state`.
 static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
                             vblk__state state, uint64_t now_ns) {
-    if (state == VBLK__MORE) {
-        return now_ns;
-    }
-    if (state != VBLK__STALLED) {
-        return VBLK_NEVER;
-    }
+    if (state == VBLK__MORE) return now_ns;
+    if (state != VBLK__STALLED) return VBLK_NEVER;
     uint64_t at = vblk__turn_comes(dev, now_ns);
     bool     its_turn = dev->turn == q->number;
     if (its_turn || at - now_ns >= VBLK__LOOK_AGAIN ||
@@ -3637,12 +3462,8 @@ VBLK__FLAT vblk__state vblk__arm_queue(vblk_dev *dev, vblk_queue *q) {
         vblk__show(dev, q); // one barrier will do for it and the switch
         on = vblk__notify_on(dev, q);
     }
-    if (q->broken) {
-        return VBLK__BROKEN;
-    }
-    if (q->run.stalled) {
-        return VBLK__STALLED;
-    }
+    if (q->broken) return VBLK__BROKEN;
+    if (q->run.stalled) return VBLK__STALLED;
     q->run.armed = on; // unless there is more
     return on ? vblk__peek(dev, q) : VBLK__EMPTY;
 }
@@ -3659,12 +3480,8 @@ VBLK__FLAT bool vblk__has_news(vblk_dev *dev, const vblk_queue *q) {
 VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     VBLK_ASSERT(queue < dev->queues);
     vblk_queue *q = vblk__prepare(dev, queue);
-    if (!q) {
-        return VBLK_NEVER;
-    }
-    if (dev->limited) {
-        vblk__watch_clock(dev, now_ns, 1);
-    }
+    if (!q) return VBLK_NEVER;
+    if (dev->limited) vblk__watch_clock(dev, now_ns, 1);
     vblk__state state = vblk__arm_queue(dev, q);
     vblk__publish_queue(dev, q);
     return vblk__again(dev, q, q->broken ? VBLK__BROKEN : state, now_ns);
@@ -3674,9 +3491,7 @@ VBLK__FLAT vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
                                      uint64_t now_ns) {
     vblk_queue *q = vblk__prepare(dev, queue);
     VBLK_ASSERT(dev->seg_max <= VBLK_MAX_SEGS); // of another static unit
-    if (!q || dev->seg_max > VBLK_MAX_SEGS) {
-        return VBLK__EMPTY;
-    }
+    if (!q || dev->seg_max > VBLK_MAX_SEGS) return VBLK__EMPTY;
     vblk_seg seg[VBLK__SEGS];
     vblk_request r;
     uint32_t budget = q->size;
@@ -3692,20 +3507,22 @@ VBLK__FLAT vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
 
 VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     VBLK_ASSERT(queue < dev->queues);
-    if (dev->limited) {
-        vblk__watch_clock(dev, now_ns, 1);
-    }
+    if (dev->limited) vblk__watch_clock(dev, now_ns, 1);
     vblk__state state = vblk__drain_queue(dev, queue, now_ns);
     return vblk__again(dev, &dev->queue[queue], state, now_ns);
+}
+
+// When a stalled queue may go on.
+static uint64_t vblk__next_turn(vblk_dev *dev, uint64_t now_ns) {
+    bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && dev->memory.read;
+    return live && dev->waits ? vblk__turn_comes(dev, now_ns) : VBLK_NEVER;
 }
 
 VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     uint32_t due = VBLK__LOAD(&dev->due);
     bool timed = now_ns >= dev->again_ns;
     bool more = false;
-    if (dev->limited) {
-        vblk__watch_clock(dev, now_ns, dev->queues + 1);
-    }
+    if (dev->limited) vblk__watch_clock(dev, now_ns, dev->queues + 1);
     if (due) {
         (void)VBLK__CAS(&dev->due, due, 0);
     } else if (!timed) {
@@ -3714,7 +3531,8 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     vblk_queue *q = dev->queue + (dev->waits ? dev->turn : 0);
     vblk_queue *const end = dev->queue + dev->queues;
     for (unsigned left = dev->queues; left > 0; left--) {
-        bool look = vblk__take_due(q);
+        bool look = VBLK__LOAD(&q->due);
+        look = look && VBLK__CAS(&q->due, look, false);
         // A stall ends by time alone.
         if (q->run.stalled ? timed : look && vblk__has_news(dev, q)) {
             if (vblk__drain_queue(dev, q->number, now_ns) == VBLK__MORE) {
@@ -3724,9 +3542,7 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
         }
         q = q + 1 == end ? dev->queue : q + 1;
     }
-    bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && dev->memory.read;
-    dev->again_ns = live && dev->waits ? vblk__turn_comes(dev, now_ns)
-                                       : VBLK_NEVER;
+    dev->again_ns = vblk__next_turn(dev, now_ns);
     return more ? now_ns : dev->again_ns;
 }
 
@@ -3777,17 +3593,11 @@ static void vblk__reset_device(vblk_dev *dev) {
 // Whether the host says that nothing of `queue`, or of all, is under way. A
 // drain that it waits for ends after its request.
 static bool vblk__quiet(vblk_dev *dev, int queue) {
-    if (!dev->quiesce) {
-        return true;
-    }
+    if (!dev->quiesce) return true;
     uint32_t yield = VBLK__LOAD(&dev->yield);
-    if (yield == 0) {
-        VBLK__STORE(&dev->yield, VBLK__YIELD);
-    }
+    if (yield == 0) VBLK__STORE(&dev->yield, VBLK__YIELD);
     bool quiet = dev->quiesce(dev->user, queue) == 0;
-    if (yield == 0 && queue != VBLK_ALL_QUEUES) {
-        VBLK__STORE(&dev->yield, 0);
-    }
+    if (yield == 0 && queue != VBLK_ALL_QUEUES) VBLK__STORE(&dev->yield, 0);
     return quiet;
 }
 
@@ -3826,67 +3636,38 @@ static vblk_event_code vblk__check_features(const vblk_dev *dev) {
         !(dev->accepted & VBLK_F_VERSION_1)) { // P10
         return VBLK_EV_FEATURES_VERSION;
     }
-    if (dev->accepted & ~dev->offered) {
-        return VBLK_EV_FEATURES_UNOFFERED;
-    }
+    if (dev->accepted & ~dev->offered) return VBLK_EV_FEATURES_UNOFFERED;
     return VBLK_EV_NONE;
 }
 
-// What stands against one more bit over `old` (F2, F3, P2).
-static vblk_event_code vblk__check_step(const vblk_dev *dev, uint32_t old,
-                                        uint32_t bit) {
-    const uint32_t driver = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER;
-    uint32_t base = old | (dev->strict ? 0 : VBLK_STATUS_ACKNOWLEDGE);
-    bool in_turn = false;
-    switch (bit) {
-    case VBLK_STATUS_ACKNOWLEDGE: in_turn = old == 0; break;
-    case VBLK_STATUS_DRIVER:
-        if (old == 0 && dev->strict) {
-            return VBLK_EV_STATUS_NO_ACK;
-        }
-        in_turn = base == VBLK_STATUS_ACKNOWLEDGE;
-        break;
-    case VBLK_STATUS_FEATURES_OK:
-        if (base == driver) {
-            return vblk__check_features(dev);
-        }
-        break;
-    case VBLK_STATUS_DRIVER_OK:
-        in_turn = base == (driver | VBLK_STATUS_FEATURES_OK);
-        break;
-    default: in_turn = true; // FAILED
-    }
-    return in_turn ? VBLK_EV_NONE : VBLK_EV_STATUS_ORDER;
-}
-
-// What stands against a Status that goes from `old` to `value` (F2 to F7).
+// What stands against a Status that goes from `old` to `value` (F2 to F7, P2).
 static vblk_event_code vblk__check_status(const vblk_dev *dev, uint32_t old,
                                           uint32_t value) {
     static const uint8_t steps[] = {
         VBLK_STATUS_ACKNOWLEDGE, VBLK_STATUS_DRIVER, VBLK_STATUS_FEATURES_OK,
-        VBLK_STATUS_DRIVER_OK, VBLK_STATUS_FAILED};
-    uint32_t add = value & ~old;
-    vblk_event_code code = VBLK_EV_NONE;
-    if (add == VBLK_STATUS_FAILED && !(old & ~value)) {
-        return VBLK_EV_NONE;
-    }
-    if (old & VBLK_STATUS_NEEDS_RESET) {
-        return VBLK_EV_STATUS_NEEDS_RESET;
-    }
-    if (old & ~value) {
-        return VBLK_EV_STATUS_CLEARS;
-    }
-    if (add & ~VBLK__DRIVERS_BITS ||
-        (dev->strict && add & (add - 1))) {
+        VBLK_STATUS_DRIVER_OK}; // each after all before it
+    uint32_t add = value & ~old, before = 0;
+    if (add == VBLK_STATUS_FAILED && !(old & ~value)) return VBLK_EV_NONE;
+    if (old & VBLK_STATUS_NEEDS_RESET) return VBLK_EV_STATUS_NEEDS_RESET;
+    if (old & ~value) return VBLK_EV_STATUS_CLEARS;
+    if (add & ~VBLK__DRIVERS_BITS || (dev->strict && add & (add - 1))) {
         return VBLK_EV_STATUS_BITS;
     }
-    for (unsigned i = 0; i < sizeof steps && !code; i++) {
-        if (add & steps[i]) {
-            code = vblk__check_step(dev, old, steps[i]);
-            old |= steps[i];
-        }
+    if (dev->strict && old == 0 && add == VBLK_STATUS_DRIVER) {
+        return VBLK_EV_STATUS_NO_ACK;
     }
-    return code;
+    for (unsigned i = 0; i < sizeof steps; before |= steps[i++]) {
+        bool implied = !dev->strict && before; // ACKNOWLEDGE
+        if (!(add & steps[i])) continue;
+        if ((old | (implied ? VBLK_STATUS_ACKNOWLEDGE : 0)) != before) {
+            return VBLK_EV_STATUS_ORDER;
+        }
+        if (steps[i] == VBLK_STATUS_FEATURES_OK && vblk__check_features(dev)) {
+            return vblk__check_features(dev);
+        }
+        old |= steps[i];
+    }
+    return VBLK_EV_NONE;
 }
 
 VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
@@ -3940,7 +3721,8 @@ VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
     vblk__put_le(b, dev->capacity, 8);
     vblk__put_le(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
     vblk__put_le(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
-    vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE ? VBLK_SECTOR : 0, 4);
+    vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE
+                             ? dev->backend.block_size : 0, 4);
     vblk__put_le(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
     for (size_t i = 0; i < n; i++) {
         bool there = offset < sizeof b && i < sizeof b - offset;
@@ -3962,9 +3744,7 @@ static uint32_t vblk__window(uint64_t features, uint32_t sel) {
 VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
                                 unsigned bytes) {
     const vblk_queue *q = vblk__selected(dev);
-    if (bytes == 0 || bytes > 8) {
-        return UINT64_MAX;
-    }
+    if (bytes == 0 || bytes > 8) return UINT64_MAX;
     uint8_t b[8] = {0};
     if (offset >= VBLK_REG_CONFIG) {
         vblk_read_config(dev, offset - VBLK_REG_CONFIG, b, bytes);
@@ -3988,10 +3768,8 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_INTERRUPT_STATUS:
         return (VBLK__LOAD_ACQUIRE(&dev->state) & VBLK__INTERRUPTS) >> 8;
     case VBLK_REG_STATUS:            return vblk_status(dev);
-    case VBLK_REG_SHM_LEN_LOW:
-    case VBLK_REG_SHM_LEN_HIGH:
-    case VBLK_REG_SHM_BASE_LOW:
-    case VBLK_REG_SHM_BASE_HIGH:     return UINT32_MAX; // no region [2.10]
+    case VBLK_REG_SHM_LEN_LOW: case VBLK_REG_SHM_LEN_HIGH: // no region [2.10]
+    case VBLK_REG_SHM_BASE_LOW: case VBLK_REG_SHM_BASE_HIGH: return UINT32_MAX;
     case VBLK_REG_CONFIG_GENERATION: return VBLK__LOAD(&dev->generation);
     default:                         return 0;
     }
@@ -4039,12 +3817,8 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
     uint32_t status = vblk_status(dev);
     uint32_t from = dev->strict ? VBLK_STATUS_FEATURES_OK
                                                   : VBLK_STATUS_DRIVER; // P13
-    if (!(status & from)) {
-        return VBLK_EV_REG_QUEUE_WINDOW;
-    }
-    if (!(status & VBLK_STATUS_DRIVER_OK)) {
-        return VBLK_EV_NONE;
-    }
+    if (!(status & from)) return VBLK_EV_REG_QUEUE_WINDOW;
+    if (!(status & VBLK_STATUS_DRIVER_OK)) return VBLK_EV_NONE;
     if (offset == VBLK_REG_QUEUE_READY) {
         return !dev->strict ? VBLK_EV_NONE
                : value == 0 ? VBLK_EV_REG_QUEUE_FROZEN
@@ -4074,9 +3848,7 @@ static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
 }
 
 static void vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
-    if (!vblk__selected(dev)) {
-        return;
-    }
+    if (!vblk__selected(dev)) return;
     vblk_queue *q = &dev->queue[dev->queue_sel];
     vblk_event_code code = vblk__check_window(dev, q, offset, value);
     if (code) {
@@ -4130,9 +3902,7 @@ static void vblk__write_notify(vblk_dev *dev, uint32_t queue) {
 VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
                              uint64_t value) {
     uint32_t v = (uint32_t)value;
-    if (offset >= VBLK_REG_CONFIG) {
-        return;
-    }
+    if (offset >= VBLK_REG_CONFIG) return;
     if (bytes != 4) { // M2
         vblk__say(dev, VBLK_EV_REG_WIDTH, offset, bytes);
         return;
@@ -4149,26 +3919,19 @@ VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_INTERRUPT_ACK:   vblk_interrupt_ack(dev, v);      break;
     case VBLK_REG_QUEUE_NOTIFY:    vblk__write_notify(dev, v);      break;
     case VBLK_REG_STATUS:          vblk_set_status(dev, v);         break;
-    case VBLK_REG_QUEUE_NUM:
-    case VBLK_REG_QUEUE_READY:
-    case VBLK_REG_QUEUE_DESC_LOW:
-    case VBLK_REG_QUEUE_DESC_HIGH:
-    case VBLK_REG_QUEUE_DRIVER_LOW:
-    case VBLK_REG_QUEUE_DRIVER_HIGH:
-    case VBLK_REG_QUEUE_DEVICE_LOW:
-    case VBLK_REG_QUEUE_DEVICE_HIGH:
+    case VBLK_REG_QUEUE_NUM: case VBLK_REG_QUEUE_READY:
+    case VBLK_REG_QUEUE_DESC_LOW: case VBLK_REG_QUEUE_DESC_HIGH:
+    case VBLK_REG_QUEUE_DRIVER_LOW: case VBLK_REG_QUEUE_DRIVER_HIGH:
+    case VBLK_REG_QUEUE_DEVICE_LOW: case VBLK_REG_QUEUE_DEVICE_HIGH:
         vblk__write_queue(dev, offset, v);
         break;
-    case VBLK__REG_GUEST_PAGE_SIZE:
-    case VBLK__REG_QUEUE_ALIGN:
+    case VBLK__REG_GUEST_PAGE_SIZE: case VBLK__REG_QUEUE_ALIGN:
     case VBLK__REG_QUEUE_PFN:
-        if (!dev->legacy_said) {
-            dev->legacy_said = true;
-            vblk__say(dev, VBLK_EV_REG_LEGACY, offset, v);
-        }
+        if (dev->legacy_said) break;
+        dev->legacy_said = true;
+        vblk__say(dev, VBLK_EV_REG_LEGACY, offset, v);
         break;
-    default:
-        break;
+    default: break;
     }
 }
 
@@ -4179,9 +3942,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
         return VBLK_ERR_RING;
     }
     vblk_queue *q = &dev->queue[queue];
-    if (q->ready || !vblk__valid_size(dev, ring->size)) {
-        return VBLK_ERR_RING;
-    }
+    if (q->ready || !vblk__valid_size(dev, ring->size)) return VBLK_ERR_RING;
     q->size = ring->size;
     q->desc_gpa = ring->desc;
     q->avail_gpa = ring->avail;
@@ -4196,9 +3957,7 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
 VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
     VBLK_ASSERT(queue < dev->queues);
     vblk_queue *q = &dev->queue[queue];
-    if (!vblk__quiet(dev, (int)queue)) {
-        return VBLK_ERR_BUSY;
-    }
+    if (!vblk__quiet(dev, (int)queue)) return VBLK_ERR_BUSY;
     int position = q->run.avail_next;
     vblk_publish(dev, queue); // what is completed is not lost
     vblk__forget_queue(dev, q);
@@ -4249,19 +4008,17 @@ static int vblk__check_options(const vblk_options *o) {
     const uint64_t may_be_off = VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX |
                                 VBLK_F_BLK_SIZE | VBLK_F_INDIRECT_DESC |
                                 VBLK_F_EVENT_IDX;
-    if (!vblk__is_memory(&o->memory)) {
-        return VBLK_ERR_MEMORY;
-    }
-    if (!o->backend.read) {
+    if (!vblk__is_memory(&o->memory)) return VBLK_ERR_MEMORY;
+    uint32_t block = o->backend.block_size;
+    if (!o->backend.read || block & (block - 1) || block > 65536 ||
+        (block && block < VBLK_SECTOR)) {
         return VBLK_ERR_BACKEND;
     }
     if ((!o->capacity && !o->backend.size) ||
         o->capacity > INT64_MAX / VBLK_SECTOR) {
         return VBLK_ERR_CAPACITY;
     }
-    if ((unsigned)o->profile > VBLK_STRICT) {
-        return VBLK_ERR_PROFILE;
-    }
+    if ((unsigned)o->profile > VBLK_STRICT) return VBLK_ERR_PROFILE;
     if (o->queues > 65535 || (o->queues > 1 && !o->queue)) {
         return VBLK_ERR_QUEUES;
     }
@@ -4276,12 +4033,8 @@ static int vblk__check_options(const vblk_options *o) {
         (vblk__segs_of(o) + 2 > entries && (!indirect || entries > 2))) {
         return VBLK_ERR_SEG_MAX;
     }
-    if (o->size_max && o->size_max < 4096) {
-        return VBLK_ERR_SIZE_MAX;
-    }
-    if (o->features_off & ~may_be_off) {
-        return VBLK_ERR_FEATURES;
-    }
+    if (o->size_max && o->size_max < 4096) return VBLK_ERR_SIZE_MAX;
+    if (o->features_off & ~may_be_off) return VBLK_ERR_FEATURES;
     return vblk__check_limits(&o->limits);
 }
 
@@ -4317,6 +4070,8 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     VBLK_MEMSET(dev, 0, sizeof *dev);
     dev->memory = o->memory;
     dev->backend = o->backend;
+    dev->backend.block_size = o->backend.block_size ? o->backend.block_size
+                                                    : VBLK_SECTOR;
     dev->interrupt = o->interrupt;
     dev->event = o->event;
     dev->notify = o->notify;
@@ -4356,17 +4111,11 @@ VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
     int err = vblk__check_options(o);
     uint64_t bytes = 0;
     uint64_t capacity = o->capacity;
-    if (err) {
-        return err;
-    }
-    if (o->backend.size) {
-        bytes = o->backend.size(o->backend.user);
-    }
+    if (err) return err;
+    if (o->backend.size) bytes = o->backend.size(o->backend.user);
     if (!capacity) {
         capacity = bytes / VBLK_SECTOR;
-        if (bytes > INT64_MAX) {
-            return VBLK_ERR_CAPACITY;
-        }
+        if (bytes > INT64_MAX) return VBLK_ERR_CAPACITY;
     }
     vblk__set_up(dev, o, capacity,
                  o->backend.size ? bytes : capacity * VBLK_SECTOR);
@@ -4376,18 +4125,14 @@ VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
     if (!o->capacity && capacity > 0 && bytes % VBLK_SECTOR) {
         vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED, bytes % VBLK_SECTOR, 0);
     }
-    if (capacity == 0) {
-        vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
-    }
+    if (capacity == 0) vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
     return VBLK_OK;
 }
 
 VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
                             uint64_t now_ns) {
     vblk_limits l = *limits;
-    if (vblk__check_limits(&l)) {
-        return VBLK_ERR_LIMITS;
-    }
+    if (vblk__check_limits(&l)) return VBLK_ERR_LIMITS;
     vblk__set_bursts(&l);
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
@@ -4407,13 +4152,9 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
 }
 
 VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory) {
-    if (!vblk__is_memory(&memory)) {
-        return VBLK_ERR_MEMORY;
-    }
+    if (!vblk__is_memory(&memory)) return VBLK_ERR_MEMORY;
     for (unsigned i = 0; i < dev->queues; i++) {
-        if (dev->queue[i].run.under_way > 0) {
-            return VBLK_ERR_BUSY;
-        }
+        if (dev->queue[i].run.under_way > 0) return VBLK_ERR_BUSY;
     }
     dev->memory = memory;
     dev->again_ns = 0;
@@ -4478,9 +4219,7 @@ static void vblk__print(vblk__line *l, const char *text) {
     for (; *text && l->left > 1; text++, l->left--) {
         *l->at++ = *text;
     }
-    if (l->left > 0) {
-        *l->at = 0;
-    }
+    if (l->left > 0) *l->at = 0;
 }
 
 static void vblk__print_number(vblk__line *l, const char *name, uint64_t n,
@@ -4594,12 +4333,14 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
 
 #endif // VBLK_IMPLEMENTATION
 
-
 #if defined(VBLK_IMPLEMENTATION_FILES) && !defined(VBLK_FILES_IMPLEMENTED)
 #define VBLK_FILES_IMPLEMENTED
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -4629,6 +4370,9 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 #define VBLK__SYNC(fd) fdatasync(fd)
 #endif
 #if defined(__linux__)
+#if defined(O_DIRECT) && defined(STATX_TYPE)
+#define VBLK__DIRECT
+#endif
 #define VBLK__IS_DISK(mode) S_ISBLK(mode)
 #else
 #define VBLK__IS_DISK(mode) (S_ISBLK(mode) || S_ISCHR(mode))
@@ -4641,9 +4385,7 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 static int vblk__file_check(int fd, bool read_only) {
     struct stat st;
     int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fstat(fd, &st)) {
-        return errno;
-    }
+    if (flags < 0 || fstat(fd, &st)) return errno;
     if ((flags & O_ACCMODE) != O_RDWR &&
         ((flags & O_ACCMODE) != O_RDONLY || !read_only)) {
         return EACCES;
@@ -4656,27 +4398,67 @@ static int vblk__file_check(int fd, bool read_only) {
                                                             : ENOTBLK;
 }
 
+#ifdef VBLK__DIRECT
+// Another descriptor of the same file, with its own place among those that hear
+// of failures. Of its flags, those in `keep`.
+static int vblk__file_again(int fd, int keep) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, (fcntl(fd, F_GETFL) & keep) | O_CLOEXEC);
+}
+#endif
+
+// What O_DIRECT asks for: by the file system, or what suits all. Blocks smaller
+// than a page would share it with what goes through the cache. An errno, or 0.
+static int vblk__file_align(vblk_file *f) {
+    f->block = f->align = 0;
+    f->buffered_fd = -1;
+#ifdef VBLK__DIRECT
+    uint32_t st[64] = {0}; // struct statx, which libc may know in part
+    if (!(fcntl(f->fd, F_GETFL) & O_DIRECT)) return 0;
+    f->block = f->align = 4096;
+    if (statx(f->fd, "", AT_EMPTY_PATH, 0x2000, (struct statx *)(void *)st) ==
+            0 && st[0] & 0x2000) { // STATX_DIOALIGN
+        f->align = st[38];
+        f->block = st[39] > VBLK_SECTOR && st[39] < 4096 ? 4096 : st[39];
+    }
+    f->buffered_fd = vblk__file_again(f->fd, O_ACCMODE);
+    return f->buffered_fd < 0 ? errno : f->block ? 0 : EOPNOTSUPP;
+#else
+    return 0;
+#endif
+}
+
 VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only) {
     int err = vblk__file_check(fd, read_only);
     off_t end = err ? -1 : lseek(fd, 0, SEEK_END);
     err = !err && end < 0 ? errno : err;
+    file->fd = fd;
+    err = err ? err : vblk__file_align(file);
     err = err ? err : pthread_mutex_init(&file->mutex, NULL);
     if (err) {
         errno = err;
         return VBLK_ERR_FILE;
     }
-    file->fd = fd;
     file->read_only = read_only;
     file->flush_error = 0;
     file->end = (uint64_t)end;
     return VBLK_OK;
 }
 
-VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
-    int fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
-    if (fd < 0) {
+VBLKDEF int vblk_file_open(vblk_file *file, const char *path, unsigned flags) {
+    bool read_only = flags & VBLK_FILE_READ_ONLY;
+    int  how = (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC;
+    if (flags & VBLK_FILE_DIRECT) {
+#ifdef VBLK__DIRECT
+        how |= O_DIRECT;
+#else
+        errno = EOPNOTSUPP;
         return VBLK_ERR_FILE;
+#endif
     }
+    int fd = open(path, how);
+    if (fd < 0) return VBLK_ERR_FILE;
     int err = vblk_file_from(file, fd, read_only);
     if (err) {
         int saved = errno;
@@ -4688,6 +4470,7 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, bool read_only) {
 
 VBLKDEF void vblk_file_close(vblk_file *file) {
     pthread_mutex_destroy(&file->mutex);
+    if (file->buffered_fd >= 0) close(file->buffered_fd);
     close(file->fd);
     file->fd = -1;
 }
@@ -4717,19 +4500,64 @@ static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
               : pwrite(fd, seg->ptr, seg->n, offset);
 }
 
-// One system call, repeated while interrupted; partial transfers are the
-// caller's to continue.
-static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
-                               const vblk_seg *seg, unsigned segs, bool in) {
+// Whether O_DIRECT takes a transfer as it is.
+static bool vblk__file_fits(const vblk_file *f, uint64_t offset,
+                            const vblk_seg *seg, unsigned segs) {
+    uintptr_t address = 0;
+    for (; f->block && segs > 0; seg++, segs--) {
+        address |= (uintptr_t)seg->ptr;
+        offset |= seg->n;
+    }
+    return !f->block || (offset % f->block == 0 && address % f->align == 0);
+}
+
+static ssize_t vblk__file_call(int fd, uint64_t offset, const vblk_seg *seg,
+                               unsigned segs, bool in) {
     ssize_t n;
     do {
-        n = vblk__file_vector(f->fd, (off_t)offset, seg, segs, in);
+        n = vblk__file_vector(fd, (off_t)offset, seg, segs, in);
     } while (n < 0 && errno == EINTR);
-    if (n < 0) {
-        return -errno;
-    }
-    vblk__raise_to(&f->end, n > 0 ? offset + (uint64_t)n : 0);
     return n;
+}
+
+// Through memory that O_DIRECT likes, a part of it.
+static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
+                                 const vblk_seg *seg, unsigned segs, bool in) {
+    const size_t most = 1 << 18;
+    uint64_t all = 0;
+    for (unsigned i = 0; i < segs; i++) {
+        all += seg[i].n;
+    }
+    if ((offset | all) % f->block) {
+        return vblk__file_call(f->buffered_fd, offset, seg, segs, in);
+    }
+    vblk_seg own = {NULL, all < most ? (size_t)all : most, 0};
+    void    *memory;
+    errno = posix_memalign(&memory, 4096, most);
+    if (errno) return -1;
+    own.ptr = (uint8_t *)memory;
+    ssize_t n = in ? vblk__file_call(f->fd, offset, &own, 1, true) : 0;
+    size_t  left = in ? n > 0 ? (size_t)n : 0 : own.n;
+    for (uint8_t *p = own.ptr; left > 0; seg++) {
+        size_t some = seg->n < left ? seg->n : left;
+        memcpy(in ? seg->ptr : p, in ? p : seg->ptr, some);
+        p += some;
+        left -= some;
+    }
+    n = in ? n : vblk__file_call(f->fd, offset, &own, 1, false);
+    int saved = errno;
+    free(memory);
+    errno = saved;
+    return n;
+}
+
+// Partial transfers are the caller's to continue.
+static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
+                               const vblk_seg *seg, unsigned segs, bool in) {
+    ssize_t n = vblk__file_fits(f, offset, seg, segs)
+                    ? vblk__file_call(f->fd, offset, seg, segs, in)
+                    : vblk__file_bounce(f, offset, seg, segs, in);
+    return n < 0 ? -errno : n;
 }
 
 // The backing became shorter than it was: writes are lost, for good.
@@ -4740,17 +4568,26 @@ static int vblk__file_lost(vblk_file *f) {
     return -EIO;
 }
 
+// What a transfer of the file's came to, which was `end` long before.
+static int64_t vblk__file_moved(vblk_file *f, bool in, uint64_t offset,
+                                uint64_t end, int64_t n) {
+    vblk__raise_to(&f->end, n > 0 ? offset + (uint64_t)n : 0);
+    return in && n == 0 && offset < end ? vblk__file_lost(f) : n;
+}
+
 static int64_t vblk__file_read(void *user, uint64_t offset,
                                const vblk_seg *seg, unsigned segs) {
     vblk_file *f = (vblk_file *)user;
     uint64_t end = VBLK__LOAD(&f->end); // before: it may grow meanwhile
-    int64_t n = vblk__file_move(f, offset, seg, segs, true);
-    return n == 0 && offset < end ? vblk__file_lost(f) : n;
+    return vblk__file_moved(f, true, offset, end,
+                            vblk__file_move(f, offset, seg, segs, true));
 }
 
 static int64_t vblk__file_write(void *user, uint64_t offset,
                                 const vblk_seg *seg, unsigned segs) {
-    return vblk__file_move((vblk_file *)user, offset, seg, segs, false);
+    vblk_file *f = (vblk_file *)user;
+    return vblk__file_moved(f, false, offset, 0,
+                            vblk__file_move(f, offset, seg, segs, false));
 }
 
 static off_t vblk__file_end(vblk_file *f) {
@@ -4767,22 +4604,27 @@ static uint64_t vblk__file_size(void *user) {
     return end < 0 ? 0 : (uint64_t)end;
 }
 
+// With the mutex held: what fdatasync() came to; the file was `end` long.
+static int vblk__file_synced(vblk_file *f, uint64_t end, int err) {
+    if (!err && (uint64_t)vblk__file_end(f) < end) { // -1 is beyond any
+        err = EIO;
+    }
+    f->flush_error = err ? err : f->flush_error;
+    return -f->flush_error;
+}
+
 // One at a time: the kernel tells of a failure once, to one caller.
 static int vblk__file_flush(void *user) {
     vblk_file *f = (vblk_file *)user;
-    uint64_t was = VBLK__LOAD(&f->end); // before: it may grow meanwhile
+    uint64_t end = VBLK__LOAD(&f->end); // before: it may grow meanwhile
     int err;
     pthread_mutex_lock(&f->mutex);
     do {
         err = VBLK__SYNC(f->fd) ? errno : 0;
     } while (err == EINTR);
-    if (!err && (uint64_t)vblk__file_end(f) < was) { // -1 is beyond any
-        err = EIO;
-    }
-    f->flush_error = err ? err : f->flush_error;
-    err = f->flush_error;
+    err = vblk__file_synced(f, end, err);
     pthread_mutex_unlock(&f->mutex);
-    return -err;
+    return err;
 }
 
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
@@ -4793,215 +4635,11 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
     b.size = vblk__file_size;
     b.write = file->read_only ? NULL : vblk__file_write;
     b.user = file;
+    b.block_size = file->block < 4096 ? file->block : 4096;
     return b;
-}
-
-
-// ---- Wrappers: one way around a backend -------------------------------------
-
-static int64_t vblk__inner(vblk_wrapper *w, const vblk__call *c) {
-    const vblk_backend *b = &w->inner;
-    switch (c->does) {
-    case VBLK__DO_READ:   return b->read(b->user, c->offset, c->seg, c->segs);
-    case VBLK__DO_WRITE:  return b->write(b->user, c->offset, c->seg, c->segs);
-    case VBLK__DO_FLUSH:  return b->flush(b->user);
-    case VBLK__DO_ANSWER: break; // is no call
-    }
-    return 0;
-}
-
-static vblk__call vblk__call_to(vblk__does does) {
-    vblk__call c;
-    VBLK_MEMSET(&c, 0, sizeof c);
-    c.does = does;
-    return c;
-}
-
-static int64_t vblk__wrapped_move(void *user, vblk__does does, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    vblk_wrapper *w = (vblk_wrapper *)user;
-    vblk__call c = vblk__call_to(does);
-    c.offset = offset;
-    c.seg = seg;
-    c.segs = segs;
-    return w->around(w, &c);
-}
-
-static int64_t vblk__wrapped_read(void *user, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    return vblk__wrapped_move(user, VBLK__DO_READ, offset, seg, segs);
-}
-
-static int64_t vblk__wrapped_write(void *user, uint64_t offset,
-                                   const vblk_seg *seg, unsigned segs) {
-    return vblk__wrapped_move(user, VBLK__DO_WRITE, offset, seg, segs);
-}
-
-static int vblk__wrapped_flush(void *user) {
-    vblk_wrapper *w = (vblk_wrapper *)user;
-    vblk__call c = vblk__call_to(VBLK__DO_FLUSH);
-    return (int)w->around(w, &c);
-}
-
-static uint64_t vblk__wrapped_size(void *user) {
-    const vblk_backend *b = &((vblk_wrapper *)user)->inner;
-    return b->size(b->user);
-}
-
-// What the inner backend has, the outer has.
-static vblk_backend vblk__wrap(vblk_wrapper *w) {
-    vblk_backend b;
-    VBLK_MEMSET(&b, 0, sizeof b);
-    b.read = w->inner.read ? vblk__wrapped_read : NULL;
-    b.write = w->inner.write ? vblk__wrapped_write : NULL;
-    b.flush = w->inner.flush ? vblk__wrapped_flush : NULL;
-    b.size = w->inner.size ? vblk__wrapped_size : NULL;
-    b.user = w;
-    return b;
-}
-
-
-// ---- Pacer ------------------------------------------------------------------
-
-static uint64_t vblk__clock(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * VBLK__SECOND + (uint64_t)t.tv_nsec;
-}
-
-static void vblk__sleep(uint64_t ns) {
-    struct timespec t;
-    t.tv_sec = (time_t)(ns / VBLK__SECOND);
-    t.tv_nsec = (long)(ns % VBLK__SECOND);
-    while (nanosleep(&t, &t) && errno == EINTR) {
-    }
-}
-
-static uint64_t vblk__steady(uint64_t rate, uint64_t burst) {
-    return burst ? burst : rate < 10 ? 1 : rate / 10;
-}
-
-// Take `n` tokens, which may be yet to come; until when, from now.
-static uint64_t vblk__promise(vblk_bucket *b, uint64_t n, uint64_t now_ns) {
-    vblk_bucket_refill(b, now_ns);
-    vblk_bucket_take(b, n);
-    // More than the bucket holds passes at the end of the debt.
-    return n > 0 ? vblk_bucket_wait(b, UINT64_MAX, now_ns) : 0;
-}
-
-// Pay and wait for it. The lock makes the order of arrival.
-static void vblk__pacer_pay(vblk_pacer *l, uint64_t ops, uint64_t bytes) {
-    pthread_mutex_lock(&l->mutex);
-    uint64_t now = l->ops.rate || l->bytes.rate ? l->now() : 0;
-    uint64_t a = vblk__promise(&l->ops, ops, now);
-    uint64_t b = vblk__promise(&l->bytes, bytes, now);
-    pthread_mutex_unlock(&l->mutex);
-    if (a > 0 || b > 0) {
-        l->sleep(a > b ? a : b);
-    }
-}
-
-// Whether a call at `offset` goes on with a request that was cut there, and
-// how many bytes that has paid for.
-static bool vblk__pacer_goes_on(vblk_pacer *l, uint64_t offset,
-                                uint64_t *paid) {
-    const unsigned room = sizeof l->rest / sizeof l->rest[0];
-    bool found = false;
-    *paid = 0;
-    pthread_mutex_lock(&l->mutex);
-    for (unsigned i = 0; i < room && i < l->rests && !found; i++) {
-        found = l->rest[i].at == offset;
-        if (found) {
-            *paid = l->rest[i].paid;
-            l->rest[i].at = UINT64_MAX;
-        }
-    }
-    pthread_mutex_unlock(&l->mutex);
-    return found;
-}
-
-static void vblk__pacer_cut(vblk_pacer *l, uint64_t at, uint64_t paid) {
-    const unsigned room = sizeof l->rest / sizeof l->rest[0];
-    pthread_mutex_lock(&l->mutex);
-    l->rest[l->rests % room].at = at;
-    l->rest[l->rests % room].paid = paid;
-    l->rests++;
-    pthread_mutex_unlock(&l->mutex);
-}
-
-static int64_t vblk__pacer_move(vblk_pacer *l, const vblk__call *c) {
-    vblk_seg part[VBLK__SEGS];
-    vblk__call share = *c;
-    const unsigned room = sizeof part / sizeof part[0];
-    uint64_t paid, n = 0;
-    bool goes_on = vblk__pacer_goes_on(l, c->offset, &paid);
-    share.seg = part;
-    share.segs = 0;
-    uint64_t most = paid ? paid : l->share;
-    while (share.segs < c->segs && share.segs < room && n < most) {
-        vblk_seg *last = &part[share.segs];
-        *last = c->seg[share.segs++];
-        last->n = last->n < most - n ? last->n : (size_t)(most - n);
-        n += last->n;
-    }
-    bool cut = share.segs < c->segs ||
-               part[share.segs - 1].n < c->seg[share.segs - 1].n;
-    if (!paid) {
-        vblk__pacer_pay(l, !goes_on, n);
-        paid = n;
-    }
-    int64_t moved = vblk__inner(&l->wrapper, &share);
-    if (moved > 0 && (cut || (uint64_t)moved < n)) {
-        vblk__pacer_cut(l, c->offset + (uint64_t)moved, paid - (uint64_t)moved);
-    }
-    return moved;
-}
-
-static int64_t vblk__pacer_around(vblk_wrapper *wrapper,
-                                  const vblk__call *call) {
-    vblk_pacer *l = (vblk_pacer *)(void *)wrapper;
-    if (call->does == VBLK__DO_READ || call->does == VBLK__DO_WRITE) {
-        return vblk__pacer_move(l, call);
-    }
-    vblk__pacer_pay(l, 1, 0);
-    return vblk__inner(wrapper, call);
-}
-
-VBLKDEF int vblk_pacer_init(vblk_pacer *pacer, vblk_backend inner,
-                            const vblk_limits *limits) {
-    vblk_limits l = *limits;
-    uint64_t tenth = l.bps / 10;
-    if ((l.iops_burst && !l.iops) || (l.bps_burst && !l.bps) ||
-        (l.iops | l.iops_burst | l.bps | l.bps_burst) > INT64_MAX) {
-        return VBLK_ERR_LIMITS;
-    }
-    VBLK_MEMSET(pacer, 0, sizeof *pacer);
-    int err = pthread_mutex_init(&pacer->mutex, NULL);
-    errno = err ? err : errno;
-    pacer->wrapper.inner = inner;
-    pacer->wrapper.around = vblk__pacer_around;
-    pacer->now = vblk__clock;
-    pacer->sleep = vblk__sleep;
-    // Whole pages suit direct I/O.
-    pacer->share = !l.bps                ? UINT64_MAX
-                   : tenth < VBLK_SECTOR ? VBLK_SECTOR
-                   : tenth < 4096        ? tenth - tenth % VBLK_SECTOR
-                                         : tenth - tenth % 4096;
-    vblk_bucket_init(&pacer->ops, l.iops, vblk__steady(l.iops, l.iops_burst));
-    vblk_bucket_init(&pacer->bytes, l.bps, vblk__steady(l.bps, l.bps_burst));
-    return err ? VBLK_ERR_LOCK : VBLK_OK;
-}
-
-VBLKDEF void vblk_pacer_close(vblk_pacer *pacer) {
-    pthread_mutex_destroy(&pacer->mutex);
-}
-
-VBLKDEF vblk_backend vblk_pacer_backend(vblk_pacer *pacer) {
-    return vblk__wrap(&pacer->wrapper);
 }
 
 #endif // VBLK_IMPLEMENTATION_FILES
-
 
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_THREADS_IMPLEMENTED)
 #define VBLK_THREADS_IMPLEMENTED
@@ -5016,71 +4654,596 @@ header in this unit, or compile with -D_GNU_SOURCE"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
+#include <linux/io_uring.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/timerfd.h>
+#include <sys/syscall.h>
+
+
+static uint64_t vblk__clock(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * VBLK__SECOND + (uint64_t)t.tv_nsec;
+}
+
+static struct timespec vblk__timespec(uint64_t ns) {
+    struct timespec t;
+    t.tv_sec = (time_t)(ns / VBLK__SECOND);
+    t.tv_nsec = (long)(ns % VBLK__SECOND);
+    return t;
+}
+
+
+// ---- Engine -----------------------------------------------------------------
+
+// What a request is while it is under way: with a transfer in io_uring, or in a
+// list of those that wait for the next fdatasync(), or for the one under way.
+#define VBLK__NEAR_SEGS 4u
+
+struct vblk__slot {
+    vblk_request req;
+    uint64_t     done; // bytes so far
+    uint64_t     end;  // of the file when this call began
+    uint32_t     next; // in its list
+    vblk_seg     seg[VBLK__NEAR_SEGS]; // if they fit, else in e->seg
+};
+
+#define VBLK__ENTRIES    256u
+#define VBLK__SLOTS      250u // the rest is for what is no transfer
+#define VBLK__IOVECS     2048u
+#define VBLK__MOST       64u  // requests, and bytes, to begin before those that
+#define VBLK__MOST_BYTES 262144u // have ended are shown
+#define VBLK__TURNS_NS   UINT64_C(2000000)
+#define VBLK__NO_SLOT    UINT32_MAX // ends a list
+
+// user_data of what is no transfer.
+#define VBLK__POLLED    UINT64_MAX
+#define VBLK__SYNCED    (UINT64_MAX - 1)
+#define VBLK__CANCELLED (UINT64_MAX - 2)
+
+#define VBLK__TAIL(e) __atomic_load_n((e)->cq_tail, __ATOMIC_ACQUIRE)
+
+// Of <linux/io_uring.h>, which may be older than the kernel.
+#define VBLK__SETUP_COOP   (1u << 8 | 1u << 9)
+#define VBLK__SETUP_SINGLE (1u << 12 | 1u << 13 | 1u << 9)
+#define VBLK__SQ_TASKRUN   (1u << 2)
+#define VBLK__CANCEL_FILE  (1u << 0 | 1u << 1 | 1u << 3)
+
+struct vblk__wait_arg {
+    uint64_t sigmask;
+    uint32_t sigmask_bytes, min_wait_us;
+    uint64_t timeout;
+};
+
+// Hand over what is queued, and wait for `wait` to end, or for `ns`.
+static long vblk__uring(vblk_engine *e, unsigned wait, uint64_t ns) {
+    const uint64_t ts[] = {ns / VBLK__SECOND, ns % VBLK__SECOND};
+    struct vblk__wait_arg arg = {0, 0, 0, (uintptr_t)ts};
+    __atomic_store_n(e->sq_tail, e->tail, __ATOMIC_RELEASE);
+    long n = syscall(SYS_io_uring_enter, e->ring_fd, e->queued, wait,
+                     IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG,
+                     &arg, sizeof arg);
+    e->queued -= n > 0 ? (uint32_t)n : 0;
+    e->iovs = e->queued ? e->iovs : 0;
+    return n;
+}
+
+// There are fewer requests than entries, so one is free.
+static struct io_uring_sqe *vblk__entry(vblk_engine *e, unsigned op,
+                                        uint64_t user_data) {
+    struct io_uring_sqe *sqe = &e->sqe[e->tail++ % VBLK__ENTRIES];
+    e->queued++;
+    memset(sqe, 0, sizeof *sqe);
+    sqe->opcode = (uint8_t)op;
+    sqe->flags = IOSQE_FIXED_FILE; // the only one
+    sqe->user_data = user_data;
+    return sqe;
+}
+
+static void vblk__push(vblk_engine *e, uint32_t *list, struct vblk__slot *s) {
+    s->next = *list;
+    *list = (uint32_t)(s - e->slot);
+}
+
+static struct vblk__slot *vblk__pop(vblk_engine *e, uint32_t *list) {
+    if (*list == VBLK__NO_SLOT) return NULL;
+    struct vblk__slot *s = &e->slot[*list];
+    *list = s->next;
+    return s;
+}
+
+// First the slot is free, then guest memory is touched.
+static void vblk__finish(vblk_engine *e, struct vblk__slot *s,
+                         vblk__progress done) {
+    vblk_dev *dev = e->dev;
+    e->under_way--;
+    vblk__push(e, &e->free, s);
+    if (!e->dropping) {
+        vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
+    }
+}
+
+// All that waited for the fdatasync() which came to `err`.
+static void vblk__synced(vblk_engine *e, int err) {
+    struct vblk__slot *s;
+    while ((s = vblk__pop(e, &e->in_sync))) {
+        vblk__progress done = {s->req.bytes, VBLK_EV_NONE, err};
+        done.code = err ? VBLK_EV_FLUSH_FAILED : VBLK_EV_NONE;
+        vblk__finish(e, s, done);
+    }
+}
+
+// One at a time, as the kernel tells of a failure once.
+static void vblk__sync(vblk_engine *e) {
+    if (e->to_sync == VBLK__NO_SLOT || e->in_sync != VBLK__NO_SLOT) return;
+    int err = e->file ? 0 : e->dev->backend.flush(e->dev->backend.user);
+    e->in_sync = e->to_sync;
+    e->to_sync = VBLK__NO_SLOT;
+    if (e->file) {
+        e->sync_end = VBLK__LOAD(&e->file->end);
+        vblk__entry(e, IORING_OP_FSYNC, VBLK__SYNCED)->fsync_flags =
+            IORING_FSYNC_DATASYNC;
+    } else {
+        vblk__synced(e, err);
+    }
+}
+
+// Queue the rest of a transfer, or as much as there are vectors for. False:
+// there are none.
+static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
+    const vblk_request *r = &s->req;
+    const bool in = r->kind->data == VBLK__DATA_IN;
+    struct iovec *iov = &e->iov[e->iovs];
+    unsigned most = VBLK__IOVECS - e->iovs, n = 0;
+    vblk__place at = vblk__find(r, s->done);
+    while (at.seg < r->segs && n < most && n < IOV_MAX) {
+        vblk_seg p = vblk__piece(r, &at, UINT64_MAX);
+        iov[n].iov_base = p.ptr;
+        iov[n++].iov_len = p.n;
+    }
+    if (n == 0) return false;
+    struct io_uring_sqe *sqe = vblk__entry(
+        e, in ? IORING_OP_READV : IORING_OP_WRITEV, (uint64_t)(s - e->slot));
+    sqe->off = r->offset + s->done;
+    sqe->addr = (uintptr_t)iov;
+    sqe->len = n;
+    if (n == 1) { // is cheaper without a vector
+        sqe->opcode = in ? IORING_OP_READ : IORING_OP_WRITE;
+        sqe->addr = (uintptr_t)iov->iov_base;
+        sqe->len = (uint32_t)iov->iov_len;
+    }
+    e->iovs += n > 1 ? n : 0;
+    s->end = VBLK__LOAD(&e->file->end);
+    return true;
+}
+
+static void vblk__end_move(vblk_engine *e, struct vblk__slot *s,
+                           vblk__progress done) {
+    if (vblk__wants_flush(&s->req, done)) {
+        vblk__push(e, &e->to_sync, s);
+    } else {
+        vblk__finish(e, s, done);
+    }
+}
+
+// A transfer of io_uring has moved `n` bytes, or failed.
+static void vblk__moved(vblk_engine *e, struct vblk__slot *s, int64_t n) {
+    const vblk_request *r = &s->req;
+    n = vblk__file_moved(e->file, r->kind->data == VBLK__DATA_IN,
+                         r->offset + s->done, s->end, n);
+    s->done += n > 0 ? (uint64_t)n : 0;
+    bool rest = n > 0 && s->done < r->bytes && !e->dropping;
+    bool again = (n == -EAGAIN || n == -EINTR) && !e->dropping;
+    if (again || (rest && !vblk__queue_move(e, s))) {
+        vblk__end_move(e, s, vblk__run(e->dev, r)); // all of it
+    } else if (!rest) {
+        vblk__end_move(e, s, vblk__came_to(r, n < 0 ? n : (int64_t)s->done));
+    }
+}
+
+// What an fdatasync() came to; one that was not done tells nothing of the file.
+static int vblk__heard(vblk_file *f, uint64_t end, int res) {
+    if (res == -ECANCELED || res == -EINTR || res == -EAGAIN) return res;
+    pthread_mutex_lock(&f->mutex);
+    res = vblk__file_synced(f, end, -res);
+    pthread_mutex_unlock(&f->mutex);
+    return res;
+}
+
+// What io_uring has ended. Each is taken off before it is looked at: whoever
+// catches the fault of a guest's page may jump out of here.
+static bool vblk__reap(vblk_engine *e) {
+    bool any = false;
+    while (e->ring_fd >= 0 && *e->cq_head != VBLK__TAIL(e)) {
+        uint32_t head = *e->cq_head;
+        struct io_uring_cqe cqe = e->cqe[head % (2 * VBLK__ENTRIES)];
+        __atomic_store_n(e->cq_head, head + 1, __ATOMIC_RELEASE);
+        if (cqe.user_data == VBLK__POLLED) {
+            e->polling = false;
+            e->woken = true;
+        } else if (cqe.user_data == VBLK__SYNCED) {
+            vblk__synced(e, vblk__heard(e->file, e->sync_end, cqe.res));
+            any = true;
+        } else if (cqe.user_data != VBLK__CANCELLED) {
+            vblk__moved(e, &e->slot[cqe.user_data], cqe.res);
+            any = true;
+        }
+    }
+    return any;
+}
+
+// Begin `r`. One that can be done here needs no slot.
+static void vblk__begin(vblk_engine *e, const vblk_request *r) {
+    vblk_dev *dev = e->dev;
+    const vblk__does does = (vblk__does)r->kind->does;
+    bool uring = r->direct && ((does == VBLK__DO_READ && e->reads) ||
+                               (does == VBLK__DO_WRITE && e->writes)) &&
+                 vblk__file_fits(e->file, r->offset, r->seg, r->segs);
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    if (!uring) {
+        done = vblk__run(dev, r);
+        if (!vblk__wants_flush(r, done)) {
+            vblk__end_request(dev, &dev->queue[r->queue], r, done);
+            return;
+        }
+    }
+    struct vblk__slot *s = vblk__pop(e, &e->free);
+    size_t room = dev->seg_max + 2;
+    e->under_way++;
+    s->req = *r;
+    s->done = done.bytes;
+    s->req.seg = &e->seg[(size_t)(s - e->slot) * room];
+    if (r->segs <= VBLK__NEAR_SEGS) s->req.seg = s->seg;
+    memcpy(s->req.seg, r->seg, r->segs * sizeof *r->seg);
+    if (!uring) {
+        vblk__push(e, &e->to_sync, s);
+    } else if (!vblk__queue_move(e, s)) {
+        vblk__end_move(e, s, vblk__run(dev, &s->req));
+    }
+}
+
+// The next `n` chains, of those in the ring: what the driver's processor wrote
+// last comes to this one's cache. Nothing is believed: a head that cannot be is
+// another's descriptor here.
+static void vblk__prefetch(const vblk_queue *q, unsigned n) {
+    const vblk_region *tables = q->run.near[VBLK__TABLES];
+    const vblk_region *ends = q->run.near[VBLK__ENDS];
+    const uint8_t *d[VBLK__MOST];
+    if (!q->run.avail || !q->run.desc) return;
+    for (unsigned i = 0; i < n; i++) {
+        unsigned at = (q->run.avail_next + i) & (q->size - 1);
+        unsigned head = vblk__get16(q->run.avail + 4 + 2 * at) & (q->size - 1);
+        d[i] = q->run.desc + head * VBLK__DESC_BYTES;
+        __builtin_prefetch(d[i]);
+    }
+    for (unsigned i = 0; i < n; i++) { // its table or header
+        d[i] = vblk__in_region(tables, vblk__get64(d[i]), 48, false);
+        __builtin_prefetch(d[i]);
+    }
+    for (unsigned i = 0; i < n; i++) { // the header of a table
+        if (!d[i]) continue;
+        __builtin_prefetch(vblk__in_region(ends, vblk__get64(d[i]), 1, true));
+    }
+}
+
+// Begin half of what waits in `q`, so that driver and device work at the same
+// time. Whether there was any.
+static bool vblk__begin_some(vblk_engine *e, vblk_queue *q, uint64_t now_ns) {
+    vblk_dev *dev = e->dev;
+    vblk_request r;
+    uint64_t bytes = 0;
+    const unsigned room = dev->seg_max + 2;
+    vblk_seg *seg = &e->seg[VBLK__SLOTS * room];
+    if (!vblk__prepare(dev, q->number) || vblk__peek(dev, q) != VBLK__MORE) {
+        return false;
+    }
+    const uint16_t from = q->run.avail_next;
+    unsigned waits = (uint16_t)(q->run.avail_seen - from);
+    unsigned most = waits < 16 ? 8 : waits < 128 ? waits / 2 : VBLK__MOST;
+    vblk__prefetch(q, waits < most ? waits : most);
+    while (most-- > 0 && bytes < VBLK__MOST_BYTES &&
+           e->free != VBLK__NO_SLOT &&
+           vblk_next(dev, q->number, now_ns, &r, seg, room)) {
+        bytes += r.bytes;
+        vblk__begin(e, &r);
+    }
+    return q->run.avail_next != from;
+}
+
+static void vblk__publish_all(vblk_engine *e) {
+    for (unsigned i = e->first; i < e->end; i++) {
+        const vblk_run *run = &e->dev->queue[i].run;
+        if (run->used_next != run->used_decided) vblk_publish(e->dev, i);
+    }
+}
+
+// Take, begin, hand over, reap, show. Whether there was anything to do.
+static bool vblk__turn(vblk_engine *e, uint64_t now_ns) {
+    vblk_dev *dev = e->dev;
+    bool any = vblk__reap(e);
+    bool timed = dev->limited && now_ns >= dev->again_ns;
+    for (unsigned i = e->first; i < e->end; i++) {
+        vblk_queue *q = &dev->queue[i];
+        if (q->run.stalled ? timed : vblk__has_news(dev, q)) {
+            any = vblk__begin_some(e, q, now_ns) || any;
+        }
+    }
+    vblk__sync(e);
+    if (e->queued ||
+        (e->ring_fd >= 0 && VBLK__LOAD(e->sq_flags) & VBLK__SQ_TASKRUN)) {
+        vblk__uring(e, 0, 0);
+        any = vblk__reap(e) || any;
+    }
+    vblk__publish_all(e);
+    if (dev->limited) dev->again_ns = vblk__next_turn(dev, now_ns);
+    return any;
+}
+
+// Before the thread sleeps.
+static uint64_t vblk__arm_all(vblk_engine *e, uint64_t now_ns) {
+    uint64_t next = VBLK_NEVER;
+    for (unsigned i = e->first; i < e->end; i++) {
+        if (!e->dev->queue[i].run.armed) {
+            uint64_t again = vblk_arm(e->dev, i, now_ns);
+            next = again < next ? again : next;
+        }
+    }
+    return next;
+}
+
+static void vblk__lock_limits(vblk_engine *e, bool yes) {
+    if (yes && e->lock && e->dev->limited) {
+        pthread_mutex_lock(e->lock);
+        e->locked = true;
+    } else if (!yes && e->locked) {
+        e->locked = false;
+        pthread_mutex_unlock(e->lock);
+    }
+}
+
+VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e) {
+    const uint64_t start = e->now();
+    uint64_t now = start, next = 0;
+    bool any = true;
+    for (; any || next <= now; vblk__lock_limits(e, false)) {
+        vblk__lock_limits(e, true);
+        any = vblk__turn(e, now);
+        now = e->now();
+        e->busy_ns = any ? now : e->busy_ns;
+        if (now - start > VBLK__TURNS_NS || VBLK__LOAD(&e->dev->yield)) {
+            vblk__lock_limits(e, false);
+            return 0;
+        }
+        if (!any && (e->under_way || now - e->busy_ns >= e->look_on_ns)) {
+            bool full = e->free == VBLK__NO_SLOT;
+            next = full ? VBLK_NEVER : vblk__arm_all(e, now);
+        }
+    }
+    return next;
+}
+
+VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns) {
+    uint64_t now = e->now();
+    uint64_t ns = until_ns > now ? until_ns - now : 0;
+    if (e->ring_fd < 0) {
+        struct pollfd p = {fd, POLLIN, 0};
+        struct timespec t = vblk__timespec(ns < INT64_MAX ? ns : INT64_MAX);
+        return ppoll(&p, 1, &t, NULL) > 0;
+    }
+    if (!e->polling) {
+        struct io_uring_sqe *sqe =
+            vblk__entry(e, IORING_OP_POLL_ADD, VBLK__POLLED);
+        sqe->flags = 0;
+        sqe->fd = fd;
+        sqe->poll32_events = vblk__le32(POLLIN); // as it is, on any machine
+        e->polling = true;
+    }
+    if (*e->cq_head == VBLK__TAIL(e)) vblk__uring(e, ns > 0, ns);
+    vblk__reap(e);
+    bool woken = e->woken;
+    e->woken = false;
+    return woken;
+}
+
+VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
+    if (!e->under_way) return VBLK_OK; // nor was it opened, perhaps
+    const uint64_t until = e->now() + (uint64_t)ms * 1000000;
+    e->dropping = queue == VBLK_ALL_QUEUES;
+    if (e->dropping && e->ring_fd >= 0) {
+        vblk__entry(e, IORING_OP_ASYNC_CANCEL, VBLK__CANCELLED)
+            ->cancel_flags = VBLK__CANCEL_FILE;
+    }
+    for (uint64_t now = 0; e->under_way > 0 && now < until;) {
+        while (e->dropping && e->to_sync != VBLK__NO_SLOT) {
+            struct vblk__slot *s = vblk__pop(e, &e->to_sync);
+            vblk__finish(e, s, vblk__came_to(&s->req, 0));
+        }
+        vblk__sync(e);
+        now = e->now();
+        if (e->ring_fd >= 0 && e->under_way > 0) {
+            vblk__uring(e, 1, now < until ? until - now : 0);
+            vblk__reap(e);
+        }
+    }
+    e->dropping = false;
+    vblk__publish_all(e);
+    return e->under_way > 0 ? VBLK_ERR_BUSY : VBLK_OK;
+}
+
+// Whether the file does without waiting what it can do so. Nothing is moved:
+// there is no memory at 0.
+static bool vblk__never_waits(int fd, bool in) {
+    struct iovec nowhere = {NULL, 4096};
+    ssize_t n = in ? preadv2(fd, &nowhere, 1, 0, RWF_NOWAIT)
+                   : pwritev2(fd, &nowhere, 1, 0, RWF_NOWAIT);
+    return n >= 0 || errno != EOPNOTSUPP;
+}
+
+static void *vblk__map_ring(vblk_engine *e, size_t bytes, uint64_t offset) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                   MAP_SHARED | MAP_POPULATE, e->ring_fd, (off_t)offset);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static bool vblk__map_rings(vblk_engine *e, const struct io_uring_params *p) {
+    size_t bytes = p->cq_off.cqes + p->cq_entries * sizeof *e->cqe;
+    size_t other = p->sq_off.array + p->sq_entries * sizeof(uint32_t);
+    e->rings_bytes = bytes > other ? bytes : other;
+    uint8_t *rings = (uint8_t *)vblk__map_ring(e, e->rings_bytes,
+                                               IORING_OFF_SQ_RING);
+    e->rings = rings;
+    e->sqe = (struct io_uring_sqe *)vblk__map_ring(
+        e, VBLK__ENTRIES * sizeof *e->sqe, IORING_OFF_SQES);
+    if (!rings || !e->sqe) return false;
+    e->sq_tail = (uint32_t *)(void *)(rings + p->sq_off.tail);
+    e->sq_flags = (uint32_t *)(void *)(rings + p->sq_off.flags);
+    e->cq_head = (uint32_t *)(void *)(rings + p->cq_off.head);
+    e->cq_tail = (uint32_t *)(void *)(rings + p->cq_off.tail);
+    e->cqe = (struct io_uring_cqe *)(void *)(rings + p->cq_off.cqes);
+    uint32_t *array = (uint32_t *)(void *)(rings + p->sq_off.array);
+    for (uint32_t i = 0; i < VBLK__ENTRIES; i++) {
+        array[i] = i;
+    }
+    return true;
+}
+
+static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
+    static const uint32_t flags[] = {VBLK__SETUP_SINGLE, VBLK__SETUP_COOP, 0};
+    const uint32_t needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_EXT_ARG;
+    struct io_uring_params p;
+    e->file_fd = vblk__file_again(f->fd, O_ACCMODE | O_DIRECT);
+    if (e->file_fd < 0) return false;
+    e->reads = vblk__never_waits(e->file_fd, true);
+    e->writes = !f->read_only && vblk__never_waits(e->file_fd, false);
+    errno = EOPNOTSUPP;
+    if (!e->reads && !e->writes) return false;
+    for (unsigned i = 0; i < 3 && e->ring_fd < 0; i++) {
+        memset(&p, 0, sizeof p);
+        p.flags = flags[i];
+        e->ring_fd = (int)syscall(SYS_io_uring_setup, VBLK__ENTRIES, &p);
+    }
+    if (e->ring_fd < 0) return false;
+    errno = ENOSYS;
+    e->file = f;
+    return (p.features & needed) == needed && vblk__map_rings(e, &p) &&
+           syscall(SYS_io_uring_register, e->ring_fd, IORING_REGISTER_FILES,
+                   &e->file_fd, 1) == 0 && vblk__uring(e, 0, 0) == 0;
+}
+
+static void vblk__close_ring(vblk_engine *e) {
+    int saved = errno;
+    if (e->sqe) munmap(e->sqe, VBLK__ENTRIES * sizeof *e->sqe);
+    if (e->rings) munmap(e->rings, e->rings_bytes);
+    for (unsigned i = 0; i < 3; i++) {
+        int *fd = i == 0 ? &e->ring_fd : i == 1 ? &e->file_fd : &e->event_fd;
+        if (*fd >= 0) close(*fd);
+        *fd = -1;
+    }
+    e->sqe = NULL;
+    e->rings = NULL;
+    e->file = NULL;
+    e->reads = e->writes = false;
+    errno = saved;
+}
+
+VBLKDEF int vblk_engine_close(vblk_engine *e) {
+    if (e->under_way > 0) return VBLK_ERR_BUSY;
+    vblk__close_ring(e);
+    free(e->slot);
+    free(e->seg);
+    free(e->iov);
+    return VBLK_OK;
+}
+
+// For `queue` or all; `b` is the host's backend.
+static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
+                             const vblk_backend *b, bool uring) {
+    const size_t room = dev->seg_max + 2;
+    bool is_file = b->read == vblk__file_read;
+    memset(e, 0, sizeof *e);
+    e->dev = dev;
+    e->first = queue < 0 ? 0 : (unsigned)queue;
+    e->end = queue < 0 ? dev->queues : e->first + 1;
+    e->now = vblk__clock;
+    e->look_on_ns = 50000;
+    e->ring_fd = e->file_fd = e->event_fd = -1;
+    e->free = e->to_sync = e->in_sync = VBLK__NO_SLOT;
+    e->slot = (struct vblk__slot *)calloc(VBLK__SLOTS, sizeof *e->slot);
+    e->seg = (vblk_seg *)calloc((VBLK__SLOTS + 1) * room, sizeof *e->seg);
+    e->iov = (struct iovec *)calloc(VBLK__IOVECS, sizeof *e->iov);
+    for (unsigned i = 0; e->slot && i < VBLK__SLOTS; i++) {
+        vblk__push(e, &e->free, &e->slot[i]);
+    }
+    if (!e->slot || !e->seg || !e->iov) {
+        vblk_engine_close(e);
+        errno = ENOMEM;
+        return VBLK_ERR_WORKER;
+    }
+    errno = EOPNOTSUPP;
+    if (uring && !(is_file && vblk__open_ring(e, (vblk_file *)b->user))) {
+        vblk__close_ring(e);
+        return VBLK_ERR_URING;
+    }
+    return VBLK_OK;
+}
+
+VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, bool uring) {
+    return vblk__open_engine(e, dev, VBLK_ALL_QUEUES, &dev->backend, uring);
+}
+
+VBLKDEF int vblk_engine_event_fd(vblk_engine *e) {
+    if (e->event_fd < 0 && e->ring_fd >= 0) {
+        e->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        syscall(SYS_io_uring_register, e->ring_fd, IORING_REGISTER_EVENTFD,
+                &e->event_fd, 1);
+    }
+    return e->event_fd;
+}
 
 
 // ---- Worker: how it works ---------------------------------------------------
 
-// A device, a thread that polls it from DRIVER_OK to the next reset, and a host
-// that stores to registers, pauses and changes things at any time. Nothing that
-// the host calls waits for the thread longer than stop_ms.
+// A device, threads that serve it from DRIVER_OK to the next reset, each with
+// an engine, and a host that stores to registers, pauses and changes things at
+// any time. Nothing that the host calls waits for them longer than stop_ms.
 //
-//     DRIVER_OK: vblk__start_thread()
-//         |
+//     DRIVER_OK
 //         v       a callback begins
 //      WORKING  --------------------->  AWAY
 //         |     <---------------------    |
-//         |         and returns           |
-//         | stop                          | stop, and the time is over (from
-//         v                               v WORKING too: a page does not come)
+//         |         and returns           | stop, and the time is over (from
+//         v stop                          v WORKING too: a page does not come)
 //       ENDED                           LEFT
 //      joined by the stopper            the stopper goes on; the device is
 //                                       halted and shows DEVICE_NEEDS_RESET
-//                                         |
-//                                         | the callback returns
-//                                         v
+//                                         v the callback returns
 //                                       GONE
-//                                       it has reset the device, and calls
-//                                       released(); joined by whoever comes
-//                                       next. Or, if the worker was closed, it
-//                                       has freed all
+//                                       the last one has reset the device, and
+//                                       calls released(); joined by whoever
+//                                       comes next. Or, if the worker was
+//                                       closed, it has freed all
 //
-// The thread makes each step but one, the stopper makes LEFT, both by
+// A thread makes each step but one, the stopper makes LEFT, both by
 // compare-and-swap: whoever comes second knows. A thread that comes out of a
 // callback and finds that it was LEFT, or is to stop, leaves by a jump to
-// vblk__thread_main(): what it was at is thrown away by the reset.
+// vblk__thread_main(): what it was at is thrown away by the reset. There it
+// waits for what io_uring has under way, which is like a callback.
 //
 // Locks, in the order in which they are taken:
 //
-//     registers   one register call at a time, and who is who: thread,
-//                 left_behind, returned
-//     parking     whether the thread is to rest, and does: pause (the host
-//                 wants it), hold (the library does), parked
+//     registers   one register call at a time, and who is who
+//     limits      a thread's turn, where threads share limits
+//     parking     whether the threads are to rest, and do
 //     printing    the default printer
 //
-// The thread takes `parking` to rest, and `registers` when it is LEFT no more;
-// it holds neither while it serves. What ends a drain early is
-// dev.yield: YIELD after the request it is at, HALT without another word to the
-// guest.
-
-#define VBLK__MAX_WAIT VBLK__SECOND // the timer is set to no more
+// A thread takes `parking` to rest, and `registers` when it is LEFT no more; it
+// holds neither while it serves. dev.yield ends its turn early: YIELD after the
+// request it is at, HALT without another word to the guest.
 
 // Outside a callback the thread is busy for microseconds, or, without a
 // processor to run on, for some milliseconds.
 #define VBLK__AT_WORK_MS 100
-
-// Tokens of the descriptors in the epoll set: eventfds but for the timer.
-enum { VBLK__STOP, VBLK__KICK, VBLK__TIMER, VBLK__PAUSE, VBLK__TOKENS };
-
-// What an event means: its token, or VBLK__TOKENS for one that is not ours.
-// Errors and hang-ups count as the event itself: a drain too many is harmless,
-// one too few is not.
-static int vblk__meaning(uint64_t token) {
-    return token < VBLK__TOKENS ? (int)token : VBLK__TOKENS;
-}
 
 enum { VBLK__WORKING, VBLK__AWAY, VBLK__ENDED, VBLK__LEFT, VBLK__GONE };
 
@@ -5089,9 +5252,13 @@ struct vblk__thread {
     uint32_t     stop;     // atomic: leave at the next opportunity
     uint32_t     speaking; // atomic: away with an event
     bool         inside;   // the thread's own: it is in a callback
+    bool         resting;  // under `parking`: it is not counted as awake
+    unsigned     placed;   // under `parking`: w->placed, as it was followed
+    unsigned     number;
     struct vblk__thread *next;
     pthread_t    id;
     vblk_worker *w;
+    vblk_engine  engine;
     jmp_buf      leave;
 };
 
@@ -5109,20 +5276,14 @@ static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
 // and NULL. Both jump.
 static struct vblk__thread *vblk__before_callback(const vblk_worker *w) {
     struct vblk__thread *t = vblk__self;
-    if (!t || t->w != w || t->inside) {
-        return NULL;
-    }
-    if (!vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)) {
-        longjmp(t->leave, 1);
-    }
+    if (!t || t->w != w || t->inside) return NULL;
+    if (!vblk__move_state(t, VBLK__WORKING, VBLK__AWAY)) longjmp(t->leave, 1);
     t->inside = true;
     return t;
 }
 
 static void vblk__after_callback(struct vblk__thread *t) {
-    if (!t) {
-        return;
-    }
+    if (!t) return;
     t->inside = false;
     if (!vblk__move_state(t, VBLK__AWAY, VBLK__WORKING) ||
         __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
@@ -5130,13 +5291,46 @@ static void vblk__after_callback(struct vblk__thread *t) {
     }
 }
 
-static int64_t vblk__worker_around(vblk_wrapper *wrapper,
-                                   const vblk__call *call) {
-    char *w = (char *)wrapper - offsetof(vblk_worker, backend);
-    struct vblk__thread *t = vblk__before_callback((vblk_worker *)(void *)w);
-    int64_t n = vblk__inner(wrapper, call);
+static int64_t vblk__worker_read(void *user, uint64_t offset,
+                                 const vblk_seg *seg, unsigned segs) {
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__before_callback(w);
+    int64_t n = w->backend.read(w->backend.user, offset, seg, segs);
     vblk__after_callback(t);
     return n;
+}
+
+static int64_t vblk__worker_write(void *user, uint64_t offset,
+                                  const vblk_seg *seg, unsigned segs) {
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__before_callback(w);
+    int64_t n = w->backend.write(w->backend.user, offset, seg, segs);
+    vblk__after_callback(t);
+    return n;
+}
+
+static int vblk__worker_flush(void *user) {
+    vblk_worker *w = (vblk_worker *)user;
+    struct vblk__thread *t = vblk__before_callback(w);
+    int err = w->backend.flush(w->backend.user);
+    vblk__after_callback(t);
+    return err;
+}
+
+static uint64_t vblk__worker_size(void *user) {
+    const vblk_backend *b = &((vblk_worker *)user)->backend;
+    return b->size(b->user);
+}
+
+// What the host's backend has, with calls that a thread can be left behind in.
+static vblk_backend vblk__worker_backend(vblk_worker *w) {
+    vblk_backend b = w->backend;
+    b.read = b.read ? vblk__worker_read : NULL;
+    b.write = b.write ? vblk__worker_write : NULL;
+    b.flush = b.flush ? vblk__worker_flush : NULL;
+    b.size = b.size ? vblk__worker_size : NULL;
+    b.user = w;
+    return b;
 }
 
 
@@ -5150,14 +5344,10 @@ static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
     vblk_bucket_refill(&w->lines, vblk__clock());
     bool may = vblk_bucket_can_take(&w->lines, 1);
     uint64_t left_out = w->left_out;
-    if (may) {
-        vblk_bucket_take(&w->lines, 1);
-    }
+    if (may) vblk_bucket_take(&w->lines, 1);
     w->left_out = may ? 0 : w->left_out + 1;
     pthread_mutex_unlock(&w->printing);
-    if (!may) {
-        return;
-    }
+    if (!may) return;
     // No lock is held from here on: stderr may block like any callback.
     if (left_out) {
         fprintf(stderr, "(%llu lines left out)\n",
@@ -5170,17 +5360,13 @@ static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
     struct vblk__thread *t = vblk__before_callback(w);
-    if (t) {
-        __atomic_store_n(&t->speaking, 1, __ATOMIC_RELEASE);
-    }
+    if (t) __atomic_store_n(&t->speaking, 1, __ATOMIC_RELEASE);
     if (w->event) {
         w->event(w->user, e);
     } else {
         vblk__print_event(w, e);
     }
-    if (t) {
-        __atomic_store_n(&t->speaking, 0, __ATOMIC_RELEASE);
-    }
+    if (t) __atomic_store_n(&t->speaking, 0, __ATOMIC_RELEASE);
     vblk__after_callback(t);
 }
 
@@ -5202,106 +5388,80 @@ static bool vblk__drain_fd(int fd) {
 static void vblk__worker_interrupt(void *user, int queue, bool fire) {
     vblk_worker *w = (vblk_worker *)user;
     struct vblk__thread *t = vblk__before_callback(w);
-    if (fire) {
-        vblk__signal(w->irq_fd);
-    }
-    if (w->interrupt) {
-        w->interrupt(w->user, queue, fire);
-    }
+    if (fire) vblk__signal(w->irq_fd);
+    if (w->interrupt) w->interrupt(w->user, queue, fire);
     vblk__after_callback(t);
 }
 
-VBLKDEF void vblk_worker_kick(vblk_worker *w) {
-    vblk__signal(w->kick_fd);
+VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue) {
+    return w->kick_fds[queue < w->threads ? queue : 0];
 }
 
-// To a moment on the clock; one that has passed fires at once.
-static bool vblk__set_timer(vblk_worker *w, uint64_t ns) {
-    struct itimerspec t;
-    t.it_interval.tv_sec = 0;
-    t.it_interval.tv_nsec = 0;
-    t.it_value.tv_sec = (time_t)(ns / VBLK__SECOND);
-    t.it_value.tv_nsec = (long)(ns % VBLK__SECOND);
-    return timerfd_settime(w->timer_fd, TFD_TIMER_ABSTIME, &t, NULL) == 0;
+VBLKDEF void vblk_worker_kick(vblk_worker *w) {
+    for (unsigned i = 0; i < w->threads; i++) {
+        vblk__signal(w->kick_fds[i]);
+    }
 }
 
 
 // ---- Worker: the thread -----------------------------------------------------
 
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
-    return __atomic_load_n(&w->parked, __ATOMIC_ACQUIRE) &&
+    return !__atomic_load_n(&w->awake, __ATOMIC_ACQUIRE) &&
            !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
 }
 
-// With `parking` held: the thread rests, or there is none. Release: whoever
-// sees it sees all that the thread wrote.
-static void vblk__now_parked(vblk_worker *w) {
-    __atomic_store_n(&w->parked, 1, __ATOMIC_RELEASE);
+// With `parking` held: something of what others wait for.
+static void vblk__tell(vblk_worker *w) {
     if (w->pause && !w->parked_told && vblk_worker_paused(w)) {
         w->parked_told = true;
-        if (w->parked_fd >= 0) {
-            vblk__signal(w->parked_fd);
-        }
+        if (w->parked_fd >= 0) vblk__signal(w->parked_fd);
     }
     pthread_cond_broadcast(&w->changed);
 }
 
-static void vblk__at_rest(vblk_worker *w) {
-    pthread_mutex_lock(&w->parking);
-    vblk__now_parked(w);
-    pthread_mutex_unlock(&w->parking);
+// With `parking` held. Release: whoever sees that none is awake sees all that
+// the threads wrote.
+static void vblk__set_resting(struct vblk__thread *t, bool yes) {
+    if (t->resting != yes) {
+        t->resting = yes;
+        __atomic_fetch_add(&t->w->awake, yes ? UINT32_MAX : 1,
+                           __ATOMIC_ACQ_REL);
+    }
 }
 
-// Rest as long as the host or the library asks for it.
-static void vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
+// Rest as long as the host or the library asks for it, with nothing under way.
+// False: it is to stop.
+static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
     cpu_set_t set;
     pthread_mutex_lock(&w->parking);
     while ((w->pause || w->hold) &&
            !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
-        vblk__now_parked(w);
+        if (t->engine.under_way > 0) {
+            pthread_mutex_unlock(&w->parking);
+            struct vblk__thread *away = vblk__before_callback(w);
+            vblk_engine_quiesce(&t->engine, 0, 1000);
+            vblk__after_callback(away);
+            pthread_mutex_lock(&w->parking);
+            continue;
+        }
+        vblk__set_resting(t, true);
+        vblk__tell(w);
         pthread_cond_wait(&w->changed, &w->parking);
     }
-    if (!__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
-        __atomic_store_n(&w->parked, 0, __ATOMIC_RELEASE);
+    bool go_on = !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE);
+    if (go_on) {
+        vblk__set_resting(t, false);
         VBLK__STORE(&w->dev.yield, 0);
     }
-    bool move = !w->placed;
-    w->placed = true;
+    bool move = t->placed != w->placed;
+    t->placed = w->placed;
     memcpy(&set, w->cpu_set, sizeof set);
     pthread_mutex_unlock(&w->parking);
     if (move && sched_setaffinity(0, sizeof set, &set)) {
         vblk__say(&w->dev, VBLK_EV_WORKER_CPUS, (uint64_t)errno, 0);
     }
-}
-
-// Wait for events and tell which came. False: epoll or a descriptor is broken.
-static bool vblk__wait_for_events(vblk_worker *w, bool dont, bool *came) {
-    const int fds[VBLK__TOKENS] = {w->stop_fd, w->kick_fd, w->timer_fd,
-                                   w->pause_fd};
-    struct epoll_event events[VBLK__TOKENS];
-    int n = epoll_wait(w->epoll_fd, events, VBLK__TOKENS, dont ? 0 : -1);
-    for (int i = 0; i < VBLK__TOKENS; i++) {
-        came[i] = false;
-    }
-    if (n < 0) {
-        return errno == EINTR;
-    }
-    for (int i = 0; i < n; i++) {
-        int token = vblk__meaning(events[i].data.u64);
-        if (events[i].events & ~(uint32_t)EPOLLIN) {
-            vblk__say(&w->dev, VBLK_EV_WORKER_DESCRIPTOR, (uint64_t)token,
-                      events[i].events);
-        }
-        if (token == VBLK__TOKENS) {
-            vblk__say(&w->dev, VBLK_EV_WORKER_TOKEN, 0, 0);
-            continue;
-        }
-        came[token] = true;
-        if (!vblk__drain_fd(fds[token])) {
-            return false;
-        }
-    }
-    return true;
+    return go_on;
 }
 
 // What the thread cannot work without is broken.
@@ -5311,80 +5471,60 @@ static void vblk__give_up(vblk_worker *w, vblk_event_code code, int err) {
 }
 
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
-    bool came[VBLK__TOKENS];
-    uint64_t now = 0, next = 0; // at first for what waits already (Q10)
-    for (;;) {
-        vblk__rest_while_asked(w, t);
-        if (!vblk__wait_for_events(w, next <= now, came)) {
+    int queue = w->threads > 1 ? (int)t->number : VBLK_ALL_QUEUES;
+    int kick_fd = w->kick_fds[t->number];
+    int err = vblk__open_engine(&t->engine, &w->dev, queue, &w->backend,
+                                !w->wo.no_uring);
+    if (err == VBLK_ERR_WORKER) {
+        vblk__give_up(w, VBLK_EV_WORKER_WAIT, ENOMEM);
+        return;
+    }
+    if (err == VBLK_ERR_URING && errno != EOPNOTSUPP &&
+        !__atomic_exchange_n(&w->uring_told, 1, __ATOMIC_RELAXED)) {
+        vblk__say(&w->dev, VBLK_EV_URING_OFF, (uint64_t)errno, 0);
+    }
+    t->engine.lock = w->threads > 1 ? &w->limits : NULL;
+    t->engine.look_on_ns = w->wo.look_on_us * UINT64_C(1000);
+    while (vblk__rest_while_asked(w, t)) {
+        uint64_t next = vblk_engine_poll(&t->engine);
+        if (next > 0 && vblk_engine_wait(&t->engine, kick_fd, next) &&
+            !vblk__drain_fd(kick_fd)) {
             vblk__give_up(w, VBLK_EV_WORKER_WAIT, errno);
-            return;
-        }
-        if (__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
-            return;
-        }
-        if (came[VBLK__KICK]) { // it may have come by the descriptor alone
-            for (unsigned i = 0; i < w->dev.queues; i++) {
-                vblk__set_due(&w->dev, &w->dev.queue[i]);
-            }
-        }
-        if (came[VBLK__PAUSE]) {
-            next = now;
-            continue;
-        }
-        now = w->dev.limited ? vblk__clock() : 0;
-        next = vblk_poll(&w->dev, now);
-        uint64_t most = now + VBLK__MAX_WAIT;
-        if (next > now && next != VBLK_NEVER &&
-            !vblk__set_timer(w, next < most ? next : most)) {
-            vblk__give_up(w, VBLK_EV_WORKER_TIMER, errno);
             return;
         }
     }
 }
 
 static void vblk__free_worker(vblk_worker *w) {
-    const int fds[] = {w->epoll_fd, w->stop_fd, w->timer_fd, w->pause_fd,
-                       w->done_fd,  w->irq_fd,  w->kick_fd};
     for (unsigned i = 0; i < w->dev.queues; i++) {
         vblk__forget_stall(&w->dev, &w->dev.queue[i]); // T5
     }
-    for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++) {
-        if (fds[i] >= 0) {
-            close(fds[i]);
-        }
+    for (unsigned i = 0; i <= w->threads; i++) {
+        int fd = i < w->threads ? w->kick_fds[i] : w->irq_fd;
+        if (fd >= 0) close(fd);
     }
-    pthread_cond_destroy(&w->changed);
-    pthread_mutex_destroy(&w->registers);
-    pthread_mutex_destroy(&w->parking);
-    pthread_mutex_destroy(&w->printing);
+    free(w->kick_fds);
 }
 
-// Back, after it was left behind: the reset that left it is made whole, then
-// released() is told.
+// Back, after it was left behind. The last one makes the reset that left it
+// whole, then tells released().
 static void vblk__come_back(struct vblk__thread *t) {
     vblk_worker *w = t->w;
     void (*released)(void *) = w->wo.released;
     void *user = w->wo.user;
     pthread_mutex_lock(&w->registers);
     bool orphaned = w->orphaned;
-    if (!orphaned) {
-        vblk__reset_device(&w->dev);
-    }
+    bool last = __atomic_load_n(&w->left, __ATOMIC_ACQUIRE) == 1;
+    if (last && !orphaned) vblk__reset_device(&w->dev);
     pthread_mutex_lock(&w->parking);
     __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
-    __atomic_store_n(&w->left, 0, __ATOMIC_RELEASE);
-    if (!orphaned) {
-        vblk__now_parked(w);
-    }
+    __atomic_fetch_sub(&w->left, 1, __ATOMIC_RELEASE);
+    vblk__tell(w);
     pthread_mutex_unlock(&w->parking);
     pthread_mutex_unlock(&w->registers);
-    if (orphaned) {
-        vblk__free_worker(w);
-        free(t);
-    }
-    if (released) {
-        released(user);
-    }
+    if (orphaned) free(t);
+    if (orphaned && last) vblk__free_worker(w);
+    if (released && last) released(user);
 }
 
 static void *vblk__thread_main(void *arg) {
@@ -5397,24 +5537,30 @@ static void *vblk__thread_main(void *arg) {
         prctl(PR_SET_NAME, name);
         vblk__serve_until_stopped(w, t);
     }
-    vblk__self = NULL;
-    if (vblk__move_state(t, VBLK__WORKING, VBLK__ENDED)) {
-        vblk__at_rest(w);
-        vblk__signal(w->done_fd); // the stopper joins, then frees t
-    } else {
-        vblk__come_back(t);
+    vblk__lock_limits(&t->engine, false);
+    t->inside = true; // in the kernel's hands
+    vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
+    while (vblk_engine_quiesce(&t->engine, VBLK_ALL_QUEUES, 1000)) {
     }
+    vblk_engine_close(&t->engine);
+    vblk__self = NULL;
+    pthread_mutex_lock(&w->parking);
+    vblk__set_resting(t, true);
+    w->running--;
+    bool ended = vblk__move_state(t, VBLK__AWAY, VBLK__ENDED);
+    if (ended) { // the stopper joins, then frees t
+        vblk__tell(w);
+    }
+    pthread_mutex_unlock(&w->parking);
+    if (!ended) vblk__come_back(t);
     return NULL;
 }
 
 
 // ---- Worker: start, stop, pause ---------------------------------------------
 
-static uint64_t vblk__deadline(unsigned ms, struct timespec *at) {
-    uint64_t ns = vblk__clock() + (uint64_t)ms * 1000000;
-    at->tv_sec = (time_t)(ns / VBLK__SECOND);
-    at->tv_nsec = (long)(ns % VBLK__SECOND);
-    return ns;
+static struct timespec vblk__deadline(unsigned ms) {
+    return vblk__timespec(vblk__clock() + (uint64_t)ms * 1000000);
 }
 
 // A thread with the signals of its own faults alone: a handler for the rest
@@ -5432,56 +5578,58 @@ static int vblk__create_thread(struct vblk__thread *t) {
     return err;
 }
 
-static void vblk__start_thread(vblk_worker *w) {
-    struct vblk__thread *t =
-        (struct vblk__thread *)calloc(1, sizeof *t);
+static bool vblk__start_thread(vblk_worker *w, unsigned number) {
+    struct vblk__thread *t = (struct vblk__thread *)calloc(1, sizeof *t);
     int err = ENOMEM;
+    pthread_mutex_lock(&w->parking); // which the thread takes first
     if (t) {
         t->w = w;
-        vblk__drain_fd(w->stop_fd);
-        vblk__drain_fd(w->done_fd);
-        pthread_mutex_lock(&w->parking);
-        w->placed = false;
-        // A pause that was asked for before holds from the first moment on.
-        __atomic_store_n(&w->parked, w->pause, __ATOMIC_RELEASE);
-        pthread_mutex_unlock(&w->parking);
+        t->number = number;
+        t->placed = w->placed - 1;
+        t->resting = true;
         err = vblk__create_thread(t);
     }
-    if (err) {
-        free(t);
-        vblk__at_rest(w);
-        vblk__give_up(w, VBLK_EV_WORKER_START, err);
-        return;
+    if (!err) { // a pause that was asked for holds from the first moment on
+        w->running++;
+        vblk__set_resting(t, w->pause);
+        t->next = w->thread;
+        w->thread = t;
     }
-    w->thread = t;
+    vblk__tell(w);
+    pthread_mutex_unlock(&w->parking);
+    if (!err) return true;
+    free(t);
+    vblk__give_up(w, VBLK_EV_WORKER_START, err);
+    return false;
 }
 
-// All queues have work: the driver said DRIVER_OK, which starts the thread, or
+// All queues have work: the driver said DRIVER_OK, which starts the threads, or
 // limits or memory are others. With `registers` held, but for one queue.
 static void vblk__worker_notify(void *user, int queue) {
     vblk_worker *w = (vblk_worker *)user;
     uint32_t     live = vblk_status(&w->dev) &
                     (VBLK_STATUS_DRIVER_OK | VBLK_STATUS_NEEDS_RESET);
+    if (queue != VBLK_ALL_QUEUES) {
+        vblk__signal(vblk_worker_kick_fd(w, (unsigned)queue));
+        return;
+    }
     vblk_worker_kick(w);
-    if (queue == VBLK_ALL_QUEUES && live == VBLK_STATUS_DRIVER_OK &&
-        !w->thread) {
-        vblk__start_thread(w);
+    unsigned i = w->thread || live != VBLK_STATUS_DRIVER_OK ? w->threads : 0;
+    while (i < w->threads && vblk__start_thread(w, i)) {
+        i++;
     }
 }
 
-// Whether the thread says within `ms` that it has ended.
-static bool vblk__ends_within(vblk_worker *w, unsigned ms) {
-    struct timespec at;
-    uint64_t deadline = vblk__deadline(ms, &at);
-    for (;;) {
-        struct pollfd p = {w->done_fd, POLLIN, 0};
-        uint64_t now = vblk__clock();
-        uint64_t left = now < deadline ? deadline - now : 0;
-        int n = poll(&p, 1, (int)((left + 999999) / 1000000));
-        if (n >= 0 || errno != EINTR) {
-            return n > 0;
-        }
+// Whether all threads end within `ms`.
+static bool vblk__end_within(vblk_worker *w, unsigned ms) {
+    struct timespec at = vblk__deadline(ms);
+    pthread_mutex_lock(&w->parking);
+    while (w->running > 0 && pthread_cond_timedwait(&w->changed, &w->parking,
+                                                    &at) != ETIMEDOUT) {
     }
+    bool ended = w->running == 0;
+    pthread_mutex_unlock(&w->parking);
+    return ended;
 }
 
 // The bound is over. How the thread was left behind: in a callback of the host
@@ -5493,7 +5641,7 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
         if (vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
             return VBLK_EV_WORKER_LEFT;
         }
-        if (vblk__ends_within(w, 1)) {
+        if (vblk__end_within(w, 1)) {
             return VBLK_EV_NONE;
         }
     }
@@ -5502,26 +5650,12 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
                                                           : VBLK_EV_NONE;
 }
 
-// Stop and join the thread, or leave it behind. With `registers` held.
-static void vblk__stop_thread(vblk_worker *w) {
-    struct vblk__thread *t = w->thread;
-    vblk_event_code how = VBLK_EV_NONE;
-    if (!t) {
-        return;
-    }
-    w->thread = NULL;
-    pthread_mutex_lock(&w->parking);
-    __atomic_store_n(&t->stop, 1, __ATOMIC_RELEASE);
-    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
-    pthread_cond_broadcast(&w->changed);
-    pthread_mutex_unlock(&w->parking);
-    vblk__signal(w->stop_fd);
-    vblk__signal(w->pause_fd); // wakes it too
-    if (!vblk__ends_within(w, w->wo.stop_ms)) {
-        how = vblk__leave_behind(w, t);
-    }
+// Join a thread that has ended, or leave it behind.
+static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t) {
+    uint32_t state = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE);
+    vblk_event_code how =
+        state == VBLK__ENDED ? VBLK_EV_NONE : vblk__leave_behind(w, t);
     if (!how) {
-        vblk__at_rest(w);
         pthread_join(t->id, NULL);
         free(t);
         return;
@@ -5530,26 +5664,49 @@ static void vblk__stop_thread(vblk_worker *w) {
     bool speak = !__atomic_load_n(&t->speaking, __ATOMIC_ACQUIRE);
     pthread_mutex_lock(&w->parking);
     VBLK__STORE(&w->dev.yield, VBLK__HALT);
-    __atomic_store_n(&w->left, 1, __ATOMIC_RELEASE);
-    vblk__now_parked(w);
+    __atomic_fetch_add(&w->left, 1, __ATOMIC_RELEASE);
+    vblk__set_resting(t, true);
+    vblk__tell(w);
     pthread_mutex_unlock(&w->parking);
-    w->left_behind = t; // which needs `registers` to come back
-    if (speak) {
-        vblk__say(&w->dev, how, w->wo.stop_ms, 0);
+    t->next = w->left_behind; // which needs `registers` to come back
+    w->left_behind = t;
+    if (speak) vblk__say(&w->dev, how, w->wo.stop_ms, 0);
+}
+
+// With `registers` held.
+static void vblk__stop_threads(vblk_worker *w) {
+    struct vblk__thread *t = w->thread, *next;
+    if (!t) return;
+    w->thread = NULL;
+    pthread_mutex_lock(&w->parking);
+    for (next = t; next; next = next->next) {
+        __atomic_store_n(&next->stop, 1, __ATOMIC_RELEASE);
+    }
+    VBLK__STORE(&w->dev.yield, VBLK__YIELD);
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->parking);
+    vblk_worker_kick(w);
+    vblk__end_within(w, w->wo.stop_ms);
+    for (; t; t = next) {
+        next = t->next;
+        vblk__end_thread(w, t);
     }
 }
 
 // With `registers` held: whether no thread is left behind. One that is back
 // may still be in released(), and is not waited for.
 static bool vblk__join_returned(vblk_worker *w) {
-    struct vblk__thread *t = w->left_behind;
-    if (t && __atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
-        t->next = w->returned;
-        w->returned = t;
-        w->left_behind = NULL;
+    struct vblk__thread *t;
+    for (struct vblk__thread **p = &w->left_behind; (t = *p);) {
+        if (__atomic_load_n(&t->state, __ATOMIC_ACQUIRE) == VBLK__GONE) {
+            *p = t->next;
+            t->next = w->returned;
+            w->returned = t;
+        } else {
+            p = &t->next;
+        }
     }
-    for (struct vblk__thread **p = &w->returned; *p;) {
-        t = *p;
+    for (struct vblk__thread **p = &w->returned; (t = *p);) {
         if (pthread_equal(t->id, pthread_self()) ||
             pthread_tryjoin_np(t->id, NULL)) {
             p = &t->next;
@@ -5572,23 +5729,20 @@ static void vblk__let_go(vblk_worker *w) {
 // vblk__let_go(). False: it does not come to rest in time. With `registers`
 // held.
 static bool vblk__hold_still(vblk_worker *w) {
-    struct timespec at;
+    struct timespec at = vblk__deadline(w->wo.stop_ms);
     if (__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
         return false; // its system call may still move data
     }
-    vblk__deadline(w->wo.stop_ms, &at);
     pthread_mutex_lock(&w->parking);
     w->hold = true;
     VBLK__STORE(&w->dev.yield, VBLK__YIELD);
-    vblk__signal(w->pause_fd);
-    while (!w->parked && pthread_cond_timedwait(&w->changed, &w->parking,
-                                                &at) != ETIMEDOUT) {
+    vblk_worker_kick(w);
+    while (w->awake && pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
+                           ETIMEDOUT) {
     }
-    bool still = w->parked;
+    bool still = !w->awake;
     pthread_mutex_unlock(&w->parking);
-    if (!still) {
-        vblk__let_go(w);
-    }
+    if (!still) vblk__let_go(w);
     return still;
 }
 
@@ -5600,30 +5754,28 @@ static int vblk__worker_quiesce(void *user, int queue) {
         w->refused = w->thread && !w->held;
         return w->refused ? -1 : 0;
     }
-    vblk__stop_thread(w);
+    vblk__stop_threads(w);
     bool quiet = vblk__join_returned(w);
     vblk__drain_fd(w->irq_fd);
-    vblk__drain_fd(w->kick_fd);
-    vblk__drain_fd(w->pause_fd);
+    for (unsigned i = 0; i < w->threads; i++) {
+        vblk__drain_fd(w->kick_fds[i]);
+    }
     return quiet ? 0 : -1;
 }
 
 VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms) {
-    struct timespec at;
-    vblk__deadline(ms, &at);
+    struct timespec at = vblk__deadline(ms);
     pthread_mutex_lock(&w->parking);
     if (!w->pause) {
         w->pause = true;
         w->parked_told = false;
-        if (w->parked) {
-            vblk__now_parked(w);
-        }
+        vblk__tell(w);
     }
     if (!__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) { // which is to HALT
         VBLK__STORE(&w->dev.yield, VBLK__YIELD);
     }
-    vblk__signal(w->pause_fd);
-    while (w->pause && !w->parked &&
+    vblk_worker_kick(w);
+    while (w->pause && w->awake &&
            pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
                ETIMEDOUT) {
     }
@@ -5703,69 +5855,41 @@ VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
     cpu_set_t set;
     CPU_ZERO(&set);
     for (unsigned i = 0; i < count; i++) {
-        if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) {
-            return VBLK_ERR_CPUS;
-        }
+        if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) return VBLK_ERR_CPUS;
         CPU_SET((unsigned)cpus[i], &set);
     }
     pthread_mutex_lock(&w->parking);
     memcpy(w->cpu_set, count ? (void *)&set : (void *)w->any_cpu, sizeof set);
-    w->placed = false;
-    vblk__signal(w->pause_fd); // the thread moves itself
+    w->placed++;
+    vblk_worker_kick(w); // the threads move themselves
     pthread_mutex_unlock(&w->parking);
     return VBLK_OK;
 }
 
-static int vblk__make_condition(pthread_cond_t *c) {
+// None of this can fail on Linux, nor has anything to be undone.
+static void vblk__make_locks(vblk_worker *w) {
     pthread_condattr_t attr;
-    int err = pthread_condattr_init(&attr);
-    if (!err) {
-        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-        err = pthread_cond_init(c, &attr);
-        pthread_condattr_destroy(&attr);
-    }
-    return err;
-}
-
-static int vblk__make_locks(vblk_worker *w) {
-    pthread_mutex_t *lock[] = {&w->registers, &w->parking, &w->printing};
-    unsigned made = 0;
-    int err = 0;
-    while (!err && made < 3) {
-        err = pthread_mutex_init(lock[made], NULL);
-        made += !err;
-    }
-    err = err ? err : vblk__make_condition(&w->changed);
-    while (err && made > 0) {
-        pthread_mutex_destroy(lock[--made]);
-    }
-    return err;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->changed, &attr);
+    pthread_mutex_init(&w->registers, NULL);
+    pthread_mutex_init(&w->limits, NULL);
+    pthread_mutex_init(&w->parking, NULL);
+    pthread_mutex_init(&w->printing, NULL);
 }
 
 static bool vblk__open_all(vblk_worker *w) {
     const int flags = EFD_NONBLOCK | EFD_CLOEXEC;
-    w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-    w->stop_fd = eventfd(0, flags);
-    w->pause_fd = eventfd(0, flags);
-    w->kick_fd = eventfd(0, flags);
-    w->done_fd = eventfd(0, flags);
-    w->irq_fd = eventfd(0, flags);
-    const int fds[VBLK__TOKENS] = {w->stop_fd, w->kick_fd, w->timer_fd,
-                                   w->pause_fd};
-    for (unsigned i = 0; i < VBLK__TOKENS; i++) {
-        struct epoll_event event;
-        if (w->epoll_fd < 0 || fds[i] < 0) {
-            return false; // with the errno of the first that failed
-        }
-        memset(&event, 0, sizeof event);
-        event.events = EPOLLIN;
-        event.data.u64 = i;
-        if (epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, fds[i], &event)) {
-            return false;
-        }
+    bool ok = true;
+    w->kick_fds = (int *)calloc(w->threads, sizeof *w->kick_fds);
+    w->threads = w->kick_fds ? w->threads : 0;
+    for (unsigned i = 0; i < w->threads; i++) {
+        w->kick_fds[i] = ok ? eventfd(0, flags) : -1;
+        ok = w->kick_fds[i] >= 0;
     }
-    return w->done_fd >= 0 && w->irq_fd >= 0;
+    w->irq_fd = ok ? eventfd(0, flags) : -1;
+    w->kick_fd = w->threads ? w->kick_fds[0] : -1;
+    return w->kick_fds && w->irq_fd >= 0; // with the errno of the first
 }
 
 VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
@@ -5778,25 +5902,21 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     if (o->notify || o->quiesce) {
         return VBLK_ERR_HOOKS;
     }
-    if (wo && wo->stop_ms > INT_MAX) {
-        return VBLK_ERR_STOP_MS;
-    }
+    if (wo && wo->stop_ms > INT_MAX) return VBLK_ERR_STOP_MS;
     memset(w, 0, sizeof *w);
-    if (wo) {
-        w->wo = *wo;
-    }
+    if (wo) w->wo = *wo;
     w->wo.stop_ms = w->wo.stop_ms ? w->wo.stop_ms : 1000;
-    w->backend.inner = o->backend;
-    w->backend.around = vblk__worker_around;
+    w->wo.look_on_us = w->wo.look_on_us ? w->wo.look_on_us : 50;
+    w->threads = w->wo.each_queue && o->queues ? o->queues : 1;
+    w->backend = o->backend;
     w->interrupt = o->interrupt;
     w->event = o->event;
     w->user = o->user;
-    w->parked = 1;
     w->parked_fd = -1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
     vblk_options mine = *o;
-    mine.backend = vblk__wrap(&w->backend);
+    mine.backend = vblk__worker_backend(w);
     mine.event = vblk__worker_event;
     mine.interrupt = vblk__worker_interrupt;
     mine.notify = vblk__worker_notify;
@@ -5808,35 +5928,29 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     sched_getaffinity(0, sizeof any, &any);
     memcpy(w->any_cpu, &any, sizeof any);
     memcpy(w->cpu_set, &any, sizeof any);
-    int err = vblk__make_locks(w);
-    if (err) {
-        errno = err;
-        return VBLK_ERR_WORKER;
-    }
+    vblk__make_locks(w);
     if (!vblk__open_all(w)) {
         int saved = errno;
         vblk__free_worker(w);
         errno = saved;
         return VBLK_ERR_WORKER;
     }
-    err = vblk_init(&w->dev, &mine);
-    if (err) {
-        vblk__free_worker(w);
-        return err;
-    }
-    return VBLK_OK;
+    int err = vblk_init(&w->dev, &mine);
+    if (err) vblk__free_worker(w);
+    return err;
 }
 
 VBLKDEF int vblk_worker_close(vblk_worker *w) {
     pthread_mutex_lock(&w->registers);
-    vblk__stop_thread(w);
+    vblk__stop_threads(w);
     bool left = !vblk__join_returned(w);
-    struct vblk__thread *t = w->returned;
-    w->returned = NULL;
-    if (left) { // it disposes of all when it comes back
-        w->orphaned = true;
-        pthread_detach(w->left_behind->id);
+    struct vblk__thread *t = w->left_behind;
+    w->orphaned = left; // they dispose of all when they come back
+    for (; t; t = t->next) {
+        pthread_detach(t->id);
     }
+    t = w->returned;
+    w->returned = NULL;
     pthread_mutex_unlock(&w->registers);
     while (t) { // released() is to return, unless this is called by it
         struct vblk__thread *next = t->next;
@@ -5848,9 +5962,7 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
         free(t);
         t = next;
     }
-    if (!left) {
-        vblk__free_worker(w);
-    }
+    if (!left) vblk__free_worker(w);
     return left ? VBLK_ERR_BUSY : VBLK_OK;
 }
 
@@ -5860,7 +5972,6 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
 /*
 This software is available under two licenses; choose whichever you prefer.
 
-------------------------------------------------------------------------------
 ALTERNATIVE A - MIT License
 
 Copyright (c) 2026 the vblk.h authors
@@ -5883,26 +5994,5 @@ LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
 OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 
-------------------------------------------------------------------------------
-ALTERNATIVE B - Public Domain (www.unlicense.org)
-
-This is free and unencumbered software released into the public domain.
-
-Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
-software, either in source code form or as a compiled binary, for any purpose,
-commercial or non-commercial, and by any means.
-
-In jurisdictions that recognize copyright laws, the author or authors of this
-software dedicate any and all copyright interest in the software to the public
-domain. We make this dedication for the benefit of the public at large and to
-the detriment of our heirs and successors. We intend this dedication to be an
-overt act of relinquishment in perpetuity of all present and future rights to
-this software under copyright law.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
-ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
-WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ALTERNATIVE B - Public Domain: the Unlicense, whose text is at unlicense.org.
 */

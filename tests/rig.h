@@ -7,7 +7,7 @@
 
 static vblk_worker         w;
 static vblk_options        o;
-static vblk_queue          queues[2];
+static vblk_queue          queues[4];
 static vblk_worker_options wo;
 static uint8_t             ram[1 << 16];
 static vblk_region         region = {.bytes = sizeof ram, .host = ram};

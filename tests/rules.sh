@@ -17,7 +17,7 @@ trap 'rm -rf "$tmp"' EXIT
 # The ids at the start of a test's name: v2_p5_no_place_... has two.
 awk '{
     n = split($0, part, "_")
-    for (i = 1; i <= n && part[i] ~ /^[pmfqvxtrwb][0-9][0-9]?$/; i++)
+    for (i = 1; i <= n && part[i] ~ /^[pmfqvxtrwbe][0-9][0-9]?$/; i++)
         print toupper(part[i]), $0
 }' "$tmp/tests" >"$tmp/names"
 
@@ -26,7 +26,7 @@ awk '{
 awk '
 function words(text) {
     text = " " text " "
-    while (match(text, /[PMFQVXTRWB][0-9][0-9]?/)) {
+    while (match(text, /[PMFQVXTRWBE][0-9][0-9]?/)) {
         after = substr(text, RSTART + RLENGTH)
         if (substr(text, RSTART - 1, 1) !~ /[A-Za-z0-9_.-]/ &&
             after !~ /^([A-Za-z0-9_]|\.[0-9])/)

@@ -55,11 +55,11 @@ void test_fail(const char *file, int line, const char *text);
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 // Calls of the Linux part to `call` fail with `err`: the first `skip` do not,
-// the `times` after them do. A poll that fails with 0 has run out of time.
-// Only for calls that this thread makes.
+// the `times` after them do. Only for calls that this thread makes.
 void     test_calls_fail(const char *call, int err, unsigned skip,
                          unsigned times);
 unsigned test_calls_left(void); // those that did not happen yet
+bool     test_call_fails(const char *call); // one is made: whether it fails
 
 // Whether `call` fails an assertion, in a process of its own.
 bool test_asserts(void (*call)(void));

@@ -1,6 +1,8 @@
 // Groups X (execution), B (backends), the request interface, the options.
 #include "guest.h"
 
+#include "../examples/pacer.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -1439,14 +1441,14 @@ static int64_t read_nothing(void *user, uint64_t offset, const vblk_seg *seg,
 void b_limiter_offers_what_its_backend_has(void) {
     const vblk_limits large = {.bps = 1, .bps_burst = UINT64_C(1) << 63};
     const vblk_limits none = {0};
-    vblk_pacer l;
+    pacer l;
     vblk_backend inner = {.read = read_nothing};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
-             (uint64_t)vblk_pacer_init(&l, inner, &large));
-    CHECK_EQ(VBLK_OK, vblk_pacer_init(&l, inner, &none));
-    vblk_backend b = vblk_pacer_backend(&l);
+             (uint64_t)pacer_init(&l, inner, &large));
+    CHECK_EQ(VBLK_OK, pacer_init(&l, inner, &none));
+    vblk_backend b = pacer_backend(&l);
     CHECK(b.read && !b.write && !b.flush && !b.size);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // The kernel tells of lost data once. Whoever flushes meanwhile hears of it.

@@ -258,32 +258,11 @@ void x1_segments_stay_in_their_array(void) {
                 CHECK_MEM(at(SEAM - 256), copy, 256);
                 CHECK_EQ(3, copy[511]);
             }
-            vblk_execute(&g.dev, &r);
+            CHECK_EQ(VBLK_OK, vblk_complete(&g.dev, &r, 512 * n));
             vblk_publish(&g.dev, 0);
             CHECK_EQ(1, used_count(0));
-            CHECK_EQ(3, g.disk[512 * n - 1]);
         }
     }
-}
-
-// A backend that moves little: a segment that was cut is whole again.
-void x3_segments_are_whole_after_short_transfers(void) {
-    vblk_seg     seg[MAX_SEGS + 2], before[MAX_SEGS + 2];
-    vblk_request r;
-    guest_up();
-    g.most = 100;
-    req q = prepare(VBLK_T_OUT, 0, 2048);
-    part p[5] = {{q.header, 16, 0},           {q.data, 700, 0},
-                 {q.data + 700, 1, 0},        {q.data + 701, 1347, 0},
-                 {q.status, 1, WRITE}};
-    fill(q.data, 9, 2048);
-    submit(0, p, 5);
-    CHECK(vblk_next(&g.dev, 0, 0, &r, seg, COUNT(seg)));
-    memcpy(before, seg, r.segs * sizeof *seg);
-    vblk_execute(&g.dev, &r);
-    CHECK_MEM(before, seg, r.segs * sizeof *seg);
-    CHECK_EQ(VBLK_S_OK, status_of(&q));
-    CHECK_EQ(9, g.disk[2047]);
 }
 
 
@@ -565,19 +544,6 @@ void w7_nothing_is_written_after_a_reset(void) {
         g.ambush = 0;
     }
     guest_init();
-}
-
-// An execution of an earlier session does nothing.
-void r1_an_old_request_is_not_executed(void) {
-    vblk_request r;
-    guest_up();
-    req q = request(VBLK_T_IN, 0, 512);
-    CHECK_EQ(REQUEST, take(0, 0, &r).state);
-    reset();
-    fill(q.data, 0x5a, 512);
-    vblk_execute(&g.dev, &r);
-    CHECK_EQ(0, g.calls);
-    CHECK_EQ(0x5a, *at(q.data));
 }
 
 // What the host completes in quiesce() is not lost, and the position is right.

@@ -2,6 +2,8 @@
 // blocking limiter.
 #include "guest.h"
 
+#include "../examples/pacer.h"
+
 #include <errno.h>
 #include <pthread.h>
 
@@ -712,7 +714,7 @@ void t_a_long_saturated_run_through_the_device(void) {
 // ---- Blocking limiter -----------------------------------------------------
 
 static uint64_t      limiter_now, limiter_slept;
-static vblk_pacer *limiter_asking; // its lock is held then
+static pacer *limiter_asking; // its lock is held then
 
 static uint64_t fake_now(void) {
     CHECK_EQ(EBUSY, pthread_mutex_trylock(&limiter_asking->mutex));
@@ -725,10 +727,10 @@ static void fake_sleep(uint64_t ns) {
     limiter_slept += ns;
 }
 
-static int limiter(vblk_pacer *l, vblk_backend inner, uint64_t bps,
+static int limiter(pacer *l, vblk_backend inner, uint64_t bps,
                    uint64_t burst) {
     vblk_limits limits = {.bps = bps, .bps_burst = burst};
-    return vblk_pacer_init(l, inner, &limits);
+    return pacer_init(l, inner, &limits);
 }
 
 // As the device does: again and again, until all is moved.
@@ -755,16 +757,16 @@ static void move_all(const vblk_backend *b, bool in, const vblk_seg *seg,
     }
 }
 
-static void start_limiter(vblk_pacer *l, vblk_backend *b,
+static void start_limiter(pacer *l, vblk_backend *b,
                           const vblk_limits *limits) {
     guest_make();
-    CHECK_EQ(VBLK_OK, vblk_pacer_init(l, g.o.backend, limits));
+    CHECK_EQ(VBLK_OK, pacer_init(l, g.o.backend, limits));
     l->now = fake_now;
     l->sleep = fake_sleep;
     limiter_asking = l;
     limiter_now = 7 * SECOND;
     limiter_slept = 0;
-    *b = vblk_pacer_backend(l);
+    *b = pacer_backend(l);
 }
 
 static uint8_t limited_data[1000 * 1024];
@@ -774,7 +776,7 @@ static uint8_t limited_data[1000 * 1024];
 void t8_more_than_the_burst_waits_its_time(void) {
     static const vblk_limits limits = {.bps = 1024, .bps_burst = 100};
     vblk_seg seg = {.ptr = limited_data, .n = 100};
-    vblk_pacer l;
+    pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     CHECK_EQ(100, b.write(b.user, 0, &seg, 1));
@@ -782,14 +784,14 @@ void t8_more_than_the_burst_waits_its_time(void) {
     seg.n = 256;
     CHECK_EQ(256, b.write(b.user, 0, &seg, 1));
     CHECK_EQ(SECOND / 4, limiter_slept);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
     const vblk_limits steady = {.bps = 1 << 20};
     start_limiter(&l, &b, &steady);
     seg.n = 1 << 19;
     move_all(&b, true, &seg, 1); // half a second's, of which a tenth was saved
     CHECK(limiter_slept > SECOND * 38 / 100);
     CHECK(limiter_slept < SECOND * 41 / 100);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // What a share has paid for is not paid for again when it comes in pieces.
@@ -797,7 +799,7 @@ void t8_a_backend_that_moves_little(void) {
     static const vblk_limits limits = {
         .iops = 10, .iops_burst = 10, .bps = 1 << 20};
     vblk_seg seg = {.ptr = limited_data, .n = 1 << 19};
-    vblk_pacer l;
+    pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     g.most = 4096;
@@ -805,7 +807,7 @@ void t8_a_backend_that_moves_little(void) {
     CHECK(limiter_slept > SECOND * 38 / 100);
     CHECK(limiter_slept < SECOND * 41 / 100);
     CHECK(l.ops.tokens >= 9); // one was taken, whatever came back since
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // Shares end where they must, not where a segment does: a backend may want
@@ -825,19 +827,19 @@ void t8_shares_are_whole_sectors(void) {
     static const vblk_limits limits = {.bps = 20480};
     vblk_seg seg[3] = {{limited_data, 100, 0}, {limited_data + 100, 3000, 0},
                        {limited_data + 3100, 996, 0}};
-    vblk_pacer l;
+    pacer l;
     vblk_backend b, inner = g.o.backend;
     inner.read = whole_sectors_read;
     g.o.backend = inner;
     start_limiter(&l, &b, &limits);
-    CHECK_EQ(2048, l.share);
+    CHECK_EQ(2048, l.most);
     memset(limited_data, 0, 4096);
     move_all(&b, true, seg, 3);
     CHECK_EQ(1, limited_data[0]);
     CHECK_EQ(1, limited_data[2047]);
     CHECK_EQ(5, limited_data[2048]);
     CHECK_EQ(5, limited_data[4095]);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // Each is at its own time: a call's sleep is when that reader comes again.
@@ -852,7 +854,7 @@ void t8_large_and_small_requests_take_turns(void) {
     static const vblk_limits limits = {.bps = 1 << 20};
     uint64_t ready[5], at = 0, start = 7 * SECOND;
     unsigned small = 0;
-    vblk_pacer l;
+    pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     l.sleep = sleep_alone;
@@ -878,7 +880,7 @@ void t8_large_and_small_requests_take_turns(void) {
     CHECK_EQ(sizeof limited_data, at);
     CHECK(ready[4] - start < SECOND * 14 / 10);
     CHECK(small >= 40);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // One for a request, in however many shares it comes; a FLUSH is one, and
@@ -887,7 +889,7 @@ void t8_operations(void) {
     static const vblk_limits limits = {
         .iops = 2, .iops_burst = 1, .bps = 1 << 20};
     vblk_seg seg = {.ptr = limited_data, .n = sizeof limited_data};
-    vblk_pacer l;
+    pacer l;
     vblk_backend b;
     start_limiter(&l, &b, &limits);
     for (int i = 0; i < 3; i++) {
@@ -907,8 +909,8 @@ void t8_operations(void) {
     CHECK_EQ(2 * SECOND, limiter_slept);
     const vblk_limits odd = {.iops_burst = 5};
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
-             (uint64_t)vblk_pacer_init(&l, g.o.backend, &odd));
-    vblk_pacer_close(&l);
+             (uint64_t)pacer_init(&l, g.o.backend, &odd));
+    pacer_close(&l);
 }
 
 void t8_blocking_limiter(void) {
@@ -916,7 +918,7 @@ void t8_blocking_limiter(void) {
     uint8_t data[16384];
     vblk_seg seg[2] = {{data, 100, 0}, {data + 100, 3996, 0}};
     for (size_t i = 0; i < COUNT(rates); i++) {
-        vblk_pacer l;
+        pacer l;
         CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, rates[i], 0));
         CHECK_EQ(rates[i] / 10, l.bytes.burst); // steady
         l.now = fake_now;
@@ -924,7 +926,7 @@ void t8_blocking_limiter(void) {
         l.sleep = fake_sleep;
         limiter_now = 7 * SECOND;
         guest_make();
-        vblk_backend b = vblk_pacer_backend(&l);
+        vblk_backend b = pacer_backend(&l);
         uint64_t bytes = 0;
         while (limiter_now < 107 * SECOND && bytes < 20000000) {
             move_all(&b, bytes & 4096, seg, 2);
@@ -937,14 +939,14 @@ void t8_blocking_limiter(void) {
         CHECK((double)bytes < due + (double)l.bytes.burst + slack);
         CHECK_EQ(0, b.flush(b.user));
         CHECK_EQ(g.backing, b.size(b.user));
-        vblk_pacer_close(&l);
+        pacer_close(&l);
     }
 }
 
 void t8_no_rate_passes_everything(void) {
     uint8_t data[4096];
     vblk_seg seg = {.ptr = data, .n = sizeof data};
-    vblk_pacer l;
+    pacer l;
     guest_make();
     CHECK_EQ((uint64_t)VBLK_ERR_LIMITS,
              (uint64_t)limiter(&l, g.o.backend, 0, 10));
@@ -954,12 +956,12 @@ void t8_no_rate_passes_everything(void) {
     l.sleep = fake_sleep;
     l.now = fake_now;
     limiter_slept = 0;
-    vblk_backend b = vblk_pacer_backend(&l);
+    vblk_backend b = pacer_backend(&l);
     for (int i = 0; i < 100; i++) {
         CHECK_EQ(4096, b.read(b.user, 0, &seg, 1));
     }
     CHECK_EQ(0, limiter_slept);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 void t8_rate_and_burst_of_a_limiter(void) {
@@ -976,14 +978,14 @@ void t8_rate_and_burst_of_a_limiter(void) {
         {0, 1, 0, VBLK_ERR_LIMITS},
     };
     for (size_t i = 0; i < COUNT(rows); i++) {
-        vblk_pacer l;
+        pacer l;
         int err = limiter(&l, g.o.backend, rows[i].bps,
                                     rows[i].burst);
         ROW_BEGIN();
         CHECK_EQ((uint64_t)rows[i].err, (uint64_t)err);
         if (!err) {
             CHECK_EQ(rows[i].want, l.bytes.burst);
-            vblk_pacer_close(&l);
+            pacer_close(&l);
         }
         ROW("limiter %zu", i);
     }
@@ -993,7 +995,7 @@ void t8_rate_and_burst_of_a_limiter(void) {
 void t8_a_wait_of_a_nanosecond(void) {
     uint8_t byte;
     vblk_seg seg = {.ptr = &byte, .n = 1};
-    vblk_pacer l;
+    pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, SECOND, 1));
     l.now = fake_now;
@@ -1001,22 +1003,22 @@ void t8_a_wait_of_a_nanosecond(void) {
     limiter_asking = &l;
     limiter_now = 5;
     limiter_slept = 0;
-    vblk_backend b = vblk_pacer_backend(&l);
+    vblk_backend b = pacer_backend(&l);
     for (unsigned i = 0; i < 10; i++) {
         CHECK_EQ(1, b.read(b.user, 0, &seg, 1));
         CHECK_EQ(i, limiter_slept);
     }
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // The real clock and sleep, once: 20 KB at 1 MB/s after a 1 KB burst.
 void t8_real_time(void) {
     uint8_t data[1024];
     vblk_seg seg = {.ptr = data, .n = sizeof data};
-    vblk_pacer l;
+    pacer l;
     guest_make();
     CHECK_EQ(VBLK_OK, limiter(&l, g.o.backend, 1000000, 1024));
-    vblk_backend b = vblk_pacer_backend(&l);
+    vblk_backend b = pacer_backend(&l);
     uint64_t start = l.now();
     b.read(b.user, 0, &seg, 1);
     CHECK_EQ(0, l.bytes.tokens);
@@ -1024,7 +1026,7 @@ void t8_real_time(void) {
         b.read(b.user, 0, &seg, 1);
     }
     CHECK(l.now() - start >= 19 * 1024 * 1000);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // A quotient of 2^64 - 1 and a remainder: one more cannot be told.
@@ -1158,14 +1160,14 @@ static int failing_flush(void *user) {
 
 void t8_b2_a_flush_goes_through_the_limiter(void) {
     vblk_backend inner = g.o.backend;
-    vblk_pacer l;
+    pacer l;
     inner.flush = failing_flush;
     inner_flushes = 0;
     CHECK_EQ(VBLK_OK, limiter(&l, inner, 1000, 0));
-    vblk_backend b = vblk_pacer_backend(&l);
+    vblk_backend b = pacer_backend(&l);
     CHECK_EQ((uint64_t)-7, (uint64_t)b.flush(b.user));
     CHECK_EQ(1, inner_flushes);
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // The wait of a drain is that of the queue whose turn it is afterwards.

@@ -1,26 +1,16 @@
 // Group W (worker thread), R2, with real threads.
 #include "guest.h"
 
+#include "../examples/pacer.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
-
-int test_meaning(uint64_t token); // private to the implementation, in main.c
-
-void w4_meaning_of_an_event(void) {
-    for (int i = 0; i < 4; i++) {
-        CHECK_EQ(i, test_meaning((uint64_t)i));
-    }
-    CHECK_EQ(4, test_meaning(4));
-    CHECK_EQ(4, test_meaning(UINT64_MAX));
-}
 
 
 // ---- A device with a worker, and what a driver needs around it ------------
@@ -273,7 +263,7 @@ void w_options_are_checked_and_nothing_leaks(void) {
              (uint64_t)vblk_worker_init(&w, &o, &wo));
     worker_options();
     make_worker();
-    const int fds[] = {w.irq_fd, w.kick_fd, w.stop_fd, w.pause_fd, w.done_fd};
+    const int fds[] = {w.irq_fd, w.kick_fd};
     for (size_t i = 0; i < COUNT(fds); i++) { // nothing has happened yet
         uint64_t count;
         CHECK_EQ((uint64_t)-1, (uint64_t)read(fds[i], &count, 8));
@@ -404,20 +394,20 @@ void w9_memory_later_with_a_worker(void) {
     finish();
 }
 
-void w_a_worker_without_epoll_asks_for_a_reset(void) {
+void w4_a_worker_without_its_kick_asks_for_a_reset(void) {
     uint64_t count;
     worker_options();
     up();
     read_one();
     CHECK(!vblk_worker_pause(&w, 10000));
-    close(w.epoll_fd);
+    close(w.kick_fd);
     vblk_worker_resume(&w);
     EVENTUALLY(load(VBLK_REG_STATUS) == 0x4f);
     EVENTUALLY(load(VBLK_REG_INTERRUPT_STATUS) & 2);
     EVENTUALLY(read(w.irq_fd, &count, 8) == 8);
     CHECK(!vblk_worker_pause(&w, 10000)); // it rests for good
     vblk_worker_resume(&w);
-    w.epoll_fd = -1;
+    w.kick_fd = w.kick_fds[0] = -1;
     finish();
 }
 
@@ -749,7 +739,7 @@ void w7_w8_reset_of_a_stuck_worker(void) {
 void w7_end_of_a_stuck_worker(void) {
     up_stuck();
     uint64_t start = clock_ns();
-    const int fds[] = {w.irq_fd, w.kick_fd, w.stop_fd, w.pause_fd, w.done_fd};
+    const int fds[] = {w.irq_fd, w.kick_fd};
     CHECK(vblk_worker_close(&w));
     CHECK(clock_ns() - start < 5 * SECOND);
     CHECK(fcntl(fds[0], F_GETFD) >= 0); // for the thread it is there
@@ -1029,22 +1019,6 @@ void w7_a_page_that_does_not_come(void) {
     }
 }
 
-// W7: nor does a descriptor that is dead keep the reset waiting.
-void w7_a_dead_stop_descriptor(void) {
-    worker_options();
-    wo.stop_ms = 20;
-    up();
-    read_one();
-    int dead = dup(w.stop_fd), null = open("/dev/null", O_RDWR);
-    epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, w.stop_fd, NULL);
-    dup2(null, w.stop_fd);
-    CHECK(worker_reset(&w));
-    again_from_reset();
-    finish();
-    close(dead);
-    close(null);
-}
-
 // T5: what is gone waits for nothing.
 void t5_the_gauge_falls_at_the_end(void) {
     worker_options();
@@ -1127,7 +1101,7 @@ static int no_quiesce(void *user, int queue) {
     return 0;
 }
 
-void w_options_and_locks_that_cannot_be(void) {
+void w_options_that_cannot_be(void) {
     worker_options();
     wo.stop_ms = (unsigned)INT_MAX + 1;
     CHECK_EQ((uint64_t)VBLK_ERR_STOP_MS,
@@ -1139,23 +1113,12 @@ void w_options_and_locks_that_cannot_be(void) {
     o.quiesce = no_quiesce;
     CHECK_EQ((uint64_t)VBLK_ERR_HOOKS, (uint64_t)vblk_worker_init(&w, &o, &wo));
     o.quiesce = NULL;
-    for (unsigned i = 0; i < 3; i++) {
-        test_calls_fail("pthread_mutex_init", EAGAIN, i, 1);
-        errno = 0;
-        CHECK_EQ((uint64_t)VBLK_ERR_WORKER,
-                 (uint64_t)vblk_worker_init(&w, &o, &wo));
-        CHECK_EQ(EAGAIN, errno);
-    }
-    test_calls_fail("pthread_cond_init", ENOMEM, 0, 1);
-    CHECK_EQ((uint64_t)VBLK_ERR_WORKER,
-             (uint64_t)vblk_worker_init(&w, &o, &wo));
-    CHECK_EQ(ENOMEM, errno);
     up();
     read_one();
     finish();
 }
 
-static unsigned shares_of(vblk_pacer *l) {
+static unsigned shares_of(pacer *l) {
     pthread_mutex_lock(&l->mutex);
     unsigned shares = l->rests;
     pthread_mutex_unlock(&l->mutex);
@@ -1165,10 +1128,10 @@ static unsigned shares_of(vblk_pacer *l) {
 // T8, W7: the thread stops between two shares of a limited backend.
 void t8_w7_a_reset_while_a_limiter_sleeps(void) {
     static const vblk_limits slow = {.bps = 10240};
-    vblk_pacer l;
+    pacer l;
     worker_options();
-    CHECK_EQ(VBLK_OK, vblk_pacer_init(&l, o.backend, &slow));
-    o.backend = vblk_pacer_backend(&l);
+    CHECK_EQ(VBLK_OK, pacer_init(&l, o.backend, &slow));
+    o.backend = pacer_backend(&l);
     up();
     uint64_t start = clock_ns();
     chain(0, VBLK_T_IN, 0);
@@ -1181,7 +1144,7 @@ void t8_w7_a_reset_while_a_limiter_sleeps(void) {
     CHECK(clock_ns() - start < 3 * SECOND);
     CHECK_EQ(0, load(VBLK_REG_STATUS));
     finish();
-    vblk_pacer_close(&l);
+    pacer_close(&l);
 }
 
 // LIB-09: the interrupt function wants a lock that the vCPU holds while it

@@ -1,14 +1,13 @@
 // The worker's edges: descriptors that break or cannot be had, the host's own
 // hooks, registers of other widths, kicks and pauses at awkward moments.
 #include "rig.h"
+#include "uring.h"
 
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
-#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -131,7 +130,7 @@ void w_without_descriptors(void) {
     int next = dup(0);
     close(next);
     getrlimit(RLIMIT_NOFILE, &was);
-    for (int n = 0; n < 7; n++) {
+    for (int n = 0; n < 2; n++) {
         few = was;
         few.rlim_cur = (rlim_t)(next + n);
         setrlimit(RLIMIT_NOFILE, &few);
@@ -160,51 +159,6 @@ void w_without_a_thread(void) {
     put_flush(1);
     EVENTUALLY(used_is(1));
     CHECK(!vblk_worker_close(&w));
-}
-
-void w_a_timer_that_breaks(void) {
-    for (int armed = 0; armed < 2; armed++) {
-        struct itimerspec soon = {{0, 0}, {0, 1000000}};
-        worker_options();
-        o.limits.iops = 1;
-        make_worker();
-        int timer = w.timer_fd;
-        w.timer_fd = -1;
-        bind_driver();
-        if (armed) {
-            timerfd_settime(timer, 0, &soon, NULL);
-            EVENTUALLY(was_told("waiting for events failed"));
-        } else {
-            put_flush(2);
-            EVENTUALLY(was_told("the timer cannot be set"));
-        }
-        EVENTUALLY(load(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET);
-        CHECK(!vblk_worker_close(&w));
-        close(timer);
-    }
-}
-
-void w_events_that_mean_nothing(void) {
-    worker_options();
-    make_worker();
-    bind_driver();
-    struct epoll_event e;
-    int fd = eventfd(1, EFD_NONBLOCK), ends[2];
-    memset(&e, 0, sizeof e);
-    e.events = EPOLLIN | EPOLLONESHOT;
-    e.data.u64 = 99;
-    CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, fd, &e));
-    EVENTUALLY(was_told("no descriptor of ours"));
-    CHECK_EQ(0, pipe(ends));
-    close(ends[1]);
-    e.data.u64 = 1; // the kick
-    CHECK_EQ(0, epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, ends[0], &e));
-    EVENTUALLY(was_told("[index 1, value 0x10]"));
-    put_flush(1);
-    EVENTUALLY(used_is(1));
-    CHECK(!vblk_worker_close(&w));
-    close(fd);
-    close(ends[0]);
 }
 
 // The default printer says how many lines it left out.
@@ -268,9 +222,6 @@ void w_kick_while_stalled(void) {
     }
     EVENTUALLY(used_is(11));
     CHECK_EQ(1, vblk_counters(&w.dev).throttled);
-    struct itimerspec timer;
-    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
-    CHECK(!timer.it_interval.tv_sec && !timer.it_interval.tv_nsec); // once
     CHECK(!vblk_worker_close(&w));
 }
 
@@ -282,10 +233,10 @@ static int64_t slow_read(void *user, uint64_t offset, const vblk_seg *seg,
     return (int64_t)seg[0].n;
 }
 
-// W3: the timer is set to the moment that the limit allows, whatever the disk
-// took since the drain began.
-void w3_the_timer_is_set_to_a_moment(void) {
-    struct itimerspec timer;
+// W3: the thread sleeps until the limit allows, whatever the disk took
+// meanwhile.
+void w3_a_sleep_ends_at_a_moment(void) {
+    uint64_t start = clock_ns();
     worker_options();
     o.limits.bps = 5120;
     o.backend.read = slow_read;
@@ -293,9 +244,9 @@ void w3_the_timer_is_set_to_a_moment(void) {
     bind_driver();
     put_reads(11); // 50 ms for ten, and the eleventh may go after 100
     EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
-    CHECK_EQ(0, timerfd_gettime(w.timer_fd, &timer));
-    CHECK(timer.it_value.tv_sec == 0 && timer.it_value.tv_nsec < 60000000);
     EVENTUALLY(used_is(11));
+    CHECK(clock_ns() - start >= 100000000);
+    CHECK(vblk_counters(&w.dev).throttled_ns < 60000000);
     CHECK(!vblk_worker_close(&w));
 }
 
@@ -322,10 +273,8 @@ void w3_a_kick_while_another_queue_is_stalled(void) {
         store(VBLK_REG_QUEUE_READY, 1);
     }
     store(VBLK_REG_STATUS, 0xf);
-    put_reads(3); // the timer would show: the third stalls after it
-    struct itimerspec timer = {{0, 0}, {0, 0}};
-    EVENTUALLY(timerfd_gettime(w.timer_fd, &timer) == 0 &&
-               timer.it_value.tv_nsec > 0); // the drain is over
+    put_reads(3);
+    EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
     uint64_t stalls = vblk_counters(&w.dev).throttled;
     uint8_t *d = ram + 0x6000; // a FLUSH, header and status byte at 0xa000
     d[1] = 0xa0, d[8] = 16, d[12] = NEXT, d[14] = 1;
@@ -336,7 +285,7 @@ void w3_a_kick_while_another_queue_is_stalled(void) {
     store(VBLK_REG_QUEUE_NOTIFY, 1);
     EVENTUALLY(__atomic_load_n(ram + 0x8002, __ATOMIC_ACQUIRE) == 1);
     CHECK_EQ(VBLK_S_OK, ram[0xa010]);
-    CHECK_EQ(stalls, vblk_counters(&w.dev).throttled); // before the timer
+    CHECK_EQ(stalls, vblk_counters(&w.dev).throttled); // before its time
     CHECK(!vblk_worker_close(&w));
 }
 
@@ -394,4 +343,238 @@ void w_pause_is_told_when_the_thread_is_left_behind(void) {
             close(parked_fd);
         }
     }
+}
+
+
+// ---- Several threads, files -------------------------------------------------
+
+#define QUEUES 4u
+
+// Queue `i` has its rings at i * 0x3000; its requests' header, status byte and
+// data are at 0xc000 + i * 0x1000.
+static void bind_queues(void) {
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 0);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)(VBLK_F_FLUSH | VBLK_F_MQ));
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 1);
+    store(VBLK_REG_STATUS, 0xb);
+    for (uint32_t i = 0; i < QUEUES; i++) {
+        store(VBLK_REG_QUEUE_SEL, i);
+        store(VBLK_REG_QUEUE_NUM, 16);
+        store(VBLK_REG_QUEUE_DESC_LOW, i * 0x3000);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, i * 0x3000 + 0x1000);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, i * 0x3000 + 0x2000);
+        store(VBLK_REG_QUEUE_READY, 1);
+    }
+    store(VBLK_REG_STATUS, 0xf);
+}
+
+// The next `n` of queue `i`, all by the chain at 0 of its table.
+static void read_by(uint32_t i, uint16_t upto) {
+    uint8_t *d = ram + i * 0x3000;
+    d[1] = (uint8_t)(0xc0 + i * 16), d[8] = 16, d[12] = NEXT, d[14] = 1;
+    d[16] = 0, d[17] = (uint8_t)(0xc8 + i * 16), d[25] = 2;
+    d[28] = NEXT | WRITE, d[30] = 2;
+    d[32] = 16, d[33] = (uint8_t)(0xc0 + i * 16), d[40] = 1, d[44] = WRITE;
+    __atomic_store_n((uint16_t *)(void *)(ram + i * 0x3000 + 0x1002), upto,
+                     __ATOMIC_RELEASE);
+    store(VBLK_REG_QUEUE_NOTIFY, i);
+}
+
+static bool used_by(uint32_t i, uint16_t upto) {
+    return __atomic_load_n((uint16_t *)(void *)(ram + i * 0x3000 + 0x2002),
+                           __ATOMIC_ACQUIRE) == upto;
+}
+
+static pthread_t readers[64];
+static uint32_t  reads_done;
+
+static int64_t notes_who_reads(void *user, uint64_t offset,
+                               const vblk_seg *seg, unsigned segs) {
+    uint32_t n = __atomic_fetch_add(&reads_done, 1, __ATOMIC_RELAXED);
+    (void)user, (void)offset, (void)segs;
+    if (n < COUNT(readers)) {
+        readers[n] = pthread_self();
+    }
+    return (int64_t)seg[0].n;
+}
+
+static void several(void) {
+    worker_options();
+    memset(ram, 0, sizeof ram);
+    o.queues = QUEUES;
+    wo.each_queue = true;
+    reads_done = 0;
+}
+
+void w12_a_thread_for_each_queue(void) {
+    several();
+    o.backend.read = notes_who_reads;
+    make_worker();
+    for (unsigned round = 1; round <= 3; round++) {
+        bind_queues();
+        for (uint32_t i = 0; i < QUEUES; i++) {
+            CHECK(vblk_worker_kick_fd(&w, i) >= 0);
+            read_by(i, 5);
+        }
+        for (uint32_t i = 0; i < QUEUES; i++) {
+            EVENTUALLY(used_by(i, 5));
+        }
+        CHECK(!vblk_worker_pause(&w, 5000));
+        read_by(2, 6);
+        CHECK(vblk_worker_paused(&w) && used_by(2, 5));
+        vblk_worker_resume(&w);
+        EVENTUALLY(used_by(2, 6));
+        CHECK(worker_reset(&w));
+        CHECK(vblk_worker_paused(&w));
+        memset(ram, 0, sizeof ram);
+    }
+    unsigned threads = 0;
+    for (unsigned i = 0; i < 21; i++) {
+        unsigned j = 0;
+        while (j < i && !pthread_equal(readers[i], readers[j])) {
+            j++;
+        }
+        threads += j == i;
+    }
+    CHECK_EQ(QUEUES, threads);
+    CHECK_EQ(63, reads_done);
+    CHECK(!vblk_worker_close(&w));
+}
+
+// T4: they share one limit, and none is passed over.
+void w12_limits_of_several_threads(void) {
+    several();
+    o.limits.iops = 200;
+    o.limits.iops_burst = 200;
+    make_worker();
+    bind_queues();
+    uint64_t start = clock_ns();
+    w.dev.ops.tokens = 0;
+    w.dev.ops.last_ns = start;
+    for (uint32_t i = 0; i < QUEUES; i++) {
+        read_by(i, 10);
+    }
+    for (uint32_t i = 0; i < QUEUES; i++) {
+        EVENTUALLY(used_by(i, 10));
+    }
+    uint64_t took = clock_ns() - start;
+    CHECK(took >= 39 * (SECOND / 200));
+    CHECK_EQ(40, vblk_counters(&w.dev).reads);
+    CHECK(!vblk_worker_close(&w));
+}
+
+// With io_uring where this file system and kernel have it, and without.
+void w12_files_by_io_uring(void) {
+    for (unsigned without = 0; without < 2; without++) {
+        char      path[] = "./vblk_test_XXXXXX";
+        vblk_file file;
+        int       fd = mkstemp(path);
+        uint8_t   sector[512];
+        memset(sector, 0x3c, sizeof sector);
+        for (unsigned i = 0; i < 64; i++) {
+            CHECK(write(fd, sector, sizeof sector) == sizeof sector);
+        }
+        close(fd);
+        CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, 0));
+        several();
+        o.backend = vblk_file_backend(&file);
+        wo.no_uring = without;
+        make_worker();
+        for (unsigned round = 0; round < 3; round++) {
+            memset(ram, 0, sizeof ram);
+            bind_queues();
+            for (uint16_t upto = 1; upto <= 40; upto++) {
+                for (uint32_t i = 0; i < QUEUES; i++) {
+                    read_by(i, upto);
+                }
+                for (uint32_t i = 0; i < QUEUES; i++) {
+                    EVENTUALLY(used_by(i, upto));
+                }
+            }
+            CHECK_EQ(0x3c, ram[0xc800]);
+            CHECK_EQ(0x3c, ram[0xf800 + 511]);
+            read_by(1, 44); // under way, perhaps
+            CHECK(worker_reset(&w));
+        }
+        CHECK_EQ(0, vblk_counters(&w.dev).io_errors);
+        CHECK(!vblk_worker_close(&w));
+        vblk_file_close(&file);
+        unlink(path);
+    }
+}
+
+static uint32_t came_back;
+
+static void on_came_back(void *user) {
+    (void)user;
+    __atomic_store_n(&came_back, 1, __ATOMIC_RELEASE);
+}
+
+// A worker over a file, and a read that io_uring does not end by itself.
+static vblk_file held_file;
+
+static void up_held(void) {
+    char    path[] = "/tmp/vblk_test_XXXXXX";
+    int     fd = mkstemp(path);
+    uint8_t sector[512] = {0x3c};
+    for (unsigned i = 0; i < 8; i++) {
+        CHECK(write(fd, sector, sizeof sector) == sizeof sector);
+    }
+    unlink(path);
+    CHECK_EQ(VBLK_OK, vblk_file_from(&held_file, fd, false));
+    worker_options();
+    o.backend = vblk_file_backend(&held_file);
+    o.event = on_log;
+    wo.stop_ms = 20;
+    wo.released = on_came_back;
+    __atomic_store_n(&came_back, 0, __ATOMIC_RELEASE);
+    uring_start(fd);
+    kernel.ends = 100;
+    kernel.hold = 1;
+    make_worker();
+    bind_driver();
+    put_reads(1);
+    EVENTUALLY(__atomic_load_n(&kernel.transfers, __ATOMIC_ACQUIRE) == 1);
+}
+
+static void down_held(void) {
+    CHECK(!vblk_worker_close(&w));
+    uring_stop();
+    vblk_file_close(&held_file);
+}
+
+// W5: at rest nothing is under way, or guest memory would change.
+void w12_a_pause_waits_for_io_uring(void) {
+    up_held();
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY, (uint64_t)vblk_worker_pause(&w, 20));
+    CHECK(!vblk_worker_paused(&w) && used_is(0));
+    __atomic_store_n(&kernel.let_go, 1, __ATOMIC_RELEASE);
+    EVENTUALLY(vblk_worker_paused(&w));
+    CHECK(used_is(1));
+    CHECK_EQ(0x3c, ram[0x4000]);
+    vblk_worker_resume(&w);
+    put_reads(2);
+    EVENTUALLY(used_is(2));
+    down_held();
+}
+
+// W7, W8: nor does a reset end, but when its time is over.
+void w12_a_reset_that_io_uring_holds_up(void) {
+    up_held();
+    CHECK(!worker_reset(&w));
+    CHECK_EQ(VBLK_STATUS_NEEDS_RESET, load(VBLK_REG_STATUS));
+    CHECK(was_told("left behind"));
+    CHECK(!worker_reset(&w));
+    __atomic_store_n(&kernel.let_go, 1, __ATOMIC_RELEASE);
+    EVENTUALLY(__atomic_load_n(&came_back, __ATOMIC_ACQUIRE));
+    CHECK(used_is(0));
+    CHECK(worker_reset(&w));
+    memset(ram, 0, sizeof ram);
+    bind_driver();
+    put_reads(1);
+    EVENTUALLY(used_is(1));
+    down_held();
 }

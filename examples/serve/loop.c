@@ -7,24 +7,22 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/time.h>
-#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-enum tag { TAG_LISTEN, TAG_CONNECTION, TAG_SIGNAL, TAG_TIMER, TAG_RING };
+enum tag { TAG_LISTEN, TAG_CONNECTION, TAG_SIGNAL, TAG_RING };
 
 #define MAX_READY (MAX_QUEUES + TAG_RING)
 
-static int         epoll_fd, listen_fd, signal_fd, timer_fd;
+static int         epoll_fd, listen_fd, signal_fd;
 static int         connection = -1;
 static unsigned    events;     // worth a line since it came
 static struct stat our_socket; // in the file system
 static uint64_t    accept_ns;  // when to try again; 0: no need
 static uint64_t    tick_ns;    // when --stats says something next; 0: never
-static uint64_t    set_to;     // the timer; 0: to nothing
+static uint64_t    work_ns;    // when to work again
 static bool        stopping;
-static int         ready_count;
 static struct epoll_event ready[MAX_READY]; // what there is to do in a turn
 
 unsigned count_event(void) {
@@ -75,8 +73,8 @@ static void listen_again(bool yes) {
 }
 
 static void disconnect(void) {
-    forget_memory();
     drop_device();
+    forget_memory();
     forget_messages();
     let_go(&connection);
     events = 0;
@@ -159,7 +157,7 @@ static void print_rates(void) {
     last = c;
 }
 
-static void on_timer(void) {
+static void on_time(void) {
     uint64_t now = now_ns();
     if (!message_in_time(now)) {
         disconnect();
@@ -168,21 +166,9 @@ static void on_timer(void) {
         accept_ns = 0;
         listen_again(connection < 0);
     }
-    wake_rings(now);
     if (tick_ns && tick_ns <= now) {
         print_rates();
         tick_ns += SECOND;
-    }
-}
-
-static void set_timer(void) {
-    uint64_t next = sooner(tick_ns, accept_ns);
-    next = sooner(sooner(next, message_due_ns()), wake_rings(0));
-    if (next != set_to) {
-        struct itimerspec t = {{0, 0}, {(time_t)(next / SECOND),
-                                        (long)(next % SECOND)}};
-        timerfd_settime(timer_fd, TFD_TIMER_ABSTIME, &t, NULL);
-        set_to = next;
     }
 }
 
@@ -197,37 +183,38 @@ static void watch_ourselves(bool yes) {
     }
 }
 
+static volatile sig_atomic_t alarmed;
+
 static void on_alarm(int number) {
     (void)number;
+    alarmed = true;
 }
 
-static void act(void) {
-    for (int i = 0; i < ready_count; i++) {
+// In guest memory, which may be gone: what follows is thrown away then.
+static void turn(void) {
+    uint64_t next = sooner(sooner(tick_ns, accept_ns), message_due_ns());
+    bool readable = wait_for(epoll_fd, next && next < work_ns ? next : work_ns);
+    int  n = readable ? epoll_wait(epoll_fd, ready, MAX_READY, 0) : 0;
+    watch_ourselves(readable || !alarmed);
+    alarmed = false;
+    for (int i = 0; i < n; i++) {
         switch (ready[i].data.u32) {
         case TAG_LISTEN: connect_next();  break;
         case TAG_SIGNAL: stopping = true; break;
-        case TAG_TIMER:  on_timer();      break;
         case TAG_CONNECTION:
             if (!receive(connection)) {
                 disconnect();
             }
             break;
-        default: kick_ring(ready[i].data.u32 - TAG_RING); break;
+        default: break; // a kick; to be awake is enough
         }
     }
-    if (!work()) {
-        disconnect();
+    if (next) {
+        on_time();
     }
-}
-
-static void turn(void) {
-    set_timer();
-    ready_count = epoll_wait(epoll_fd, ready, MAX_READY, rings_wait() ? 0 : -1);
-    watch_ourselves(ready_count >= 0);
-    if (escaped(act)) {
-        refuse("its guest's memory is gone");
+    work_ns = work();
+    if (blocked()) {
         disconnect();
-        set_to = 0; // what came with it is forgotten, the timer perhaps
     }
 }
 
@@ -243,18 +230,20 @@ void run(const char *socket_path, bool stats) {
     listen_at(socket_path);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     signal_fd = signalfd(-1, &ends, SFD_CLOEXEC);
-    timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
     if (!watch(listen_fd, EPOLLIN, TAG_LISTEN) ||
-        !watch(signal_fd, EPOLLIN, TAG_SIGNAL) ||
-        !watch(timer_fd, EPOLLIN | EPOLLET, TAG_TIMER)) {
+        !watch(signal_fd, EPOLLIN, TAG_SIGNAL)) {
         die("epoll: %s", strerror(errno));
     }
     tick_ns = stats ? now_ns() + SECOND : 0;
     while (!stopping) {
-        turn();
+        if (escaped(turn)) {
+            refuse("its guest's memory is gone");
+            disconnect();
+        }
     }
     remove_socket(socket_path);
     if (connection >= 0) {
         disconnect();
     }
+    end_device();
 }

@@ -86,11 +86,15 @@ static void open_image(vblk_file *file, const options *o) {
         }
         close(fd);
     }
-    if (vblk_file_open(file, o->image, o->read_only)) {
+    unsigned flags = (o->read_only ? VBLK_FILE_READ_ONLY : 0) |
+                     (o->direct ? VBLK_FILE_DIRECT : 0);
+    if (vblk_file_open(file, o->image, flags)) {
         bool may_read = errno == EACCES || errno == EROFS || errno == EPERM;
         die("--image %s: %s%s", o->image, strerror(errno),
             o->read_only ? "" : may_read ? "; --read-only may do" :
-            errno == ENOENT ? "; --create SIZE makes it" : "");
+            errno == ENOENT ? "; --create SIZE makes it" :
+            o->direct && (errno == EINVAL || errno == EOPNOTSUPP)
+                ? "; it has no O_DIRECT, go without --direct" : "");
     }
     uint64_t bytes = vblk_file_backend(file).size(file);
     if (bytes < VBLK_SECTOR) {
@@ -99,6 +103,10 @@ static void open_image(vblk_file *file, const options *o) {
     }
     if (!o->no_lock) {
         lock_image(file->fd, o);
+    }
+    if (o->direct) { // what is cached costs those who pass it by
+        fdatasync(file->fd);
+        posix_fadvise(file->fd, 0, 0, POSIX_FADV_DONTNEED);
     }
 }
 

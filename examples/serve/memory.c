@@ -22,9 +22,13 @@ static vblk_regions ram = {region, 0};
 static sigjmp_buf            escape;
 static volatile sig_atomic_t may_escape;
 
+// What a disk that does not answer may still write to stays where it is.
 void forget_memory(void) {
+    bool quiet = settle();
     for (unsigned i = 0; i < ram.count; i++) {
-        munmap(map[i].base, map[i].bytes);
+        if (quiet) {
+            munmap(map[i].base, map[i].bytes);
+        }
         map[i].base = NULL;
     }
     ram.count = 0;
@@ -96,6 +100,9 @@ static bool map_region(const mem_region *r, int fd) {
 }
 
 bool add_memory(const mem_region *r, const int *fds, unsigned nfds) {
+    if (!settle()) {
+        return false;
+    }
     if (nfds != 1 || ram.count == MAX_REGIONS) {
         return refuse("a memory region with %u descriptors beside %u others; "
                       "the most is %u regions", nfds, ram.count, MAX_REGIONS);
@@ -106,6 +113,9 @@ bool add_memory(const mem_region *r, const int *fds, unsigned nfds) {
 }
 
 bool remove_memory(const mem_region *r) {
+    if (!settle()) {
+        return false;
+    }
     for (unsigned i = 0; i < ram.count; i++) {
         if (r->gpa == region[i].gpa && r->bytes == region[i].bytes &&
             r->user == map[i].user) {

@@ -15,6 +15,10 @@ static const char usage[] =
     "  --iops N        requests a second, all queues together (no limit)\n"
     "  --bps N         bytes a second (no limit)\n"
     "  --cache MODE    writeback: the guest may flush; unsafe: it may not\n"
+    "  --aio MODE      sync: one request after another; uring: many at once,\n"
+    "                  by io_uring; auto: that where it can be had (sync: the\n"
+    "                  others lose requests when the daemon is killed)\n"
+    "  --direct        around the page cache (O_DIRECT)\n"
     "  --stats         a line every second\n"
     "  --no-lock       do not ask whether others use FILE\n"
     "Sizes and rates take K, M, G or T for powers of 1024. SIGINT or SIGTERM\n"
@@ -41,6 +45,7 @@ options parse(int argc, char **argv) {
         {"read-only", 0, 0, 'r'}, {"id", 1, 0, 'i'},  {"queues", 1, 0, 'q'},
         {"iops", 1, 0, 'o'},   {"bps", 1, 0, 'b'},    {"cache", 1, 0, 'c'},
         {"stats", 0, 0, 't'},  {"no-lock", 0, 0, 'l'}, {"help", 0, 0, 'h'},
+        {"aio", 1, 0, 'a'}, {"direct", 0, 0, 'd'},
         {0, 0, 0, 0}};
     options  o = {.queues = MAX_QUEUES};
     int      c, which;
@@ -54,6 +59,7 @@ options parse(int argc, char **argv) {
         case 'i': o.id = optarg;                            break;
         case 'o': o.limits.iops = number("iops", optarg);   break;
         case 'b': o.limits.bps = number("bps", optarg);     break;
+        case 'd': o.direct = true;                          break;
         case 't': o.stats = true;                           break;
         case 'l': o.no_lock = true;                         break;
         case 'q':
@@ -67,6 +73,14 @@ options parse(int argc, char **argv) {
             o.unsafe = strcmp(optarg, "unsafe") == 0;
             if (!o.unsafe && strcmp(optarg, "writeback") != 0) {
                 die("--cache %s: writeback or unsafe is needed", optarg);
+            }
+            break;
+        case 'a':
+            o.aio = strcmp(optarg, "uring") == 0  ? AIO_URING
+                    : strcmp(optarg, "auto") == 0 ? AIO_AUTO
+                                                  : AIO_SYNC;
+            if (o.aio == AIO_SYNC && strcmp(optarg, "sync") != 0) {
+                die("--aio %s: sync, uring or auto is needed", optarg);
             }
             break;
         case 'h':

@@ -1,5 +1,4 @@
-// The device and its rings: set up as the front end says, served, and looked
-// at a little longer.
+// The device and its rings: set up as the front end says, and served.
 #define VBLK_MAX_SEGS 1022 // QEMU's own back end takes chains of 1024
 #define VBLK_IMPLEMENTATION_THREADED
 #include "serve.h"
@@ -30,33 +29,20 @@ typedef struct ring {
     bool      running, broken;
     uint64_t  desc, avail, used; // in the address space of the front end
     int       fd[3];             // of each enum ring_fd, or -1
-    uint16_t *avail_idx;         // the guest's, or NULL
-    uint16_t  seen;              // its value before it was served last
-    uint64_t  wake_ns;           // when a stalled ring may go on, else 0
 } ring;
 
-static vblk_dev   device;
-static bool       limited;  // it has to know the time
-static vblk_queue queues[MAX_QUEUES];
-static vblk_seg   seg[VBLK_MAX_SEGS + 18]; // of the request under way
-static ring       rings[MAX_QUEUES];
-static unsigned   count;    // of them, --queues
-static unsigned   rings_up; // none above this one ran since the front end came
-static uint64_t   pending;  // rings to look at, a bit for each
-static uint64_t   work_ends_ns, work_bytes; // of this turn, see over()
-static bool       blocks;   // the front end made a call of ours block
+static vblk_dev    device;
+static vblk_engine engine;
+static vblk_queue  queues[MAX_QUEUES];
+static ring        rings[MAX_QUEUES];
+static unsigned    count;  // of them, --queues
+static bool        blocks; // the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
+
+#define QUIET_MS 5000u // for what is under way to end
 
 unsigned ring_count(void) {
     return count;
-}
-
-static uint64_t ring_bit(unsigned i) {
-    return UINT64_C(1) << i;
-}
-
-static uint64_t all_rings(void) {
-    return ring_bit(count - 1) * 2 - 1;
 }
 
 // A descriptor that is full has been signalled; one without a reader is gone.
@@ -93,37 +79,26 @@ static void event(void *user, const vblk_event *e) {
 
 // ---- Rings -----------------------------------------------------------------
 
-static void find_avail_idx(ring *r) {
-    uint64_t gpa;
-    uint8_t *host;
-    bool     there = find(r->avail, &gpa, &host) && ((uintptr_t)host & 1) == 0;
-    r->avail_idx = there ? (uint16_t *)(void *)(host + 2) : NULL;
+bool settle(void) {
+    return vblk_engine_quiesce(&engine, 0, QUIET_MS) == VBLK_OK ||
+           say("the image does not answer");
 }
 
 void memory_changed(const vblk_regions *now) {
     memory = now;
     vblk_set_memory(&device, vblk_regions_memory(memory));
-    for (unsigned i = 0; i < count; i++) {
-        if (rings[i].running) {
-            find_avail_idx(&rings[i]);
-        }
-    }
 }
 
 static void stop_ring(ring *r) {
     if (r->running) {
         r->base = (uint16_t)vblk_queue_stop(&device, (unsigned)(r - rings));
-        pending |= all_rings(); // who waited behind it need not any more
     }
     r->running = r->broken = false;
-    r->avail_idx = NULL;
-    r->wake_ns = 0;
 }
 
 // Not the front end's doing: the guest hears of it by its own time-out.
 static void break_ring(ring *r) {
     r->broken = true;
-    pending |= all_rings();
     signal_guest(r->fd[RING_ERR]);
 }
 
@@ -143,10 +118,7 @@ static void start_ring(ring *r) {
         grumble("ring %d does not run: the driver did not accept "
                 "VIRTIO_BLK_F_MQ", index);
     } else {
-        find_avail_idx(r);
         r->running = true;
-        rings_up = rings_up > (unsigned)index ? rings_up : (unsigned)index + 1;
-        pending |= ring_bit((unsigned)index);
         signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect
         return;
     }
@@ -271,6 +243,11 @@ void enable_ring(unsigned index, bool yes) {
 
 // ---- The device ------------------------------------------------------------
 
+static int quiesce(void *user, int queue) {
+    (void)user;
+    return vblk_engine_quiesce(&engine, queue, QUIET_MS);
+}
+
 void make_device(const options *o, vblk_file *file) {
     vblk_options v = {0};
     v.backend = serve_backend(file);
@@ -283,11 +260,21 @@ void make_device(const options *o, vblk_file *file) {
     v.limits = o->limits;
     v.interrupt = interrupt;
     v.event = event;
+    v.quiesce = quiesce;
     int err = vblk_init(&device, &v);
     if (err) {
         die("%s", vblk_strerror(err));
     }
-    limited = o->limits.iops || o->limits.bps;
+    err = vblk_engine_open(&engine, &device, o->aio != AIO_SYNC);
+    if (err == VBLK_ERR_URING && o->aio == AIO_AUTO) {
+        if (errno != EOPNOTSUPP) {
+            say("%s: %s; going on without", vblk_strerror(err),
+                strerror(errno));
+        }
+    } else if (err) {
+        die("%s: %s; --aio sync does without", vblk_strerror(err),
+            strerror(errno));
+    }
     count = o->queues;
     for (unsigned i = 0; i < count; i++) {
         rings[i] = (ring){.fd = {-1, -1, -1}};
@@ -321,9 +308,13 @@ void drop_device(void) {
         rings[i].running = false;
     }
     reset_device();
-    pending = 0;
-    rings_up = 0;
     blocks = false;
+}
+
+void end_device(void) {
+    if (vblk_engine_close(&engine)) {
+        say("the image does not answer");
+    }
 }
 
 vblk_counts device_counts(void) {
@@ -373,110 +364,21 @@ void read_config(uint8_t *space, size_t bytes) {
 
 // ---- Work ------------------------------------------------------------------
 
-// A turn of work, after which we look at socket, signals and timer.
-#define WORK_NS    10000000u
-#define WORK_BYTES (64u << 20)
-
-static uint64_t coarse_ns(void) { // some milliseconds old, and cheap
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
-
-static bool over(uint64_t bytes) {
-    work_bytes += bytes;
-    return work_bytes > WORK_BYTES || coarse_ns() > work_ends_ns || blocks;
-}
-
-static void serve(ring *r, uint64_t now) {
-    unsigned     index = (unsigned)(r - rings);
-    const unsigned room = sizeof seg / sizeof seg[0];
-    vblk_request req;
-    if (!r->running || r->broken) {
-        return;
-    }
-    if (r->avail_idx) {
-        r->seen = __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED);
-    }
-    r->wake_ns = 0;
-    while (vblk_next(&device, index, now, &req, seg, room)) {
-        vblk_execute(&device, &req);
-        if (over(req.bytes)) {
-            vblk_publish(&device, index);
-            pending |= ring_bit(index);
-            return;
-        }
-    }
-    uint64_t again = vblk_arm(&device, index, now);
-    if (again == now) {
-        pending |= ring_bit(index);
-    } else if (again != VBLK_NEVER) {
-        r->wake_ns = again;
-    } else if (vblk_queue_broken(&device, index)) {
-        break_ring(r);
-    }
-}
-
-static void serve_pending(void) {
-    static unsigned first;
-    uint64_t now = limited ? now_ns() : 0;
-    uint64_t todo = pending;
-    pending &= rings_up ? ring_bit(rings_up - 1) * 2 - 1 : 0;
-    for (unsigned i = 0; i < rings_up && !over(0); i++) {
-        unsigned k = (first + i) % rings_up;
-        if (todo & ring_bit(k)) {
-            pending &= ~ring_bit(k);
-            serve(&rings[k], now);
-        }
-    }
-    first++; // who came last comes first
-}
-
-// A guest that waits for every request is slowed down most by our falling
-// asleep in between. So look on a little, where the last wait was that short.
-#define LOOK_ON_NS 50000
-
-static bool new_work(void) {
-    for (unsigned i = 0; i < rings_up; i++) {
-        const ring *r = &rings[i];
-        if (r->avail_idx && !r->broken && !r->wake_ns &&
-            __atomic_load_n(r->avail_idx, __ATOMIC_RELAXED) != r->seen) {
-            pending |= ring_bit(i);
-        }
-    }
-    return pending != 0;
-}
-
-bool work(void) {
-    static uint64_t idle_since;
-    bool            look_on = now_ns() - idle_since < LOOK_ON_NS;
-    work_ends_ns = coarse_ns() + WORK_NS;
-    work_bytes = 0;
-    while (pending && !over(0)) {
-        serve_pending();
-        idle_since = now_ns();
-        while (look_on && !new_work()) {
-            look_on = now_ns() - idle_since < LOOK_ON_NS;
-        }
-    }
-    return !blocks || refuse("its event descriptor blocks whoever signals it");
-}
-
-void kick_ring(unsigned index) {
-    pending |= ring_bit(index);
-}
-
-bool rings_wait(void) {
-    return pending != 0;
-}
-
-uint64_t wake_rings(uint64_t now) {
-    uint64_t next = 0;
+uint64_t work(void) {
+    uint64_t next = vblk_engine_poll(&engine);
     for (unsigned i = 0; i < count; i++) {
-        if (rings[i].wake_ns && rings[i].wake_ns <= now) {
-            pending |= ring_bit(i);
+        ring *r = &rings[i];
+        if (r->running && !r->broken && vblk_queue_broken(&device, i)) {
+            break_ring(r);
         }
-        next = sooner(next, rings[i].wake_ns);
     }
     return next;
+}
+
+bool wait_for(int fd, uint64_t until) {
+    return vblk_engine_wait(&engine, fd, until);
+}
+
+bool blocked(void) {
+    return blocks && !refuse("its event descriptor blocks whoever signals it");
 }

@@ -5,7 +5,7 @@
 // In all parts alike, and so before any other header.
 #define _GNU_SOURCE       1  // as with -D
 #define _FILE_OFFSET_BITS 64 // a 32-bit program's files over 2 GiB
-#define VBLK_FILES
+#define VBLK_THREADED
 #include "../../vblk.h"
 
 #include <errno.h>
@@ -21,11 +21,14 @@
 
 #define F_PROTOCOL_FEATURES (UINT64_C(1) << 30) // among the device's features
 
+enum aio { AIO_SYNC, AIO_AUTO, AIO_URING };
+
 typedef struct options {
     const char *socket, *image, *id;
     uint64_t    create;
-    bool        read_only, unsafe, stats, no_lock;
+    bool        read_only, unsafe, stats, no_lock, direct;
     unsigned    queues;
+    enum aio    aio;
     vblk_limits limits;
 } options;
 
@@ -82,10 +85,11 @@ bool set_ring_fd(unsigned index, enum ring_fd which, int fd); // -1: none
 void enable_ring(unsigned index, bool yes);
 uint16_t end_ring(unsigned index); // its position
 void start_what_is_ready(void);
-void kick_ring(unsigned index);
-uint64_t wake_rings(uint64_t now); // when to call it next; 0: never
-bool rings_wait(void);             // there is work
-bool work(void);                   // a turn of it
+bool settle(void);   // nothing is under way
+uint64_t work(void); // for some milliseconds; when to call it next
+bool wait_for(int fd, uint64_t until); // to be readable, or for work
+bool blocked(void);  // ... in the front end's hands
+void end_device(void);
 
 // protocol.c
 bool receive(int connection);

@@ -37,7 +37,7 @@ int main(void) {
                            sizeof(vblk_request), sizeof(vblk_seg),
                            sizeof(vblk_options), sizeof(vblk_event),
                            sizeof(vblk_worker),  sizeof(vblk_file),
-                           sizeof(vblk_pacer)};
+                           sizeof(vblk_engine)};
     vblk_region  region = {.bytes = sizeof ram, .host = ram};
     vblk_regions guest = {.region = &region, .count = 1};
     vblk_ramdisk image = {.data = disk, .bytes = sizeof disk};

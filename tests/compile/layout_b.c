@@ -10,7 +10,7 @@ size_t size_there(int what) {
                            sizeof(vblk_request), sizeof(vblk_seg),
                            sizeof(vblk_options), sizeof(vblk_event),
                            sizeof(vblk_worker),  sizeof(vblk_file),
-                           sizeof(vblk_pacer)};
+                           sizeof(vblk_engine)};
     return size[what];
 }
 

@@ -49,7 +49,8 @@ build() { # output, flags and sources...
 }
 
 build_both() { # flags of the daemon...
-    build "$tmp/front" "$here/front.c" "$here/abuse.c"
+    build "$tmp/front" "$here/front.c" "$here/abuse.c" \
+        "$here/bare.c"
     build "$tmp/vblk-serve" "$@" "$here"/../../examples/serve/*.c
 }
 

@@ -2,15 +2,22 @@
 // speaks the protocol, and a driver that fills a split virtqueue.
 //
 //     front SOCKET load  --ref FILE --pid PID [--rw randread|randwrite|read]
-//                        [--bs BYTES] [--depth N] [--secs S]
+//                        [--bs BYTES] [--depth N] [--secs S] [--poll]
+//                        [--direct] [--cold]
 //     front SOCKET abuse --ref FILE --pid PID
+//     front - pingpong --ref FILE --pid PID
 //
 // FILE is the image behind the socket, PID the process that serves it.
 //
-// `load` takes turns with a loop of preadv or pwritev over FILE and prints
-// requests a second, their ratio to the loop's, the 50th and 99th percentile
-// of the latency and the processor time of PID for a request, both in us.
-// It overwrites the image if told to write.
+// `load` takes turns with two loops over FILE, of preadv or pwritev and of bare
+// io_uring with as many requests under way, and prints requests a second, their
+// ratio to the better loop's, the 50th and 99th percentile of the latency and
+// the processor time of PID for a request, both in us, and how often that is
+// the better loop's. It overwrites the image if told to write. With --poll the
+// driver never sleeps; --direct: the loops go around the page cache, as the
+// server does; --cold: it is emptied before each turn.
+//
+// `pingpong` prints how long an eventfd takes there and back, in us.
 //
 // `abuse`, in abuse.c, breaks one rule after the other. After each, a new
 // connection has to read a sector as it is in FILE.
@@ -43,6 +50,7 @@ static struct {
     unsigned    depth;
     double      secs;
     pid_t       pid;
+    bool        poll, direct, cold;
 } option = {.rw = "randread", .bs = 4096, .depth = 1, .secs = 1};
 
 
@@ -373,6 +381,14 @@ uint32_t take_used(void) {
 static void sleep_until_used(void) {
     struct pollfd p[] = {{.fd = m.call, .events = POLLIN},
                          {.fd = m.socket, .events = POLLIN}};
+    if (option.poll) {
+        for (uint64_t end = now_ns() + 5000000000u; !any_used();) {
+            if (now_ns() > end) {
+                die("no request was completed in 5 s");
+            }
+        }
+        return;
+    }
     while (!any_used()) {
         __atomic_store_n(&m.avail->ring[m.size], m.used_idx, __ATOMIC_RELAXED);
         // The device stores idx and then looks at used_event.
@@ -431,6 +447,7 @@ typedef struct request {
 } request;
 
 static request under_way[MAX_SIZE];
+static int     loop_fd; // as ref_fd, or with O_DIRECT
 
 static uint64_t data_of(unsigned i) {
     return HIGH + (uint64_t)i * option.bs;
@@ -526,21 +543,70 @@ static void verified_turn(void) {
     }
 }
 
-static double loop_turn(double secs, uint8_t *buffer) {
-    uint64_t start = now_ns(), now = start, done = 0;
+// Of this process.
+static uint64_t own_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+typedef struct pace {
+    double rate, cpu_us; // requests a second, processor time for one
+} pace;
+
+static pace pace_of(uint64_t done, uint64_t ns, uint64_t cpu_ns) {
+    return (pace){(double)done * 1e9 / (double)ns,
+                  (double)cpu_ns / 1e3 / (double)done};
+}
+
+static void check_move(ssize_t n) {
+    if (n != (ssize_t)option.bs) {
+        die("%s: %s", option.ref, n < 0 ? strerror(errno) : "its end");
+    }
+}
+
+static pace loop_turn(double secs, uint8_t *buffer) {
+    uint64_t start = now_ns(), now = start, done = 0, cpu = own_ns();
     uint64_t end = start + (uint64_t)(secs * 1e9);
     for (; now < end; now = now_ns()) {
         struct iovec iov = {buffer + done % option.depth * option.bs,
                             option.bs};
         off_t   off = (off_t)(next_block() * option.bs);
-        ssize_t n = load.write ? pwritev(ref_fd, &iov, 1, off)
-                               : preadv(ref_fd, &iov, 1, off);
-        if (n != (ssize_t)option.bs) {
-            die("%s: %s", option.ref, n < 0 ? strerror(errno) : "its end");
-        }
+        check_move(load.write ? pwritev(loop_fd, &iov, 1, off)
+                              : preadv(loop_fd, &iov, 1, off));
         done++;
     }
-    return (double)done * 1e9 / (double)(now - start);
+    return pace_of(done, now - start, own_ns() - cpu);
+}
+
+static pace bare_turn(double secs, uint8_t *buffer) {
+    uint64_t start = now_ns(), now = start, done = 0, cpu = own_ns();
+    uint64_t end = start + (uint64_t)(secs * 1e9);
+    unsigned queued = option.depth, left = option.depth;
+    for (unsigned i = 0; i < option.depth; i++) {
+        bare_submit(i, buffer + (size_t)i * option.bs, option.bs,
+                    next_block() * option.bs, load.write, option.direct);
+    }
+    while (left > 0) {
+        int32_t n;
+        bare_enter(queued);
+        now = now_ns();
+        queued = 0;
+        for (int i; (i = bare_take(&n)) >= 0;) {
+            errno = n < 0 ? -n : 0;
+            check_move(n);
+            done++;
+            if (now < end) {
+                bare_submit((unsigned)i, buffer + (size_t)i * option.bs,
+                            option.bs, next_block() * option.bs, load.write,
+                            option.direct);
+                queued++;
+            } else {
+                left--;
+            }
+        }
+    }
+    return pace_of(done, now - start, own_ns() - cpu);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -574,34 +640,74 @@ static void prepare_load(void) {
     }
 }
 
+static void empty_cache(void) {
+    if (option.cold) {
+        posix_fadvise(ref_fd, 0, 0, POSIX_FADV_DONTNEED);
+    }
+}
+
+static pace better_loop(double secs, uint8_t *buffer) {
+    empty_cache();
+    pace a = loop_turn(secs / 2, buffer);
+    empty_cache();
+    pace b = bare_turn(secs / 2, buffer);
+    return a.rate > b.rate ? a : b;
+}
+
 static int run_load(void) {
     prepare_load();
     size_t   bytes = (size_t)option.depth * option.bs;
-    uint8_t *buffer = malloc(bytes);
-    if (!buffer) {
-        die("no memory");
+    uint8_t *buffer = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
+    loop_fd = open(option.ref, (load.write ? O_RDWR : O_RDONLY) | O_CLOEXEC |
+                                   (option.direct ? O_DIRECT : 0));
+    if (!buffer || loop_fd < 0 ||
+        !bare_open(loop_fd, buffer, bytes, option.direct)) {
+        die("no memory, or %s: %s %s", option.ref, strerror(errno), why);
     }
     fill_random(buffer, bytes);
     verified_turn();
     load_turn(option.secs / 20);
-    loop_turn(option.secs / 20, buffer);
+    better_loop(option.secs / 20, buffer);
     memset(&latency, 0, sizeof latency);
     load.done = 0;
 
-    double   rate[TURNS], ratio[TURNS];
-    uint64_t busy_ns = 0;
+    double   rate[TURNS], ratio[TURNS], cpu[TURNS], cost[TURNS];
     for (unsigned i = 0; i < TURNS; i++) {
-        uint64_t before = processor_ns(option.pid);
-        rate[i] = load_turn(option.secs * 0.6 / TURNS);
-        busy_ns += processor_ns(option.pid) - before;
-        ratio[i] = rate[i] / loop_turn(option.secs * 0.4 / TURNS, buffer);
+        empty_cache();
+        uint64_t before = processor_ns(option.pid), done = load.done;
+        rate[i] = load_turn(option.secs * 0.5 / TURNS);
+        cpu[i] = (double)(processor_ns(option.pid) - before) / 1e3 /
+                 (double)(load.done - done);
+        pace limit = better_loop(option.secs * 0.5 / TURNS, buffer);
+        ratio[i] = rate[i] / limit.rate;
+        cost[i] = cpu[i] / limit.cpu_us;
     }
     verified_turn();
-    printf("%8.0f %6.3f %8.1f %8.1f %8.2f\n", median(rate), median(ratio),
-           percentile_us(50), percentile_us(99),
-           (double)busy_ns / 1e3 / (double)load.done);
+    printf("%8.0f %6.3f %8.1f %8.1f %8.2f %6.2f\n", median(rate),
+           median(ratio), percentile_us(50), percentile_us(99), median(cpu),
+           median(cost));
     free(buffer);
     power_off();
+    return 0;
+}
+
+static int run_pingpong(void) {
+    enum { ROUNDS = 2000 };
+    eventfd_t n;
+    int       there = eventfd(0, 0), back = eventfd(0, 0);
+    if (fork() == 0) {
+        for (int i = 0; i < ROUNDS; i++) {
+            eventfd_read(there, &n);
+            eventfd_write(back, 1);
+        }
+        _exit(0);
+    }
+    uint64_t start = now_ns();
+    for (int i = 0; i < ROUNDS; i++) {
+        eventfd_write(there, 1);
+        eventfd_read(back, &n);
+    }
+    printf("%.1f\n", (double)(now_ns() - start) / 1e3 / ROUNDS);
     return 0;
 }
 
@@ -612,6 +718,7 @@ static void parse(int argc, char **argv) {
     static const struct option longs[] = {
         {"rw", 1, 0, 'w'},    {"bs", 1, 0, 'b'},  {"depth", 1, 0, 'd'},
         {"secs", 1, 0, 's'},  {"ref", 1, 0, 'r'}, {"pid", 1, 0, 'p'},
+        {"poll", 0, 0, 'P'},  {"direct", 0, 0, 'D'}, {"cold", 0, 0, 'C'},
         {0, 0, 0, 0}};
     int c;
     while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1) {
@@ -622,6 +729,9 @@ static void parse(int argc, char **argv) {
         case 's': option.secs = strtod(optarg, NULL);                    break;
         case 'r': option.ref = optarg;                                   break;
         case 'p': option.pid = (pid_t)strtol(optarg, NULL, 10);          break;
+        case 'P': option.poll = true;                                    break;
+        case 'D': option.direct = true;                                  break;
+        case 'C': option.cold = true;                                    break;
         default: exit(2);
         }
     }
@@ -643,6 +753,9 @@ int main(int argc, char **argv) {
     ref_fd = open(option.ref, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC);
     if (ref_fd < 0) {
         die("%s: %s", option.ref, strerror(errno));
+    }
+    if (strcmp(argv[optind + 1], "pingpong") == 0) {
+        return run_pingpong();
     }
     return abuse ? run_abuse(option.pid) : run_load();
 }

@@ -147,6 +147,14 @@ void     publish(void); // what was offered, and kicks if that is wanted
 bool     any_used(void);
 uint32_t take_used(void);
 
+// bare.c: a transfer of `bytes` at `data` is request `i`; with `fixed`, of the
+// buffer that was registered.
+bool bare_open(int fd, uint8_t *buffer, size_t bytes, bool fixed);
+void bare_submit(unsigned i, uint8_t *data, uint32_t bytes, uint64_t offset,
+                 bool write, bool fixed);
+void bare_enter(unsigned n);      // hands over as many, waits for one
+int  bare_take(int32_t *result);  // which has ended; -1: no more
+
 int run_abuse(pid_t pid);
 
 #endif // FRONT_H

@@ -164,13 +164,20 @@ check_daemon() { # name, its pid, errors expected
 cp "$tmp/made.img" "$tmp/disk.img"
 cp "$tmp/made.img" "$tmp/other.img"
 truncate -s 20M "$tmp/raw.img"
-start a "$tmp/serve" --image "$tmp/disk.img" --id "disk A" --queues 2
+start a "$tmp/serve" --image "$tmp/disk.img" --id "disk A" --queues 2 \
+    --aio auto
 a=$daemon
 start b "$tmp/serve" --image "$tmp/other.img" --id "disk B" --read-only
 b=$daemon
 start c "$tmp/serve" --image "$tmp/made.img" --id "disk C" --iops 200
 c=$daemon
-start d "$tmp/serve" --image "$tmp/raw.img" --id "disk D" --cache unsafe
+direct=
+if dd if="$tmp/raw.img" of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null
+then
+    direct=--direct
+fi
+start d "$tmp/serve" --image "$tmp/raw.img" --id "disk D" --cache unsafe \
+    --aio auto $direct
 d=$daemon
 set -- -M q35,accel=tcg,memory-backend=m -smp 2
 for disk in a b c d; do
