@@ -40,5 +40,9 @@ check stall.pml 1 -DLOSE_KICK
 check release.pml 0
 check release.pml 1 -DLATE
 check release.pml 1 -DUNLOCKED
+check engine.pml 0
+check engine.pml 1 -DNO_WAIT
+check engine.pml 1 -DDEAF
+check engine.pml 1 -DLATE_CLEAR
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
