@@ -1236,7 +1236,7 @@ typedef struct vblk_engine {
     vblk_file   *file;     // that io_uring works on, or NULL
     uint64_t   (*now)(void);
     uint64_t     busy_ns;  // when there was something to do last
-    uint32_t     under_way;
+    uint32_t     under_way, in_kernel; // requests; calls of io_uring for them
     bool         polling, woken;  // `fd` of vblk_engine_wait(), by io_uring
     bool         dropping;        // what ends is forgotten
     bool         reads, writes;   // io_uring does them
@@ -1852,9 +1852,7 @@ static const struct vblk__event_shape {
 // Of a code that is none, the last row.
 static const struct vblk__event_shape *vblk__event_row(vblk_event_code code) {
     const struct vblk__event_shape *row = vblk__event_rows;
-    while (row->code != (unsigned)code && row->code != VBLK_EV_NONE) {
-        row++;
-    }
+    while (row->code != (unsigned)code && row->code != VBLK_EV_NONE) row++;
     return row;
 }
 
@@ -1960,9 +1958,7 @@ VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
                 (queue >= 0 && (unsigned)queue < dev->queues));
     if (queue == VBLK_ALL_QUEUES) {
         vblk_queue *q = dev->queue, *const end = q + dev->queues;
-        for (; q != end; q++) {
-            VBLK__STORE_RELEASE(&q->due, true);
-        }
+        for (; q != end; q++) VBLK__STORE_RELEASE(&q->due, true);
         VBLK__OR(&dev->due, 1u);
     } else if ((unsigned)queue < dev->queues) {
         vblk__set_due(dev, &dev->queue[queue]);
@@ -2715,9 +2711,7 @@ static const struct vblk__kind {
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
     unsigned i = 0;
-    while (i < VBLK__KINDS && vblk__kinds[i].type != type) {
-        i++;
-    }
+    while (i < VBLK__KINDS && vblk__kinds[i].type != type) i++;
     r->type = type;
     r->kind = &vblk__kinds[i];
     return i < VBLK__KINDS && !(vblk__kinds[i].feature & ~dev->offered);
@@ -2742,9 +2736,7 @@ static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
 // Only the first `bytes` of the list are to be looked up.
 static void vblk__keep(vblk__chain *c, uint32_t bytes) {
     vblk_seg *d = c->list;
-    for (; d->n < bytes; d++) {
-        bytes -= (uint32_t)d->n;
-    }
+    for (; d->n < bytes; d++) bytes -= (uint32_t)d->n;
     d->n = bytes;
     c->end = d + 1;
 }
@@ -2824,9 +2816,7 @@ static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
 // The list goes to the end of its array, so that there is room for pieces.
 static void vblk__make_room(vblk__chain *c) {
     vblk_seg *to = c->full;
-    for (const vblk_seg *d = c->end; d != c->list; ) {
-        *--to = *--d;
-    }
+    for (const vblk_seg *d = c->end; d != c->list; ) *--to = *--d;
     c->list = to;
     c->end = c->full;
 }
@@ -2936,9 +2926,7 @@ typedef struct vblk__place {
 // Byte `at` of the data.
 static vblk__place vblk__find(const vblk_request *r, uint64_t at) {
     vblk__place p = {0, 0};
-    while (p.seg < r->segs && at >= r->seg[p.seg].n) {
-        at -= r->seg[p.seg++].n;
-    }
+    while (p.seg < r->segs && at >= r->seg[p.seg].n) at -= r->seg[p.seg++].n;
     p.at = (size_t)at;
     return p;
 }
@@ -3276,9 +3264,7 @@ static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
         VBLK_ASSERT((uint64_t)n <= left);
         done.bytes += (uint64_t)n < left ? (uint64_t)n : left;
         if (done.bytes == bytes || vblk__halted(dev)) break;
-        for (at += (uint64_t)n; at >= seg->n; segs--) {
-            at -= seg++->n;
-        }
+        for (at += (uint64_t)n; at >= seg->n; segs--) at -= seg++->n;
         vblk_seg rest = {seg->ptr + at, seg->n - (size_t)at, seg->gpa + at};
         n = vblk__transfer(dev, k, offset + done.bytes, at ? &rest : seg,
                            at ? 1 : segs);
@@ -4216,9 +4202,7 @@ typedef struct vblk__line {
 } vblk__line;
 
 static void vblk__print(vblk__line *l, const char *text) {
-    for (; *text && l->left > 1; text++, l->left--) {
-        *l->at++ = *text;
-    }
+    for (; *text && l->left > 1; text++, l->left--) *l->at++ = *text;
     if (l->left > 0) *l->at = 0;
 }
 
@@ -4525,9 +4509,7 @@ static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
                                  const vblk_seg *seg, unsigned segs, bool in) {
     const size_t most = 1 << 18;
     uint64_t all = 0;
-    for (unsigned i = 0; i < segs; i++) {
-        all += seg[i].n;
-    }
+    for (unsigned i = 0; i < segs; i++) all += seg[i].n;
     if ((offset | all) % f->block) {
         return vblk__file_call(f->buffered_fd, offset, seg, segs, in);
     }
@@ -4699,8 +4681,8 @@ struct vblk__slot {
 
 // user_data of what is no transfer.
 #define VBLK__POLLED    UINT64_MAX
-#define VBLK__SYNCED    (UINT64_MAX - 1)
-#define VBLK__CANCELLED (UINT64_MAX - 2)
+#define VBLK__CANCELLED (UINT64_MAX - 1)
+#define VBLK__SYNCED    (UINT64_MAX - 2)
 
 #define VBLK__TAIL(e) __atomic_load_n((e)->cq_tail, __ATOMIC_ACQUIRE)
 
@@ -4759,9 +4741,7 @@ static void vblk__finish(vblk_engine *e, struct vblk__slot *s,
     vblk_dev *dev = e->dev;
     e->under_way--;
     vblk__push(e, &e->free, s);
-    if (!e->dropping) {
-        vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
-    }
+    vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
 }
 
 // All that waited for the fdatasync() which came to `err`.
@@ -4781,6 +4761,7 @@ static void vblk__sync(vblk_engine *e) {
     e->in_sync = e->to_sync;
     e->to_sync = VBLK__NO_SLOT;
     if (e->file) {
+        e->in_kernel++;
         e->sync_end = VBLK__LOAD(&e->file->end);
         vblk__entry(e, IORING_OP_FSYNC, VBLK__SYNCED)->fsync_flags =
             IORING_FSYNC_DATASYNC;
@@ -4805,6 +4786,7 @@ static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
     if (n == 0) return false;
     struct io_uring_sqe *sqe = vblk__entry(
         e, in ? IORING_OP_READV : IORING_OP_WRITEV, (uint64_t)(s - e->slot));
+    e->in_kernel++;
     sqe->off = r->offset + s->done;
     sqe->addr = (uintptr_t)iov;
     sqe->len = n;
@@ -4833,9 +4815,8 @@ static void vblk__moved(vblk_engine *e, struct vblk__slot *s, int64_t n) {
     n = vblk__file_moved(e->file, r->kind->data == VBLK__DATA_IN,
                          r->offset + s->done, s->end, n);
     s->done += n > 0 ? (uint64_t)n : 0;
-    bool rest = n > 0 && s->done < r->bytes && !e->dropping;
-    bool again = (n == -EAGAIN || n == -EINTR) && !e->dropping;
-    if (again || (rest && !vblk__queue_move(e, s))) {
+    bool rest = n > 0 && s->done < r->bytes;
+    if (n == -EAGAIN || n == -EINTR || (rest && !vblk__queue_move(e, s))) {
         vblk__end_move(e, s, vblk__run(e->dev, r)); // all of it
     } else if (!rest) {
         vblk__end_move(e, s, vblk__came_to(r, n < 0 ? n : (int64_t)s->done));
@@ -4862,12 +4843,15 @@ static bool vblk__reap(vblk_engine *e) {
         if (cqe.user_data == VBLK__POLLED) {
             e->polling = false;
             e->woken = true;
-        } else if (cqe.user_data == VBLK__SYNCED) {
-            vblk__synced(e, vblk__heard(e->file, e->sync_end, cqe.res));
-            any = true;
-        } else if (cqe.user_data != VBLK__CANCELLED) {
+        }
+        if (cqe.user_data >= VBLK__CANCELLED) continue;
+        any = true;
+        e->in_kernel--;
+        if (cqe.user_data == VBLK__SYNCED) {
+            cqe.res = vblk__heard(e->file, e->sync_end, cqe.res);
+            if (!e->dropping) vblk__synced(e, cqe.res);
+        } else if (!e->dropping) {
             vblk__moved(e, &e->slot[cqe.user_data], cqe.res);
-            any = true;
         }
     }
     return any;
@@ -5046,26 +5030,33 @@ VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns) {
     return woken;
 }
 
+// With nothing in the kernel's hands: all slots are free. A request that was
+// left by a jump is in no list.
+static void vblk__forget_all(vblk_engine *e) {
+    e->free = e->to_sync = e->in_sync = VBLK__NO_SLOT;
+    e->under_way = 0;
+    for (unsigned i = 0; e->slot && i < VBLK__SLOTS; i++) {
+        vblk__push(e, &e->free, &e->slot[i]);
+    }
+}
+
 VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
     if (!e->under_way) return VBLK_OK; // nor was it opened, perhaps
-    const uint64_t until = e->now() + (uint64_t)ms * 1000000;
+    uint64_t now = e->now();
+    const uint64_t until = now + (uint64_t)ms * 1000000;
     e->dropping = queue == VBLK_ALL_QUEUES;
     if (e->dropping && e->ring_fd >= 0) {
         vblk__entry(e, IORING_OP_ASYNC_CANCEL, VBLK__CANCELLED)
             ->cancel_flags = VBLK__CANCEL_FILE;
     }
-    for (uint64_t now = 0; e->under_way > 0 && now < until;) {
-        while (e->dropping && e->to_sync != VBLK__NO_SLOT) {
-            struct vblk__slot *s = vblk__pop(e, &e->to_sync);
-            vblk__finish(e, s, vblk__came_to(&s->req, 0));
-        }
-        vblk__sync(e);
+    while ((e->dropping ? e->in_kernel : e->under_way) > 0) {
+        if (!e->dropping) vblk__sync(e);
+        if (e->in_kernel) vblk__uring(e, 1, now < until ? until - now : 0);
+        vblk__reap(e);
         now = e->now();
-        if (e->ring_fd >= 0 && e->under_way > 0) {
-            vblk__uring(e, 1, now < until ? until - now : 0);
-            vblk__reap(e);
-        }
+        if (now >= until) break;
     }
+    if (e->dropping && !e->in_kernel) vblk__forget_all(e);
     e->dropping = false;
     vblk__publish_all(e);
     return e->under_way > 0 ? VBLK_ERR_BUSY : VBLK_OK;
@@ -5102,9 +5093,7 @@ static bool vblk__map_rings(vblk_engine *e, const struct io_uring_params *p) {
     e->cq_tail = (uint32_t *)(void *)(rings + p->cq_off.tail);
     e->cqe = (struct io_uring_cqe *)(void *)(rings + p->cq_off.cqes);
     uint32_t *array = (uint32_t *)(void *)(rings + p->sq_off.array);
-    for (uint32_t i = 0; i < VBLK__ENTRIES; i++) {
-        array[i] = i;
-    }
+    for (uint32_t i = 0; i < VBLK__ENTRIES; i++) array[i] = i;
     return true;
 }
 
@@ -5156,7 +5145,7 @@ VBLKDEF int vblk_engine_close(vblk_engine *e) {
     return VBLK_OK;
 }
 
-// For `queue` or all; `b` is the host's backend.
+// For `queue` or all; `b` is the host's backend. Is to be closed in any case.
 static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
                              const vblk_backend *b, bool uring) {
     const size_t room = dev->seg_max + 2;
@@ -5168,18 +5157,11 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
     e->now = vblk__clock;
     e->look_on_ns = 50000;
     e->ring_fd = e->file_fd = e->event_fd = -1;
-    e->free = e->to_sync = e->in_sync = VBLK__NO_SLOT;
     e->slot = (struct vblk__slot *)calloc(VBLK__SLOTS, sizeof *e->slot);
     e->seg = (vblk_seg *)calloc((VBLK__SLOTS + 1) * room, sizeof *e->seg);
     e->iov = (struct iovec *)calloc(VBLK__IOVECS, sizeof *e->iov);
-    for (unsigned i = 0; e->slot && i < VBLK__SLOTS; i++) {
-        vblk__push(e, &e->free, &e->slot[i]);
-    }
-    if (!e->slot || !e->seg || !e->iov) {
-        vblk_engine_close(e);
-        errno = ENOMEM;
-        return VBLK_ERR_WORKER;
-    }
+    vblk__forget_all(e);
+    if (!e->slot || !e->seg || !e->iov) return VBLK_ERR_WORKER;
     errno = EOPNOTSUPP;
     if (uring && !(is_file && vblk__open_ring(e, (vblk_file *)b->user))) {
         vblk__close_ring(e);
@@ -5189,7 +5171,9 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
 }
 
 VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, bool uring) {
-    return vblk__open_engine(e, dev, VBLK_ALL_QUEUES, &dev->backend, uring);
+    int err = vblk__open_engine(e, dev, VBLK_ALL_QUEUES, &dev->backend, uring);
+    if (err == VBLK_ERR_WORKER) vblk_engine_close(e);
+    return err;
 }
 
 VBLKDEF int vblk_engine_event_fd(vblk_engine *e) {
@@ -5398,9 +5382,7 @@ VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue) {
 }
 
 VBLKDEF void vblk_worker_kick(vblk_worker *w) {
-    for (unsigned i = 0; i < w->threads; i++) {
-        vblk__signal(w->kick_fds[i]);
-    }
+    for (unsigned i = 0; i < w->threads; i++) vblk__signal(w->kick_fds[i]);
 }
 
 
@@ -5615,9 +5597,7 @@ static void vblk__worker_notify(void *user, int queue) {
     }
     vblk_worker_kick(w);
     unsigned i = w->thread || live != VBLK_STATUS_DRIVER_OK ? w->threads : 0;
-    while (i < w->threads && vblk__start_thread(w, i)) {
-        i++;
-    }
+    while (i < w->threads && vblk__start_thread(w, i)) i++;
 }
 
 // Whether all threads end within `ms`.
@@ -5757,9 +5737,7 @@ static int vblk__worker_quiesce(void *user, int queue) {
     vblk__stop_threads(w);
     bool quiet = vblk__join_returned(w);
     vblk__drain_fd(w->irq_fd);
-    for (unsigned i = 0; i < w->threads; i++) {
-        vblk__drain_fd(w->kick_fds[i]);
-    }
+    for (unsigned i = 0; i < w->threads; i++) vblk__drain_fd(w->kick_fds[i]);
     return quiet ? 0 : -1;
 }
 
@@ -5946,9 +5924,7 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
     bool left = !vblk__join_returned(w);
     struct vblk__thread *t = w->left_behind;
     w->orphaned = left; // they dispose of all when they come back
-    for (; t; t = t->next) {
-        pthread_detach(t->id);
-    }
+    for (; t; t = t->next) pthread_detach(t->id);
     t = w->returned;
     w->returned = NULL;
     pthread_mutex_unlock(&w->registers);

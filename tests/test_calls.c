@@ -180,6 +180,23 @@ void w_no_memory_for_a_thread(void) {
     CHECK(!vblk_worker_close(&w));
 }
 
+// For its engine: the driver hears of it, and may try again.
+void w12_no_memory_for_an_engine(void) {
+    for (unsigned i = 0; i < 3; i++) {
+        worker_options();
+        CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+        test_calls_fail("calloc", ENOMEM, 1 + i, 1);
+        bind_driver();
+        EVENTUALLY(load(VBLK_REG_STATUS) == 0x4f);
+        CHECK_EQ(0, test_calls_left());
+        store(VBLK_REG_STATUS, 0);
+        bind_driver();
+        put_flush(1);
+        EVENTUALLY(used_is(1));
+        CHECK(!vblk_worker_close(&w));
+    }
+}
+
 // The time is over while the thread is between two callbacks: it is not left
 // behind, it ends at once.
 void w7_a_thread_at_work_is_not_left_behind(void) {
@@ -452,22 +469,28 @@ void p8_what_waits_in_a_queue_that_starts_again(void) {
     CHECK(!vblk_worker_close(&w));
 }
 
+static int failing_flush(void *user) {
+    (void)user;
+    return -EIO;
+}
+
 // W7, W8, LIB-09: wherever of the host's the thread is stuck, it is left
 // behind and touches nothing afterwards.
 void w7_w8_stuck_anywhere(void) {
-    for (int where = 0; where < 4; where++) {
+    for (int where = 0; where < 5; where++) {
         worker_options();
         wo.stop_ms = 20;
         o.backend.read = where == 0 ? staying_move : o.backend.read;
         o.backend.write = where == 1 ? staying_move : o.backend.write;
         o.backend.flush = where == 2 ? staying_flush : o.backend.flush;
-        o.event = where == 3 ? staying_event : count_line;
+        o.backend.flush = where == 4 ? failing_flush : o.backend.flush;
+        o.event = where >= 3 ? staying_event : count_line;
         make_worker();
         ROW_BEGIN();
         if (where == 3) {
             ram[0x1004] = 99; // no head
             offer_up_to(1, true);
-        } else if (where == 2) {
+        } else if (where == 2 || where == 4) { // or with what came of it
             put_flush(1);
         } else {
             put_one((uint8_t)where, 1, true);

@@ -1391,7 +1391,8 @@ static int slow_write(void *user, uint64_t gpa, const void *src, uint64_t n) {
     return err;
 }
 
-static bool party_is_slow;
+static bool       party_is_slow;
+static vblk_file *party_file; // in place of the memory disk
 
 static void have_a_party(bool event_idx, bool resets, uint64_t requests,
                          int depth) {
@@ -1407,6 +1408,9 @@ static void have_a_party(bool event_idx, bool resets, uint64_t requests,
         o.memory.map = NULL;
         o.memory.read = slow_read;
         o.memory.write = slow_write;
+    }
+    if (party_file) {
+        o.backend = vblk_file_backend(party_file);
     }
     make_worker();
     CHECK_EQ(0, pthread_create(&thread[0], NULL, acknowledge, NULL));
@@ -1447,6 +1451,27 @@ void w_party_with_slow_accessors(void) {
 
 void w_party_with_resets(void) {
     have_a_party(true, true, 20000, 8);
+}
+
+// With io_uring and O_DIRECT, where they are to be had: resets cancel what the
+// disk has.
+void w12_party_on_a_file(void) {
+    for (unsigned flags = 0; flags <= VBLK_FILE_DIRECT;
+         flags += VBLK_FILE_DIRECT) {
+        char      path[] = "./vblk_test_XXXXXX";
+        vblk_file file;
+        int       fd = mkstemp(path);
+        CHECK(fd >= 0 && ftruncate(fd, 1 << 20) == 0);
+        close(fd);
+        if (!vblk_file_open(&file, path, flags)) {
+            party_file = &file;
+            have_a_party(true, false, 3000, 16);
+            have_a_party(false, true, 3000, 16);
+            party_file = NULL;
+            vblk_file_close(&file);
+        }
+        unlink(path);
+    }
 }
 
 // F7: NEEDS_RESET from one thread, Status writes from another: never lost.

@@ -329,6 +329,7 @@
     X(w12_files_by_io_uring, ONCE)                                             \
     X(w12_a_pause_waits_for_io_uring, ONCE)                                    \
     X(w12_a_reset_that_io_uring_holds_up, ONCE)                                \
+    X(w12_no_memory_for_an_engine, ONCE)                                       \
     X(w_options_are_checked_and_nothing_leaks, ONCE)                           \
     X(w10_interrupt_by_eventfd, ONCE)                                          \
     X(w_every_type_of_request, ONCE)                                           \
@@ -366,6 +367,7 @@
     X(w_party_flags, ONCE)                                                     \
     X(w_party_with_slow_accessors, ONCE)                                       \
     X(w_party_with_resets, ONCE)                                               \
+    X(w12_party_on_a_file, ONCE)                                               \
     X(f7_needs_reset_races_status_writes, ONCE)                                \
     X(q12_acknowledgements_race_interrupts, ONCE)                              \
     X(q_rings_at_odd_host_addresses, GUEST)                                    \

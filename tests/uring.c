@@ -178,7 +178,7 @@ static void take(const struct io_uring_sqe *s) {
         memcpy(o->iov, (void *)(uintptr_t)s->addr, s->len * sizeof *o->iov);
     }
     if (moves) {
-        kernel.transfers++;
+        __atomic_fetch_add(&kernel.transfers, 1, __ATOMIC_RELEASE);
         o->held = kernel.hold > 0;
         kernel.hold -= kernel.hold > 0;
     } else if (s->opcode == IORING_OP_FSYNC) {
