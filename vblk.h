@@ -75,18 +75,16 @@
     files. What the guest is offered follows from it: without write the disk
     is read-only, without flush there is no FLUSH. So set one of them to NULL
     for that, or replace it: a disk in a shared mapping gets a flush of yours
-    that calls msync(). A slot without a disk needs no device: let MagicValue
-    read 0x74726976, Version 2 and all else 0, and DeviceID 0 tells the
-    driver.
+    that calls msync(). A slot without a disk needs no device: MagicValue
+    0x74726976, Version 2 and all else 0 tell the driver.
 
-    The interrupt function is called with true to fire. An edge (an irqfd, a
-    message) needs no more. For a level line, ignore the arguments and, under
-    your own lock, set the line to vblk_interrupt_line(): the function is
-    called whenever that may have changed.
+    The interrupt function is called with true to fire: an edge (an irqfd, a
+    message). For a level line ignore that, and set the line, under your own
+    lock, to vblk_interrupt_line(): it is called whenever that may change.
 
-    Options are one struct. Zero is the sensible default in every field, so
-    start from {0}, in C++ from {}, and name what differs. One queue is built
-    into the device; for more, give an array of vblk_queue and its length.
+    Options are one struct. Zero is the default in every field, so start from
+    {0}, in C++ from {}, and name what differs. One queue is built into the
+    device; for more, give an array of vblk_queue and its length.
 
     REQUEST LIFE
 
@@ -95,9 +93,8 @@
 
     vblk_next() takes a chain, validates it whole, and hands out a request:
     a byte range of the disk and the guest memory it goes to or comes from.
-    What the device can answer alone (a bad request, GET_ID, an empty read)
-    never shows. vblk_poll() and vblk_drain() are a loop around these three
-    and the backend.
+    What the device can answer alone (a bad request, GET_ID) never shows.
+    vblk_poll() and vblk_drain() are a loop around these three and the backend.
 
     Every chain that is taken ends in exactly one way: completed once,
     dropped by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its
@@ -113,7 +110,7 @@
     the guest, and nothing passes it; at the time that was returned it goes,
     a nanosecond earlier it does not. The guest will not notify again for it,
     so the call is yours to make. With several queues, the one that stalled
-    first goes first. The times of several queues combine by the smaller.
+    first goes first.
 
     OTHER HOSTS
 
@@ -155,8 +152,7 @@
     shows DEVICE_NEEDS_RESET until it has ended, and released() says when
     backend and memory may go. Other callbacks than the backend, the interrupt
     and the event hook must not block. A worker serves an interpreter too, if
-    the guest's fences are fences of the host and its stores to the rings are
-    single accesses; irq_fd need not be read: poll vblk_interrupt_line().
+    the guest's fences are fences of the host, its stores to rings one access.
 
     For threads of your own, one for each queue, options.notify wakes them, and
     they call vblk_drain() under a lock of their queue (or, with limits, of the
@@ -213,8 +209,7 @@
     status byte, a dropped chain, or DEVICE_NEEDS_RESET.
 
     An event is a number, a level, a queue, a head, and some named fields;
-    vblk_event_line() makes a line of it. Print them to stderr at first: "my
-    guest does not find its disk" is usually answered by the first line.
+    vblk_event_line() makes a line of it. Print them to stderr at first.
 
     RULES
 
@@ -231,9 +226,8 @@
     PROFILES
 
     VBLK_STANDARD, the default, takes all that the standard lets a driver do,
-    and what shipped drivers really do. VBLK_STRICT refuses whatever a
-    well-behaved Linux driver never sends; it protects nobody more. Standard
-    differs from it in these points alone:
+    and what shipped drivers do. VBLK_STRICT refuses whatever Linux never
+    sends; it protects nobody more. Standard differs in these points alone:
 
         P1  any framing: the header is the first 16 readable bytes, the
             status the last writable one, data what lies between
@@ -263,13 +257,11 @@
 
     HOSTILE GUESTS
 
-    Every number from the guest is checked before it is used, and each is
-    read once. Whatever a guest writes to its memory and to the registers,
-    also while a request is under way, the device reads and writes only guest
-    memory through your functions and the disk within its capacity, does
-    bounded work per call, and goes on serving its other queues. The one
-    exception is yours to close: data may change under a backend while it is
-    written out, as with any device that does not copy.
+    Every number from the guest is checked before it is used, and each is read
+    once. Whatever a guest writes, and whenever, the device touches only guest
+    memory, through your functions, and the disk within its capacity, does
+    bounded work per call, and goes on serving its other queues. But data may
+    change while it is written out, as with any device that does not copy.
 
     LIMITS
 
@@ -300,14 +292,12 @@
         VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
 
     A firmware image sets all of these and VBLK_STATIC, so that what it does
-    not call is not compiled: with an event hook that shows numbers and does
-    without vblk_strerror(), no sentence is. Nothing of the compiler's own
-    support library is needed either. tests/image/device.c is one.
+    not call is not compiled: without vblk_event_line() and vblk_strerror(), no
+    sentence is. tests/image/device.c is one.
 
     HISTORY
 
-        0.2.0  (2026-11-26)  another interface: times in place of outcomes, one
-                             way to end a request, arrays of the host's, quiesce
+        0.2.0  (2026-11-26)  another interface, an engine, a thread for a queue
         0.1.0  (2026-11-20)  first release
 */
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
@@ -789,7 +779,10 @@ typedef struct vblk_options {
     // shows DEVICE_NEEDS_RESET, begins nothing, and the next reset asks again.
     // NULL: nothing is ever under way between two calls of yours.
     int (*quiesce)(void *user, int queue);
-    void *user; // first argument of these four
+    // For a host that outlives a crash: chain `head` of `queue` was taken; or,
+    // with VBLK_NO_HEAD, what was returned is in the used ring. May be NULL.
+    void (*track)(void *user, int queue, int head);
+    void *user; // first argument of these five
 } vblk_options;
 
 
@@ -834,8 +827,7 @@ typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t broken_queues;          // times a queue broke (Q4)
 } vblk_counts;
 
-// A token bucket; all of it is integer arithmetic and exact. See vblk_bucket_
-// functions.
+// A token bucket, exact integer arithmetic. See vblk_bucket_ functions.
 typedef struct vblk_bucket {
     uint64_t rate;     // tokens a second; 0: no limit
     uint64_t burst;    // tokens it holds at most
@@ -844,8 +836,7 @@ typedef struct vblk_bucket {
     uint64_t last_ns;  // when tokens and fraction were right
 } vblk_bucket;
 
-// What a running queue has, afresh whenever it starts. Positions are
-// free-running. Private.
+// What a running queue has, afresh when it starts. Free-running. Private.
 typedef struct vblk_run {
     bool     resolved;     // the pointers below are up to date
     bool     notify_off;   // NO_NOTIFY is set in the used ring
@@ -863,6 +854,8 @@ typedef struct vblk_run {
     const struct vblk_region *near[3]; // where the last lookups ended
     uint64_t stalled_ns;   // when the stall began
     uint64_t stalled_bytes; // what the request costs
+    const uint16_t *again; // heads in place of those before `again_end`
+    uint16_t agains, again_end;
 } vblk_run;
 
 // A virtqueue. Private.
@@ -878,7 +871,7 @@ typedef struct vblk_queue {
     vblk_counts counts; // any thread reads, the drainer adds
     uint64_t desc_gpa, avail_gpa, used_gpa;
 #if UINTPTR_MAX > UINT32_MAX
-    uint8_t  apart[40]; // what a drainer changes shares no cache line with
+    uint8_t  apart[24]; // what a drainer changes shares no cache line with
 #endif                  // what the next queue's does
 } vblk_queue;
 
@@ -892,6 +885,7 @@ typedef struct vblk_dev {
     void (*event)(void *user, const vblk_event *event);
     void (*notify)(void *user, int queue);
     int (*quiesce)(void *user, int queue);
+    void (*track)(void *user, int queue, int head);
     void        *user;
     vblk_queue  *queue;
     uint32_t     queues;
@@ -1081,6 +1075,8 @@ typedef struct vblk_ring {
     uint32_t size;
     uint64_t desc, avail, used;
     uint16_t position;
+    uint16_t agains;       // chains before it that were taken, not returned:
+    const uint16_t *again; // their heads, taken first; stays. With track()
 } vblk_ring;
 
 // Start `queue`, at any time after FEATURES_OK, in any profile. The position
@@ -1216,18 +1212,15 @@ extern "C" {
 
 // ---- Engine (Linux) --------------------------------------------------------
 
-// Serves a device in place of vblk_poll(), with up to some 250 requests under
-// way, which end in any order. Of a vblk_file_backend(), io_uring does what the
-// file does without waiting, reads of most, and each FLUSH; the backend does
-// the rest, and all of any other, at once, as it is faster so. Writes that must
-// be durable, and FLUSH, are collected under one fdatasync(). Before it says
-// that there is nothing to do it looks on for a while.
-//
-// One thread opens it, polls it and so on. Its options.quiesce is to call
+// Serves a device in place of vblk_poll(), with up to 250 requests under way,
+// which end in any order. Of a vblk_file_backend(), io_uring does what the file
+// does without waiting, reads of most, and each FLUSH; the backend does the
+// rest, and all of any other. What must be durable is collected under one
+// fdatasync(). Before it says that there is nothing to do it looks on for a
+// while. One thread opens it, polls it and so on; options.quiesce is to call
 // vblk_engine_quiesce().
 typedef struct vblk_engine {
-    uint64_t look_on_ns; // for new requests, with none under way; 50,000; a
-                         // host with one processor may set 0
+    uint64_t look_on_ns; // for new requests, with none under way; 50,000
     // Private from here.
     vblk_dev    *dev;
     unsigned     first, end; // its queues
@@ -1244,8 +1237,7 @@ typedef struct vblk_engine {
     uint64_t     sync_end; // of the file, before it was synced
     struct vblk__slot *slot;
     vblk_seg    *seg;      // of all slots, then of the one that is taken
-    // io_uring. The tail counts what is filled in, `queued` of it not handed
-    // over.
+    // io_uring. Of what `tail` counts, `queued` is not handed over.
     int          ring_fd, file_fd; // or -1
     int          event_fd; // or -1
     uint32_t     tail, queued, iovs;
@@ -1272,8 +1264,7 @@ VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e);
 VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns);
 
 // For hosts that wait in a loop of their own: an eventfd, signalled when
-// something has ended, to be read before the next poll. -1: not to be had, or
-// nothing is ever under way.
+// something has ended, to be read before the next poll; or -1.
 VBLKDEF int vblk_engine_event_fd(vblk_engine *e);
 
 // Begin nothing, and wait for what is under way, up to `ms`. It is completed;
@@ -1294,10 +1285,10 @@ typedef struct vblk_worker_options {
     bool     no_uring;   // else its engine does what it can by io_uring
     bool     each_queue; // has a thread of its own
     unsigned look_on_us; // for new requests, before a thread sleeps; default 50
-    // A thread that was left behind, as a call of yours was told, has ended:
-    // all it used is out of its hands, and the device has been reset. From
-    // here any call of the worker may be made, unless vblk_worker_close() has
-    // begun, which waits for this to return. That thread; may be NULL.
+    // All that were left behind, as a call of yours was told, have ended: all
+    // they used is out of their hands, and the device has been reset. From here
+    // any call of the worker may be made, unless vblk_worker_close() has begun,
+    // which waits for this to return. The last of them; may be NULL.
     void (*released)(void *user);
     void *user; // its argument
 } vblk_worker_options;
@@ -1335,7 +1326,7 @@ typedef struct vblk_worker {
     int                 parked_fd;   // to signal, or -1
     bool                parked_told; // it was, for this pause
     uint32_t            running;     // threads that have not ended
-    uint32_t            uring_told;  // atomic; that it is not to be had
+    uint32_t            uring_told;  // atomic; it is not to be had
     uint32_t            awake;       // atomic; those that do not rest
     uint32_t            left;        // atomic; those left behind that live
     // Under `printing`.
@@ -1350,9 +1341,8 @@ typedef struct vblk_worker {
 // o->interrupt, if set, is called beside irq_fd. Both are called by the thread
 // and by those that make register calls, several at once; hold no lock that
 // they take around vblk_worker_ calls. The thread blocks all signals but those
-// of a fault of its own (SIGBUS, SIGSEGV and the like), and runs on the
-// processors that the caller of this runs on. `wo` may be NULL. VBLK_OK or a
-// code.
+// of its own faults, and runs on the processors that the caller of this runs
+// on. `wo` may be NULL. VBLK_OK or a code.
 //
 //     int vblk_worker_init(vblk_worker *w, const vblk_options *o,
 //                          const vblk_worker_options *wo);
@@ -1374,27 +1364,23 @@ VBLKDEF int vblk_worker_close(vblk_worker *w);
 // vblk_counters(), vblk_status() and all others that any thread may make.
 VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w);
 
-// The eventfd of the thread that serves `queue`, for a KVM ioeventfd that looks
-// at what is stored. Any thread.
+// The eventfd of the thread that serves `queue`. Any thread.
 VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue);
 
-// The processors that the thread may run on, from now on: `count` numbers, or
-// none for those of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. That the
-// kernel will not have it is an event. Any thread.
+// The processors that the thread may run on: `count` numbers, or none for those
+// of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. Any thread.
 VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
                                  unsigned count);
 
-// An eventfd to signal whenever a pause has taken effect, which workers may
-// share; -1: none. Any thread.
+// An eventfd to signal when a pause has taken effect, or -1. Any thread.
 VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 
 // The guest stored `value` in the register window: kicks, starts, stops and
-// resets as needed. QueueNotify and InterruptACK never wait. A Status of 0
-// (and, in the standard profile, QueueReady of 0 while live) waits up to
-// stop_ms for the thread, and other register calls for those. VBLK_OK; or
-// VBLK_ERR_BUSY: the thread is stuck for longer, and Status reads
-// DEVICE_NEEDS_RESET. At a reset it was left behind, or still is: Status reads
-// 0 when it has ended. Any thread.
+// resets as needed. QueueNotify and InterruptACK never wait. A Status of 0 (and
+// QueueReady of 0 while live) waits up to stop_ms for the thread, and other
+// register calls for those. VBLK_OK; or VBLK_ERR_BUSY: the thread is stuck for
+// longer, and Status reads DEVICE_NEEDS_RESET. At a reset it was left behind,
+// or still is: Status reads 0 when it has ended. Any thread.
 VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                    unsigned bytes, uint64_t value);
 
@@ -1402,13 +1388,12 @@ VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
 VBLKDEF void vblk_worker_needs_reset(vblk_worker *w);
 VBLKDEF void vblk_worker_kick(vblk_worker *w);
 
-// Ask the thread to finish its request and rest, and wait for that up to
-// `ms`. VBLK_OK: it rests, or is not started; all its writes are visible, it
+// Ask the thread to finish what it has under way and rest, and wait for that up
+// to `ms`. VBLK_OK: it rests, or is not started; all its writes are visible, it
 // reads and writes nothing until vblk_worker_resume(). VBLK_ERR_BUSY: it will
-// rest when its backend returns; or, and that at once, one that was left behind
-// has not ended. vblk_worker_paused() tells. No kick is lost. Pausing twice is
-// pausing, and a pause outlasts a reset: the thread of the next driver rests
-// from its start. Any thread.
+// rest later; or, and that at once, one that was left behind has not ended.
+// vblk_worker_paused() tells. No kick is lost. A pause outlasts a reset: the
+// thread of the next driver rests from its start. Any thread.
 VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms);
 
 // End a pause, if there is one; whether all threads are at rest now: paused, or
@@ -2244,8 +2229,7 @@ static bool vblk__adopt_used(vblk_dev *dev, vblk_queue *q) {
     return ok;
 }
 
-// Look at a queue for the first time since DRIVER_OK, or since the memory
-// changed.
+// Look at a queue first since DRIVER_OK, or since the memory changed.
 static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
     if (q->size == 0) {
         vblk__poison(dev, q, VBLK_EV_RING_SIZE, 0, 0);
@@ -2322,6 +2306,8 @@ VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
         q->run.used_shown = idx;
         if (!vblk__store16(dev, q->run.used, q->used_gpa, 2, idx)) {
             vblk__poison(dev, q, VBLK_EV_USED_UNWRITABLE, q->used_gpa + 2, 0);
+        } else if (dev->track) {
+            dev->track(dev->user, q->number, VBLK_NO_HEAD);
         }
     }
 }
@@ -2347,10 +2333,20 @@ VBLK__FLAT bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     return ok;
 }
 
+// One that an earlier device had taken.
+VBLK__RARE bool vblk__take_again(vblk_queue *q, uint16_t *head) {
+    uint16_t left = (uint16_t)(q->run.again_end - q->run.avail_next);
+    if (left > q->run.agains) q->run.agains = 0;
+    if (left == 0 || left > q->run.agains) return false;
+    *head = q->run.again[q->run.agains - left];
+    return true;
+}
+
 // After vblk__peek() said MORE.
 static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
     uint64_t at = 4 + 2 * (uint64_t)(q->run.avail_next & (q->size - 1));
-    if (!vblk__load16(dev, q->run.avail, q->avail_gpa, at, head)) {
+    bool again = dev->track && vblk__take_again(q, head);
+    if (!again && !vblk__load16(dev, q->run.avail, q->avail_gpa, at, head)) {
         vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
         return false;
     }
@@ -2359,6 +2355,7 @@ static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
         return false;
     }
     q->run.avail_next++;
+    if (dev->track) dev->track(dev->user, q->number, *head);
     return true;
 }
 
@@ -2418,8 +2415,7 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 
 #define VBLK__MAX_WALK 32768u // entries of the largest queue
 
-// A chain as it was read, each descriptor once. Empty descriptors are not in
-// the list.
+// A chain as it was read, each descriptor once; the empty ones not listed.
 typedef struct vblk__chain {
     const vblk_region **near; // the queue's
     vblk_seg *list, *end; // what is left of it, in an array of the caller's
@@ -3535,8 +3531,7 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
 
 // ---- Device: features, status, reset ---------------------------------------
 
-// Stop a queue, so that it can start from position 0. What is under way goes
-// stale.
+// Stop a queue, so that it can start anew. What is under way goes stale.
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__forget_stall(dev, q);
     VBLK__STORE(&q->ready, false);
@@ -3929,11 +3924,16 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
     }
     vblk_queue *q = &dev->queue[queue];
     if (q->ready || !vblk__valid_size(dev, ring->size)) return VBLK_ERR_RING;
+    if (ring->agains > ring->size) return VBLK_ERR_RING;
     q->size = ring->size;
     q->desc_gpa = ring->desc;
     q->avail_gpa = ring->avail;
     q->used_gpa = ring->used;
-    q->run.avail_next = q->run.avail_seen = ring->position;
+    q->run.again = ring->again;
+    q->run.agains = ring->agains;
+    q->run.again_end = ring->position;
+    q->run.avail_next = q->run.avail_seen =
+        (uint16_t)(ring->position - ring->agains);
     (void)vblk__adopt_used(dev, q); // or, without memory, the first drain does
     VBLK__STORE_RELEASE(&q->ready, true);
     vblk_notify(dev, (int)queue);
@@ -4062,6 +4062,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->event = o->event;
     dev->notify = o->notify;
     dev->quiesce = o->quiesce;
+    dev->track = o->track;
     dev->user = o->user;
     dev->capacity = capacity;
     dev->backing = backing;
@@ -4396,7 +4397,6 @@ static int vblk__file_again(int fd, int keep) {
 // than a page would share it with what goes through the cache. An errno, or 0.
 static int vblk__file_align(vblk_file *f) {
     f->block = f->align = 0;
-    f->buffered_fd = -1;
 #ifdef VBLK__DIRECT
     uint32_t st[64] = {0}; // struct statx, which libc may know in part
     if (!(fcntl(f->fd, F_GETFL) & O_DIRECT)) return 0;
@@ -4406,7 +4406,7 @@ static int vblk__file_align(vblk_file *f) {
         f->align = st[38];
         f->block = st[39] > VBLK_SECTOR && st[39] < 4096 ? 4096 : st[39];
     }
-    f->buffered_fd = vblk__file_again(f->fd, O_ACCMODE);
+    f->buffered_fd = vblk__file_again(f->fd, O_ACCMODE | O_SYNC);
     return f->buffered_fd < 0 ? errno : f->block ? 0 : EOPNOTSUPP;
 #else
     return 0;
@@ -4418,9 +4418,11 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only) {
     off_t end = err ? -1 : lseek(fd, 0, SEEK_END);
     err = !err && end < 0 ? errno : err;
     file->fd = fd;
+    file->buffered_fd = -1;
     err = err ? err : vblk__file_align(file);
     err = err ? err : pthread_mutex_init(&file->mutex, NULL);
     if (err) {
+        if (file->buffered_fd >= 0) close(file->buffered_fd);
         errno = err;
         return VBLK_ERR_FILE;
     }
@@ -4690,7 +4692,9 @@ struct vblk__slot {
 #define VBLK__SETUP_COOP   (1u << 8 | 1u << 9)
 #define VBLK__SETUP_SINGLE (1u << 12 | 1u << 13 | 1u << 9)
 #define VBLK__SQ_TASKRUN   (1u << 2)
-#define VBLK__CANCEL_FILE  (1u << 0 | 1u << 1 | 1u << 3)
+#define VBLK__CANCEL_FILE  (1 << 0 | 1 << 1 | 1 << 3)
+#define VBLK__ENTER_FLAGS  (1u << 0 | 1u << 3) // GETEVENTS, EXT_ARG
+#define VBLK__NEEDED       (1u << 0 | 1u << 8) // SINGLE_MMAP, EXT_ARG
 
 struct vblk__wait_arg {
     uint64_t sigmask;
@@ -4704,8 +4708,7 @@ static long vblk__uring(vblk_engine *e, unsigned wait, uint64_t ns) {
     struct vblk__wait_arg arg = {0, 0, 0, (uintptr_t)ts};
     __atomic_store_n(e->sq_tail, e->tail, __ATOMIC_RELEASE);
     long n = syscall(SYS_io_uring_enter, e->ring_fd, e->queued, wait,
-                     IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG,
-                     &arg, sizeof arg);
+                     VBLK__ENTER_FLAGS, &arg, sizeof arg);
     e->queued -= n > 0 ? (uint32_t)n : 0;
     e->iovs = e->queued ? e->iovs : 0;
     return n;
@@ -4741,6 +4744,7 @@ static void vblk__finish(vblk_engine *e, struct vblk__slot *s,
     vblk_dev *dev = e->dev;
     e->under_way--;
     vblk__push(e, &e->free, s);
+    if (e->dropping) return;
     vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
 }
 
@@ -4815,8 +4819,11 @@ static void vblk__moved(vblk_engine *e, struct vblk__slot *s, int64_t n) {
     n = vblk__file_moved(e->file, r->kind->data == VBLK__DATA_IN,
                          r->offset + s->done, s->end, n);
     s->done += n > 0 ? (uint64_t)n : 0;
-    bool rest = n > 0 && s->done < r->bytes;
-    if (n == -EAGAIN || n == -EINTR || (rest && !vblk__queue_move(e, s))) {
+    bool ours = !e->dropping &&
+                !vblk__stale(e->dev, &e->dev->queue[r->queue], r);
+    bool rest = ours && n > 0 && s->done < r->bytes;
+    bool again = ours && (n == -EAGAIN || n == -EINTR);
+    if (again || (rest && !vblk__queue_move(e, s))) {
         vblk__end_move(e, s, vblk__run(e->dev, r)); // all of it
     } else if (!rest) {
         vblk__end_move(e, s, vblk__came_to(r, n < 0 ? n : (int64_t)s->done));
@@ -4848,9 +4855,8 @@ static bool vblk__reap(vblk_engine *e) {
         any = true;
         e->in_kernel--;
         if (cqe.user_data == VBLK__SYNCED) {
-            cqe.res = vblk__heard(e->file, e->sync_end, cqe.res);
-            if (!e->dropping) vblk__synced(e, cqe.res);
-        } else if (!e->dropping) {
+            vblk__synced(e, vblk__heard(e->file, e->sync_end, cqe.res));
+        } else {
             vblk__moved(e, &e->slot[cqe.user_data], cqe.res);
         }
     }
@@ -4892,7 +4898,6 @@ static void vblk__begin(vblk_engine *e, const vblk_request *r) {
 // another's descriptor here.
 static void vblk__prefetch(const vblk_queue *q, unsigned n) {
     const vblk_region *tables = q->run.near[VBLK__TABLES];
-    const vblk_region *ends = q->run.near[VBLK__ENDS];
     const uint8_t *d[VBLK__MOST];
     if (!q->run.avail || !q->run.desc) return;
     for (unsigned i = 0; i < n; i++) {
@@ -4902,12 +4907,8 @@ static void vblk__prefetch(const vblk_queue *q, unsigned n) {
         __builtin_prefetch(d[i]);
     }
     for (unsigned i = 0; i < n; i++) { // its table or header
-        d[i] = vblk__in_region(tables, vblk__get64(d[i]), 48, false);
-        __builtin_prefetch(d[i]);
-    }
-    for (unsigned i = 0; i < n; i++) { // the header of a table
-        if (!d[i]) continue;
-        __builtin_prefetch(vblk__in_region(ends, vblk__get64(d[i]), 1, true));
+        uint64_t gpa = vblk__get64(d[i]);
+        __builtin_prefetch(vblk__in_region(tables, gpa, 48, false));
     }
 }
 
@@ -4947,7 +4948,8 @@ static bool vblk__turn(vblk_engine *e, uint64_t now_ns) {
     vblk_dev *dev = e->dev;
     bool any = vblk__reap(e);
     bool timed = dev->limited && now_ns >= dev->again_ns;
-    for (unsigned i = e->first; i < e->end; i++) {
+    bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && !vblk__halted(dev);
+    for (unsigned i = e->first; live && i < e->end; i++) {
         vblk_queue *q = &dev->queue[i];
         if (q->run.stalled ? timed : vblk__has_news(dev, q)) {
             any = vblk__begin_some(e, q, now_ns) || any;
@@ -4976,33 +4978,39 @@ static uint64_t vblk__arm_all(vblk_engine *e, uint64_t now_ns) {
     return next;
 }
 
-static void vblk__lock_limits(vblk_engine *e, bool yes) {
-    if (yes && e->lock && e->dev->limited) {
-        pthread_mutex_lock(e->lock);
-        e->locked = true;
-    } else if (!yes && e->locked) {
-        e->locked = false;
-        pthread_mutex_unlock(e->lock);
+// False: the thread is wanted elsewhere. Its holder may be in a slow backend.
+static bool vblk__lock_limits(vblk_engine *e) {
+    const struct timespec a_while = {0, 100000};
+    while (e->lock && e->dev->limited && !e->locked) {
+        if (VBLK__LOAD(&e->dev->yield)) return false;
+        e->locked = pthread_mutex_trylock(e->lock) == 0;
+        if (!e->locked) nanosleep(&a_while, NULL);
     }
+    return true;
+}
+
+static void vblk__unlock_limits(vblk_engine *e) {
+    if (e->locked) pthread_mutex_unlock(e->lock);
+    e->locked = false;
 }
 
 VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e) {
     const uint64_t start = e->now();
     uint64_t now = start, next = 0;
     bool any = true;
-    for (; any || next <= now; vblk__lock_limits(e, false)) {
-        vblk__lock_limits(e, true);
+    while (any || next <= now) {
+        if (!vblk__lock_limits(e)) return 0;
         any = vblk__turn(e, now);
         now = e->now();
         e->busy_ns = any ? now : e->busy_ns;
-        if (now - start > VBLK__TURNS_NS || VBLK__LOAD(&e->dev->yield)) {
-            vblk__lock_limits(e, false);
-            return 0;
-        }
+        bool over = now - start > VBLK__TURNS_NS ||
+                    VBLK__LOAD(&e->dev->yield) == VBLK__YIELD;
         if (!any && (e->under_way || now - e->busy_ns >= e->look_on_ns)) {
             bool full = e->free == VBLK__NO_SLOT;
             next = full ? VBLK_NEVER : vblk__arm_all(e, now);
         }
+        vblk__unlock_limits(e);
+        if (over) return 0;
     }
     return next;
 }
@@ -5020,11 +5028,12 @@ VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns) {
             vblk__entry(e, IORING_OP_POLL_ADD, VBLK__POLLED);
         sqe->flags = 0;
         sqe->fd = fd;
-        sqe->poll32_events = vblk__le32(POLLIN); // as it is, on any machine
+        sqe->poll_events = POLLIN;
         e->polling = true;
     }
     if (*e->cq_head == VBLK__TAIL(e)) vblk__uring(e, ns > 0, ns);
-    vblk__reap(e);
+    if (vblk__lock_limits(e)) vblk__reap(e);
+    vblk__unlock_limits(e);
     bool woken = e->woken;
     e->woken = false;
     return woken;
@@ -5047,7 +5056,7 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
     e->dropping = queue == VBLK_ALL_QUEUES;
     if (e->dropping && e->ring_fd >= 0) {
         vblk__entry(e, IORING_OP_ASYNC_CANCEL, VBLK__CANCELLED)
-            ->cancel_flags = VBLK__CANCEL_FILE;
+            ->rw_flags = VBLK__CANCEL_FILE; // cancel_flags
     }
     while ((e->dropping ? e->in_kernel : e->under_way) > 0) {
         if (!e->dropping) vblk__sync(e);
@@ -5057,18 +5066,22 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
         if (now >= until) break;
     }
     if (e->dropping && !e->in_kernel) vblk__forget_all(e);
+    if (!e->dropping) vblk__publish_all(e);
     e->dropping = false;
-    vblk__publish_all(e);
     return e->under_way > 0 ? VBLK_ERR_BUSY : VBLK_OK;
 }
 
 // Whether the file does without waiting what it can do so. Nothing is moved:
-// there is no memory at 0.
+// that memory may not be touched.
 static bool vblk__never_waits(int fd, bool in) {
-    struct iovec nowhere = {NULL, 4096};
-    ssize_t n = in ? preadv2(fd, &nowhere, 1, 0, RWF_NOWAIT)
-                   : pwritev2(fd, &nowhere, 1, 0, RWF_NOWAIT);
-    return n >= 0 || errno != EOPNOTSUPP;
+    void *p = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct iovec iov = {p, 4096};
+    if (p == MAP_FAILED) return false;
+    ssize_t n = in ? preadv2(fd, &iov, 1, 0, RWF_NOWAIT)
+                   : pwritev2(fd, &iov, 1, 0, RWF_NOWAIT);
+    bool never = n >= 0 || errno != EOPNOTSUPP;
+    munmap(p, 4096);
+    return never;
 }
 
 static void *vblk__map_ring(vblk_engine *e, size_t bytes, uint64_t offset) {
@@ -5099,9 +5112,8 @@ static bool vblk__map_rings(vblk_engine *e, const struct io_uring_params *p) {
 
 static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     static const uint32_t flags[] = {VBLK__SETUP_SINGLE, VBLK__SETUP_COOP, 0};
-    const uint32_t needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_EXT_ARG;
     struct io_uring_params p;
-    e->file_fd = vblk__file_again(f->fd, O_ACCMODE | O_DIRECT);
+    e->file_fd = vblk__file_again(f->fd, O_ACCMODE | O_SYNC | O_DIRECT);
     if (e->file_fd < 0) return false;
     e->reads = vblk__never_waits(e->file_fd, true);
     e->writes = !f->read_only && vblk__never_waits(e->file_fd, false);
@@ -5115,7 +5127,8 @@ static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     if (e->ring_fd < 0) return false;
     errno = ENOSYS;
     e->file = f;
-    return (p.features & needed) == needed && vblk__map_rings(e, &p) &&
+    return (p.features & VBLK__NEEDED) == VBLK__NEEDED &&
+           vblk__map_rings(e, &p) &&
            syscall(SYS_io_uring_register, e->ring_fd, IORING_REGISTER_FILES,
                    &e->file_fd, 1) == 0 && vblk__uring(e, 0, 0) == 0;
 }
@@ -5421,9 +5434,12 @@ static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
            !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
         if (t->engine.under_way > 0) {
             pthread_mutex_unlock(&w->parking);
+            vblk__sync(&t->engine);
             struct vblk__thread *away = vblk__before_callback(w);
-            vblk_engine_quiesce(&t->engine, 0, 1000);
+            if (t->engine.in_kernel) vblk__uring(&t->engine, 1, VBLK__SECOND);
             vblk__after_callback(away);
+            vblk__reap(&t->engine);
+            vblk__publish_all(&t->engine);
             pthread_mutex_lock(&w->parking);
             continue;
         }
@@ -5469,6 +5485,7 @@ static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
     t->engine.look_on_ns = w->wo.look_on_us * UINT64_C(1000);
     while (vblk__rest_while_asked(w, t)) {
         uint64_t next = vblk_engine_poll(&t->engine);
+        if (__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) return;
         if (next > 0 && vblk_engine_wait(&t->engine, kick_fd, next) &&
             !vblk__drain_fd(kick_fd)) {
             vblk__give_up(w, VBLK_EV_WORKER_WAIT, errno);
@@ -5519,9 +5536,9 @@ static void *vblk__thread_main(void *arg) {
         prctl(PR_SET_NAME, name);
         vblk__serve_until_stopped(w, t);
     }
-    vblk__lock_limits(&t->engine, false);
-    t->inside = true; // in the kernel's hands
-    vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
+    vblk__unlock_limits(&t->engine);
+    t->inside = true;
+    if (t->engine.in_kernel) vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
     while (vblk_engine_quiesce(&t->engine, VBLK_ALL_QUEUES, 1000)) {
     }
     vblk_engine_close(&t->engine);
@@ -5529,7 +5546,8 @@ static void *vblk__thread_main(void *arg) {
     pthread_mutex_lock(&w->parking);
     vblk__set_resting(t, true);
     w->running--;
-    bool ended = vblk__move_state(t, VBLK__AWAY, VBLK__ENDED);
+    bool ended = vblk__move_state(t, VBLK__AWAY, VBLK__ENDED) ||
+                 vblk__move_state(t, VBLK__WORKING, VBLK__ENDED);
     if (ended) { // the stopper joins, then frees t
         vblk__tell(w);
     }
@@ -5616,8 +5634,9 @@ static bool vblk__end_within(vblk_worker *w, unsigned ms) {
 // or, as it does not come out of the device's own code either, within that.
 // NONE: it has ended after all.
 static vblk_event_code vblk__leave_behind(vblk_worker *w,
-                                          struct vblk__thread *t) {
-    for (unsigned ms = 0; ms < VBLK__AT_WORK_MS; ms++) {
+                                          struct vblk__thread *t,
+                                          unsigned *ms) {
+    for (; *ms < VBLK__AT_WORK_MS; ++*ms) { // for all threads together
         if (vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
             return VBLK_EV_WORKER_LEFT;
         }
@@ -5631,10 +5650,11 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
 }
 
 // Join a thread that has ended, or leave it behind.
-static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t) {
+static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t,
+                             unsigned *ms) {
     uint32_t state = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE);
     vblk_event_code how =
-        state == VBLK__ENDED ? VBLK_EV_NONE : vblk__leave_behind(w, t);
+        state == VBLK__ENDED ? VBLK_EV_NONE : vblk__leave_behind(w, t, ms);
     if (!how) {
         pthread_join(t->id, NULL);
         free(t);
@@ -5656,6 +5676,7 @@ static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t) {
 // With `registers` held.
 static void vblk__stop_threads(vblk_worker *w) {
     struct vblk__thread *t = w->thread, *next;
+    unsigned ms = 0;
     if (!t) return;
     w->thread = NULL;
     pthread_mutex_lock(&w->parking);
@@ -5669,7 +5690,7 @@ static void vblk__stop_threads(vblk_worker *w) {
     vblk__end_within(w, w->wo.stop_ms);
     for (; t; t = next) {
         next = t->next;
-        vblk__end_thread(w, t);
+        vblk__end_thread(w, t, &ms);
     }
 }
 

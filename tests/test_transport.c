@@ -241,3 +241,109 @@ void transport_a_used_ring_at_an_odd_address(void) {
     CHECK_EQ(0, odd_words);
     g.queue[0].size = 0;
 }
+
+// ---- After a crash ----------------------------------------------------------
+
+static char     tracked[200]; // heads, and S
+static uint16_t left[8];      // heads that were taken and not returned
+static unsigned lefts;
+
+static void on_track(void *user, int queue, int head) {
+    size_t n = strlen(tracked);
+    (void)user;
+    CHECK_EQ(0, queue);
+    if (head == VBLK_NO_HEAD) {
+        snprintf(tracked + n, sizeof tracked - n, "S ");
+    } else {
+        snprintf(tracked + n, sizeof tracked - n, "%d ", head / 3);
+    }
+}
+
+// Six reads, each of a sector of its number, with descriptors from 3 i on. Of
+// the first four the one at 1 is returned, then all is gone but the rings.
+static vblk_ring crash_after_one(req *r) {
+    vblk_request under_way[4];
+    g.o.track = on_track;
+    tracked[0] = 0;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_ring ring = lay_out(0, 32);
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+    vblk_set_status(&g.dev, 0xf);
+    for (unsigned i = 0; i < 6; i++) {
+        r[i] = prepare(VBLK_T_IN, i, 512);
+        send(0, &r[i]);
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        CHECK_EQ(REQUEST, take(0, 0, &under_way[i]).state);
+    }
+    CHECK(!vblk_put(&g.dev, &under_way[1], 0, g.disk + 512, 512));
+    CHECK(!vblk_complete(&g.dev, &under_way[1], 512));
+    vblk_publish(&g.dev, 0);
+    lefts = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        if (i != 1) {
+            left[lefts++] = under_way[i].head;
+        }
+    }
+    ring.position = (uint16_t)(get16(ring.used + 2) + lefts);
+    ring.agains = (uint16_t)lefts;
+    ring.again = left;
+    return ring;
+}
+
+// R5: what was taken and not returned is taken first, once, then the rest.
+void r5_what_was_under_way_is_taken_again(void) {
+    req       r[6];
+    vblk_ring ring = crash_after_one(r);
+    CHECK(strcmp(tracked, "0 1 2 3 S ") == 0);
+    tracked[0] = 0;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_set_status(&g.dev, 0xf);
+    ring.agains = 33;
+    CHECK_EQ((uint64_t)VBLK_ERR_RING,
+             (uint64_t)vblk_queue_start(&g.dev, 0, &ring));
+    ring.agains = (uint16_t)lefts;
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+    drain(0);
+    CHECK(strcmp(tracked, "0 2 3 4 5 S ") == 0);
+    for (unsigned i = 0; i < 6; i++) {
+        CHECK_EQ(VBLK_S_OK, status_of(&r[i]));
+        CHECK_MEM(g.disk + 512 * i, at(r[i].data), 512);
+    }
+    CHECK_EQ(6, get16(ring.used + 2));
+    CHECK_EQ(6, used_count(0));
+    CHECK_EQ(6, vblk_queue_stop(&g.dev, 0));
+}
+
+// R5: also where a limit lets one pass at a time.
+void r5_what_was_under_way_waits_for_a_limit(void) {
+    req       r[6];
+    vblk_ring ring = crash_after_one(r);
+    g.o.limits.iops = 1;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_set_status(&g.dev, 0xf);
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+    tracked[0] = 0;
+    for (unsigned i = 1; i <= 5; i++) {
+        drain_at(0, i * SECOND);
+        drain_at(0, i * SECOND + SECOND / 2);
+        CHECK_EQ(1 + i, get16(ring.used + 2));
+    }
+    for (unsigned i = 0; i < 6; i++) {
+        CHECK_EQ(VBLK_S_OK, status_of(&r[i]));
+    }
+    CHECK_EQ(EMPTY, drain_at(0, 100 * SECOND).state);
+    CHECK_EQ(6, used_count(0));
+}
+
+// R5: a head that cannot be breaks the queue, as in the ring.
+void r5_a_head_that_cannot_be(void) {
+    req       r[6];
+    vblk_ring ring = crash_after_one(r);
+    left[1] = 32;
+    bind_by_calls(~VBLK_F_EVENT_IDX);
+    vblk_set_status(&g.dev, 0xf);
+    CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+    CHECK_EQ(BROKEN, drain(0).state);
+    CHECK_EQ(1, g.events[VBLK_EV_HEAD_RANGE]);
+}

@@ -246,7 +246,6 @@ void w3_a_sleep_ends_at_a_moment(void) {
     EVENTUALLY(vblk_counters(&w.dev).currently_throttled == 1);
     EVENTUALLY(used_is(11));
     CHECK(clock_ns() - start >= 100000000);
-    CHECK(vblk_counters(&w.dev).throttled_ns < 60000000);
     CHECK(!vblk_worker_close(&w));
 }
 

@@ -134,6 +134,9 @@ bool remove_memory(const mem_region *r) {
 
 // Rings that run keep their guest addresses; the device looks them up anew.
 bool set_memory(const mem_region *r, const int *fds, unsigned count) {
+    if (!settle()) {
+        return false;
+    }
     forget_memory();
     for (unsigned i = 0; i < count; i++) {
         if (!map_region(&r[i], fds[i])) {
@@ -157,6 +160,9 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         if (map[i].base && at - (uintptr_t)map[i].base < map[i].bytes) {
             siglongjmp(escape, 1);
         }
+    }
+    if (may_escape && in_inflight(at)) {
+        siglongjmp(escape, 1);
     }
     signal(number, SIG_DFL);
 }

@@ -2,6 +2,7 @@
 #include "serve.h"
 
 #include <sys/socket.h>
+#include <unistd.h>
 
 
 // ---- The protocol: numbers and layouts -------------------------------------
@@ -30,6 +31,8 @@
     X(SET_BACKEND_REQ_FD, 21, 0)                                               \
     X(GET_CONFIG, 24, 12)                                                      \
     X(SET_CONFIG, 25, 12)      /* the guest's: a store in config space */      \
+    X(GET_INFLIGHT_FD, 31, 20)                                                 \
+    X(SET_INFLIGHT_FD, 32, 20)                                                 \
     X(RESET_DEVICE, 34, 0)                                                     \
     X(GET_MAX_MEM_SLOTS, 36, 0)                                                \
     X(ADD_MEM_REG, 37, 40)                                                     \
@@ -43,11 +46,13 @@ enum request { REQUESTS(X) };
 #define PROTOCOL_REPLY_ACK    (UINT64_C(1) << 3)
 #define PROTOCOL_BACKEND_REQ  (UINT64_C(1) << 5) // User-Mode Linux insists
 #define PROTOCOL_CONFIG       (UINT64_C(1) << 9)
+#define PROTOCOL_INFLIGHT     (UINT64_C(1) << 12)
 #define PROTOCOL_RESET_DEVICE (UINT64_C(1) << 13)
 #define PROTOCOL_MEM_SLOTS    (UINT64_C(1) << 15) // libblkio insists
 #define PROTOCOL_OFFERED                                                       \
     (PROTOCOL_MQ | PROTOCOL_REPLY_ACK | PROTOCOL_BACKEND_REQ |                 \
-     PROTOCOL_CONFIG | PROTOCOL_RESET_DEVICE | PROTOCOL_MEM_SLOTS)
+     PROTOCOL_CONFIG | PROTOCOL_INFLIGHT | PROTOCOL_RESET_DEVICE |             \
+     PROTOCOL_MEM_SLOTS)
 
 #define FLAGS_VERSION    3u // mask; the version is 1
 #define FLAGS_REPLY      4u
@@ -79,6 +84,10 @@ typedef union payload { // in the byte order of the machine
         mem_region region;
     } slot;
     struct {
+        uint64_t bytes, offset;
+        uint16_t rings, size;
+    } inflight;
+    struct {
         uint32_t offset, size, flags;
         uint8_t  data[CONFIG_SPACE];
     } config;
@@ -98,14 +107,33 @@ static int      backend_req = -1;
 
 // ---- Messages --------------------------------------------------------------
 
-static bool reply(int fd, uint32_t size) {
+// With a descriptor, unless `pass` is -1.
+static bool reply_with(int fd, uint32_t size, int pass) {
+    union {
+        struct cmsghdr align;
+        char           bytes[CMSG_SPACE(sizeof(int))];
+    } control;
     head.flags = 1 | FLAGS_REPLY;
     head.size = size;
     struct iovec  iov[] = {{&head, sizeof head}, {&body, size}};
     struct msghdr m = {.msg_iov = iov, .msg_iovlen = 2};
+    if (pass >= 0) {
+        memset(&control, 0, sizeof control);
+        m.msg_control = &control;
+        m.msg_controllen = sizeof control;
+        struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(c), &pass, sizeof pass);
+    }
     return sendmsg(fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL) ==
                (ssize_t)(sizeof head + size) ||
            refuse("it does not take replies: %s", strerror(errno));
+}
+
+static bool reply(int fd, uint32_t size) {
+    return reply_with(fd, size, -1);
 }
 
 static bool reply_u64(int fd, uint64_t value) {
@@ -124,6 +152,21 @@ static bool get_config(int fd) {
     read_config(space, sizeof space);
     memcpy(body.config.data, space + offset, size);
     return reply(fd, CONFIG_HEADER + size);
+}
+
+static bool get_inflight(int fd) {
+    unsigned n = body.inflight.rings, size = body.inflight.size;
+    if (n == 0 || n > MAX_QUEUES || size == 0 || size > 32768) {
+        return refuse("what %u rings of %u entries have under way", n, size);
+    }
+    int memory = make_inflight(n, size, &body.inflight.bytes);
+    if (memory < 0) {
+        return refuse("memory for what is under way: %s", strerror(errno));
+    }
+    body.inflight.offset = 0;
+    bool ok = reply_with(fd, head.size, memory);
+    close(memory);
+    return ok;
 }
 
 static bool pass_memory_table(void) {
@@ -166,12 +209,10 @@ static bool act_on_ring(int fd, bool *replied) {
     case SET_VRING_ERR:  return pass_ring_fd(i, RING_ERR);
     case SET_VRING_BASE: return set_ring_base(i, (uint16_t)body.state.num);
     case GET_VRING_BASE:
-        body.state.num = end_ring(i);
         *replied = true;
-        return reply(fd, sizeof body.state);
+        return end_ring(i, &body.state.num) && reply(fd, sizeof body.state);
     default: // SET_VRING_ENABLE
-        enable_ring(i, body.state.num != 0);
-        return true;
+        return enable_ring(i, body.state.num != 0);
     }
 }
 
@@ -179,6 +220,7 @@ static bool act(int fd, bool *replied) {
     *replied = head.request == GET_FEATURES || head.request == GET_CONFIG ||
                head.request == GET_PROTOCOL_FEATURES ||
                head.request == GET_QUEUE_NUM ||
+               head.request == GET_INFLIGHT_FD ||
                head.request == GET_MAX_MEM_SLOTS;
     switch (head.request) {
     case SET_OWNER:
@@ -203,6 +245,13 @@ static bool act(int fd, bool *replied) {
     case ADD_MEM_REG:
         return add_memory(&body.slot.region, fds, nfds);
     case REM_MEM_REG:           return remove_memory(&body.slot.region);
+    case GET_INFLIGHT_FD:       return get_inflight(fd);
+    case SET_INFLIGHT_FD:
+        if (nfds != 1) {
+            return refuse("%u descriptors of what is under way", nfds);
+        }
+        return take_inflight(fds[0], body.inflight.bytes, body.inflight.offset,
+                             body.inflight.rings, body.inflight.size);
     case RESET_DEVICE:
         reset_device();
         return true;

@@ -16,8 +16,6 @@
 #define serve_features(offered) (offered)
 #endif
 
-#define MAX_RING 4096u
-
 // A ring runs from when it is enabled and has a size, addresses and a kick
 // descriptor. GET_VRING_BASE takes the kick descriptor away. It is broken by
 // what the guest does there, or said of it, and then does not run.
@@ -35,6 +33,7 @@ static vblk_dev    device;
 static vblk_engine engine;
 static vblk_queue  queues[MAX_QUEUES];
 static ring        rings[MAX_QUEUES];
+static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
 static bool        blocks; // the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
@@ -89,17 +88,36 @@ void memory_changed(const vblk_regions *now) {
     vblk_set_memory(&device, vblk_regions_memory(memory));
 }
 
-static void stop_ring(ring *r) {
+// False: what is under way there does not end, and the ring runs on.
+static bool stop_ring(ring *r) {
+    int position = r->running ? vblk_queue_stop(&device, (unsigned)(r - rings))
+                              : r->base;
+    if (position < 0) {
+        return say("the image does not answer");
+    }
     if (r->running) {
-        r->base = (uint16_t)vblk_queue_stop(&device, (unsigned)(r - rings));
+        r->base = (uint16_t)position;
+        end_inflight((unsigned)(r - rings));
     }
     r->running = r->broken = false;
+    return true;
 }
 
 // Not the front end's doing: the guest hears of it by its own time-out.
 static void break_ring(ring *r) {
     r->broken = true;
     signal_guest(r->fd[RING_ERR]);
+}
+
+// Where an earlier one of us stopped short, if it did.
+static void go_on_from(const ring *r, const uint8_t *used, vblk_ring *v) {
+    unsigned index = (unsigned)(r - rings);
+    int n = begin_inflight(index, r->size, used, under_way[index]);
+    if (n >= 0) {
+        v->position = (uint16_t)((used[2] | used[3] << 8) + n);
+        v->agains = (uint16_t)n;
+        v->again = under_way[index];
+    }
 }
 
 static void start_ring(ring *r) {
@@ -114,7 +132,8 @@ static void start_ring(ring *r) {
         grumble("ring %d does not run, it is outside guest memory: %#" PRIx64
                 ", %#" PRIx64 ", %#" PRIx64, index, r->desc, r->avail,
                 r->used);
-    } else if (vblk_queue_start(&device, (unsigned)index, &v)) {
+    } else if (go_on_from(r, host, &v),
+               vblk_queue_start(&device, (unsigned)index, &v)) {
         grumble("ring %d does not run: the driver did not accept "
                 "VIRTIO_BLK_F_MQ", index);
     } else {
@@ -227,21 +246,35 @@ bool set_ring_base(unsigned index, uint16_t base) {
     return true;
 }
 
-uint16_t end_ring(unsigned index) {
-    stop_ring(&rings[index]);
+bool end_ring(unsigned index, uint32_t *position) {
+    if (!stop_ring(&rings[index])) {
+        return false;
+    }
     let_go(&rings[index].fd[RING_KICK]);
-    return rings[index].base;
+    *position = rings[index].base;
+    return true;
 }
 
-void enable_ring(unsigned index, bool yes) {
+bool enable_ring(unsigned index, bool yes) {
     rings[index].enabled = yes;
-    if (!yes) {
-        stop_ring(&rings[index]);
-    }
+    return yes || stop_ring(&rings[index]);
 }
 
 
 // ---- The device ------------------------------------------------------------
+
+static void track(void *user, int queue, int head) {
+    const ring *r = &rings[queue];
+    uint64_t    gpa;
+    uint8_t    *used;
+    (void)user;
+    if (head != VBLK_NO_HEAD) {
+        track_taken((unsigned)queue, (unsigned)head);
+    } else if (find(r->used + 8 * r->size, &gpa, &used) &&
+               find(r->used, &gpa, &used)) { // its last element and its first
+        track_shown((unsigned)queue, r->size, used);
+    }
+}
 
 static int quiesce(void *user, int queue) {
     (void)user;
@@ -261,6 +294,7 @@ void make_device(const options *o, vblk_file *file) {
     v.interrupt = interrupt;
     v.event = event;
     v.quiesce = quiesce;
+    v.track = track;
     int err = vblk_init(&device, &v);
     if (err) {
         die("%s", vblk_strerror(err));
@@ -291,8 +325,7 @@ static void clear_rings(void) {
 }
 
 static void stop_device(void) {
-    for (unsigned i = 0; i < count; i++) {
-        stop_ring(&rings[i]);
+    for (unsigned i = 0; i < count && stop_ring(&rings[i]); i++) {
     }
     vblk_set_status(&device, 0);
 }
@@ -308,6 +341,7 @@ void drop_device(void) {
         rings[i].running = false;
     }
     reset_device();
+    forget_inflight();
     blocks = false;
 }
 

@@ -16,6 +16,7 @@
 
 #define MAX_QUEUES  64 // QEMU asks for one for each vCPU
 #define MAX_REGIONS 32u
+#define MAX_RING    4096u
 #define MAX_EVENTS  20u
 #define SECOND      UINT64_C(1000000000)
 
@@ -82,14 +83,26 @@ bool set_ring_size(unsigned index, uint32_t size);
 bool place_ring(unsigned index, uint64_t desc, uint64_t avail, uint64_t used);
 bool set_ring_base(unsigned index, uint16_t base);
 bool set_ring_fd(unsigned index, enum ring_fd which, int fd); // -1: none
-void enable_ring(unsigned index, bool yes);
-uint16_t end_ring(unsigned index); // its position
+bool enable_ring(unsigned index, bool yes);
+bool end_ring(unsigned index, uint32_t *position);
 void start_what_is_ready(void);
 bool settle(void);   // nothing is under way
 uint64_t work(void); // for some milliseconds; when to call it next
 bool wait_for(int fd, uint64_t until); // to be readable, or for work
 bool blocked(void);  // ... in the front end's hands
 void end_device(void);
+
+// inflight.c
+int  make_inflight(unsigned rings, unsigned size, uint64_t *n);
+bool take_inflight(int fd, uint64_t n, uint64_t offset, unsigned rings,
+                   unsigned size);
+void forget_inflight(void);
+bool in_inflight(uintptr_t at);
+int  begin_inflight(unsigned ring, uint32_t size, const uint8_t *used,
+                    uint16_t *heads);
+void end_inflight(unsigned ring);
+void track_taken(unsigned ring, unsigned head);
+void track_shown(unsigned ring, uint32_t size, const uint8_t *used);
 
 // protocol.c
 bool receive(int connection);

@@ -308,32 +308,40 @@ touch /stop
 wait
 say rounds $(cat /rounds.*)
 JOB
-start killed "$tmp/serve" --image "$tmp/raw.img"
-start_qemu "$tmp/killed.console" -M q35,accel=tcg,memory-backend=m -smp 2 \
-    -chardev "socket,id=c,path=$tmp/killed.sock,reconnect=1" \
-    -device vhost-user-blk-pci,chardev=c
-for try in $(seq $((LIMIT * 10))); do
-    grep -q "^guest ready" "$tmp/killed.console" && break
-    sleep 0.1
-done
-for round in 1 2 3 4 5; do
+kill_and_come_back() { # name, options of the daemon
+    name=$1
+    shift
+    start $name "$tmp/serve" --image "$tmp/raw.img" "$@"
+    start_qemu "$tmp/$name.console" -M q35,accel=tcg,memory-backend=m -smp 2 \
+        -chardev "socket,id=c,path=$tmp/$name.sock,reconnect=1" \
+        -device vhost-user-blk-pci,chardev=c
+    for try in $(seq $((LIMIT * 10))); do
+        grep -q "^guest ready" "$tmp/$name.console" && break
+        sleep 0.1
+    done
+    for round in 1 2 3 4 5; do
+        sleep 1.5
+        end KILL
+        check $name-$round "status $status" "status 137"
+        start $name "$tmp/serve" --image "$tmp/raw.img" "$@"
+    done
     sleep 1.5
-    end KILL
-    check killed-$round "status $status" "status 137"
-    start killed "$tmp/serve" --image "$tmp/raw.img"
-done
-sleep 1.5
-tell_guest go
-wait_guest
-check killed-finished "$(grep -c "^guest done" "$tmp/killed.console")" 1
-check killed-no-errors "$(grep -c "^guest error" "$tmp/killed.console")" 0
-check killed-queues "$(says killed queues)" 2
-check killed-writers "$(says killed rounds | wc -w)" 4
-end TERM
-check killed-last-daemon-served "$(between "$(counter killed writes)" \
-    1 100000000)" yes
-check killed-errors \
-    "$(counter killed io_errors) $(counter killed broken_rings)" "0 0"
+    tell_guest go
+    wait_guest
+    check $name-finished "$(grep -c "^guest done" "$tmp/$name.console")" 1
+    check $name-no-errors "$(grep -c "^guest error" "$tmp/$name.console")" 0
+    check $name-queues "$(says $name queues)" 2
+    check $name-writers "$(says $name rounds | wc -w)" 4
+    end TERM
+    check $name-last-daemon-served "$(between "$(counter $name writes)" \
+        1 100000000)" yes
+    check $name-errors \
+        "$(counter $name io_errors) $(counter $name broken_rings)" "0 0"
+}
+
+kill_and_come_back killed --aio sync
+# shellcheck disable=SC2086
+kill_and_come_back killed-uring --aio auto $direct
 
 explain
 [ $failures -eq 0 ]
