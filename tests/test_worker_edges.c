@@ -370,21 +370,28 @@ static void bind_queues(void) {
     store(VBLK_REG_STATUS, 0xf);
 }
 
-// The next `n` of queue `i`, all by the chain at 0 of its table.
+// As it lies in memory.
+static uint16_t little(uint16_t value) {
+    uint8_t le[2] = {(uint8_t)value, (uint8_t)(value >> 8)};
+    memcpy(&value, le, 2);
+    return value;
+}
+
+// Up to that index in queue `i`, all by the chain at 0 of its table.
 static void read_by(uint32_t i, uint16_t upto) {
     uint8_t *d = ram + i * 0x3000;
     d[1] = (uint8_t)(0xc0 + i * 16), d[8] = 16, d[12] = NEXT, d[14] = 1;
     d[16] = 0, d[17] = (uint8_t)(0xc8 + i * 16), d[25] = 2;
     d[28] = NEXT | WRITE, d[30] = 2;
     d[32] = 16, d[33] = (uint8_t)(0xc0 + i * 16), d[40] = 1, d[44] = WRITE;
-    __atomic_store_n((uint16_t *)(void *)(ram + i * 0x3000 + 0x1002), upto,
-                     __ATOMIC_RELEASE);
+    __atomic_store_n((uint16_t *)(void *)(ram + i * 0x3000 + 0x1002),
+                     little(upto), __ATOMIC_RELEASE);
     store(VBLK_REG_QUEUE_NOTIFY, i);
 }
 
 static bool used_by(uint32_t i, uint16_t upto) {
     return __atomic_load_n((uint16_t *)(void *)(ram + i * 0x3000 + 0x2002),
-                           __ATOMIC_ACQUIRE) == upto;
+                           __ATOMIC_ACQUIRE) == little(upto);
 }
 
 static pthread_t readers[64];

@@ -389,6 +389,88 @@ static unsigned slot_too_many(void) {
     return answer == REFUSED && hung_up() ? CLOSED : answer;
 }
 
+// What the ring has under way, as an earlier daemon left it: one part of 16
+// bytes, with its version and the used index so far, and 16 for each chain.
+static int inflight_fd;
+
+static uint8_t *inflight(uint16_t used_idx) {
+    size_t bytes = 4096;
+    inflight_fd = memfd_create("inflight", MFD_CLOEXEC);
+    uint8_t *p = ftruncate(inflight_fd, (off_t)bytes)
+                     ? MAP_FAILED
+                     : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+                            inflight_fd, 0);
+    p[8] = 1;
+    p[10] = (uint8_t)m.size;
+    memcpy(p + 14, &used_idx, 2);
+    return p;
+}
+
+static unsigned give_inflight(uint8_t *p, uint64_t bytes, uint16_t rings,
+                              uint16_t size) {
+    struct {
+        uint64_t bytes, offset;
+        uint16_t rings, size;
+        uint32_t padding;
+    } t = {bytes, 0, rings, size, 0};
+    munmap(p, 4096);
+    return message(SET_INFLIGHT_FD, &t, sizeof t, &inflight_fd, 1);
+}
+
+static unsigned start_with_inflight(uint8_t *p) {
+    ring_place place = usual_place();
+    unsigned   answer = give_inflight(p, 4096, 1, m.size);
+    answer = answer == ACCEPTED ? share_memory() : answer;
+    return answer == ACCEPTED ? start_ring(&place) : answer;
+}
+
+// A chain that is nowhere in the ring is served, as it was taken before; then
+// those that are.
+static unsigned inflight_is_taken_again(void) {
+    uint8_t *p = inflight(0);
+    p[16 + 16 * 3] = 1;
+    lay_out(m.desc + 3, 0, DATA, SECTOR, W);
+    m.desc[3].next = 4;
+    m.desc[4].next = 5;
+    ask(0, IN, 7);
+    m.avail->idx = m.avail_idx = m.kicked_idx = 1; // it was there
+    unsigned answer = start_with_inflight(p);
+    answer = answer == ACCEPTED ? await(3) : answer;
+    close(inflight_fd);
+    return answer == DONE && in_file(at(DATA), 7, SECTOR) ? good_read(1)
+                                                          : answer;
+}
+
+static unsigned inflight_of_nonsense(void) {
+    uint8_t *p = inflight(0x1234);
+    fill_random(p + 16, 4080);
+    memset(m.desc, 0, 16 * (size_t)m.size);
+    unsigned answer = start_with_inflight(p);
+    close(inflight_fd);
+    return answer == ACCEPTED ? good_read(0) : answer;
+}
+
+static unsigned inflight_of_no_rings(void) {
+    unsigned answer = give_inflight(inflight(0), 4096, 0, m.size);
+    close(inflight_fd);
+    return answer;
+}
+
+static unsigned inflight_too_small(void) {
+    unsigned answer = give_inflight(inflight(0), 4096, 64, 32768);
+    close(inflight_fd);
+    return answer;
+}
+
+static unsigned inflight_truncated(void) {
+    unsigned answer = start_with_inflight(inflight(0));
+    if (answer == ACCEPTED) {
+        answer = ftruncate(inflight_fd, 0) ? SILENT : good_read(0);
+    }
+    close(inflight_fd);
+    return answer;
+}
+
 // Two descriptors less than the ring has, and what QEMU has before it says so.
 static unsigned seg_max_fits(void) {
     uint32_t before[2] = {0, 0}, after[2] = {0, 0};
@@ -638,6 +720,11 @@ static const struct {
     {"ring-size-2M", 1, ring_size_2m, STOPPED},
     {"ring-1-without-mq", 0, ring_without_mq, STOPPED},
     {"chain-of-515", 0, chain_of_515, DONE},
+    {"inflight-is-taken-again", 1, inflight_is_taken_again, DONE},
+    {"inflight-of-nonsense", 1, inflight_of_nonsense, DONE | STOPPED | SILENT},
+    {"inflight-of-no-rings", 1, inflight_of_no_rings, NO},
+    {"inflight-too-small", 1, inflight_too_small, NO},
+    {"inflight-truncated", 1, inflight_truncated, CLOSED},
     {"memory-by-slots", 1, memory_by_slots, DONE},
     {"slot-too-many", 1, slot_too_many, REFUSED},
     {"slot-that-is-none", 0, slot_that_is_none, NO},
