@@ -72,7 +72,7 @@ tsan:                          ## the threads under the thread sanitizer (clang)
 	    -o $(B)/queues_tsan examples/queues.c $(LIBS) && $(B)/queues_tsan
 
 soak: $(B)/vblk_test           ## the threads for millions of requests, minutes long
-	VBLK_SOAK=100 $(B)/vblk_test w_party
+	VBLK_SOAK=100 $(B)/vblk_test party
 	ROUNDS=20 sh tests/interop/vhost/powerloss.sh
 
 rules: $(B)/vblk_test          ## each rule of the device and its tests (ID=V13: run)
