@@ -347,7 +347,11 @@ void e4_a_reset_that_cannot_wait(void) {
         CHECK_EQ(VBLK_STATUS_NEEDS_RESET, rd(VBLK_REG_STATUS));
         CHECK_EQ((uint64_t)VBLK_ERR_BUSY, (uint64_t)vblk_engine_close(&engine));
         CHECK(is_idle(&r));
-        poll_all();
+        CHECK_EQ(VBLK_NEVER, vblk_engine_poll(&engine)); // and does not spin
+        kernel.error = EAGAIN; // what is nobody's is not tried again
+        kernel.let_go = 1;
+        CHECK_EQ(VBLK_OK, vblk_engine_quiesce(&engine, 0, 1000));
+        CHECK_EQ(DIRT, *at(r.data));
         CHECK_EQ(0, used_count(0));
     }
     kernel.cancels = true;

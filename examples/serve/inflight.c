@@ -1,6 +1,7 @@
 // What the rings have under way, in memory that the front end keeps when we
 // die: the next of us takes it again. A split ring's part of it is laid out as
-// the protocol says, and believed no more than the rest of the front end.
+// the protocol says, but that the used ring tells what was returned last; it is
+// believed no more than the rest of the front end.
 #include "serve.h"
 
 #include <stdlib.h>

@@ -89,7 +89,7 @@ void start_what_is_ready(void);
 bool settle(void);   // nothing is under way
 uint64_t work(void); // for some milliseconds; when to call it next
 bool wait_for(int fd, uint64_t until); // to be readable, or for work
-bool blocked(void);  // ... in the front end's hands
+bool blocked(void);  // by a descriptor of the front end's
 void end_device(void);
 
 // inflight.c
