@@ -19,6 +19,7 @@ TESTS    = tests/main.c tests/test.c tests/guest.c tests/test_registers.c \
 SERVE    = examples/serve/main.c examples/serve/options.c \
            examples/serve/memory.c examples/serve/protocol.c \
            examples/serve/inflight.c examples/serve/rings.c \
+           examples/serve/engines.c examples/serve/latency.c \
            examples/serve/loop.c
 HEADERS  = vblk.h examples/pacer.h tests/uring.h tests/test.h tests/tests.h tests/guest.h tests/rig.h tests/model.h
 COMPILE  = $(CC) $(STD) $(CFLAGS) $(WARN)

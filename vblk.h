@@ -1220,11 +1220,11 @@ extern "C" {
 // while. One thread opens it, polls it and so on; options.quiesce is to call
 // vblk_engine_quiesce().
 typedef struct vblk_engine {
-    uint64_t look_on_ns; // for new requests, with none under way; 50,000
+    uint64_t look_on_ns;   // for new requests, with none under way; 50,000
+    pthread_mutex_t *lock; // NULL; of all engines of a device with limits
     // Private from here.
     vblk_dev    *dev;
     unsigned     first, end; // its queues
-    pthread_mutex_t *lock;   // of all engines of a limited device, or NULL
     bool         locked;
     vblk_file   *file;     // that io_uring works on, or NULL
     uint64_t   (*now)(void);
@@ -1249,10 +1249,11 @@ typedef struct vblk_engine {
     size_t       rings_bytes;
 } vblk_engine;
 
-// VBLK_OK; VBLK_ERR_URING, with errno set: io_uring is not to be had, and the
-// backend does all, which is also what happens if `uring` is not set; or
-// VBLK_ERR_WORKER: no memory, and nothing was opened.
-VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, bool uring);
+// For `queue`, or VBLK_ALL_QUEUES. VBLK_OK; VBLK_ERR_URING, with errno set:
+// io_uring is not to be had, and the backend does all, which is also what
+// happens if `uring` is not set; or VBLK_ERR_WORKER: no memory, nothing opened.
+VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
+                             bool uring);
 
 // What waits in the queues is begun, what has ended is completed, for some
 // milliseconds at most. Returns when to call again, by CLOCK_MONOTONIC: 0, at
@@ -5050,6 +5051,7 @@ static void vblk__forget_all(vblk_engine *e) {
 }
 
 VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
+    vblk__unlock_limits(e); // of a turn that was left by a jump
     if (!e->under_way) return VBLK_OK; // nor was it opened, perhaps
     uint64_t now = e->now();
     const uint64_t until = now + (uint64_t)ms * 1000000;
@@ -5183,8 +5185,9 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
     return VBLK_OK;
 }
 
-VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, bool uring) {
-    int err = vblk__open_engine(e, dev, VBLK_ALL_QUEUES, &dev->backend, uring);
+VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
+                             bool uring) {
+    int err = vblk__open_engine(e, dev, queue, &dev->backend, uring);
     if (err == VBLK_ERR_WORKER) vblk_engine_close(e);
     return err;
 }
@@ -5536,7 +5539,6 @@ static void *vblk__thread_main(void *arg) {
         prctl(PR_SET_NAME, name);
         vblk__serve_until_stopped(w, t);
     }
-    vblk__unlock_limits(&t->engine);
     t->inside = true;
     if (t->engine.in_kernel) vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
     while (vblk_engine_quiesce(&t->engine, VBLK_ALL_QUEUES, 1000)) {

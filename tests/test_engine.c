@@ -43,13 +43,17 @@ static void options(void) {
     g.o.quiesce = on_quiesce;
 }
 
+static int open_engine(bool uring) {
+    return vblk_engine_open(&engine, &g.dev, VBLK_ALL_QUEUES, uring);
+}
+
 // A device over a file, and an engine on the kernel of uring.c.
 static void engine_up(uint64_t declined) {
     CHECK(make_image("/tmp", 0));
     options();
     guest_up_without(declined);
     uring_start(file.fd);
-    CHECK_EQ(VBLK_OK, vblk_engine_open(&engine, &g.dev, true));
+    CHECK_EQ(VBLK_OK, open_engine(true));
     engine.now = uring_now;
     engine.look_on_ns = 0;
 }
@@ -164,7 +168,7 @@ void e1_many_at_once_by_the_backend(void) {
     CHECK(make_image("/tmp", 0));
     options();
     guest_up();
-    CHECK_EQ(VBLK_OK, vblk_engine_open(&engine, &g.dev, false));
+    CHECK_EQ(VBLK_OK, open_engine(false));
     CHECK_EQ((uint64_t)-1, (uint64_t)vblk_engine_event_fd(&engine));
     rounds(10, wait_for_all);
     engine_down();
@@ -179,7 +183,7 @@ void e1_many_at_once_by_the_kernel(void) {
         }
         options();
         guest_up();
-        int err = vblk_engine_open(&engine, &g.dev, true);
+        int err = open_engine(true);
         CHECK(err == VBLK_OK || err == VBLK_ERR_URING);
         rounds(10, wait_for_all);
         CHECK_EQ(0, counts().io_errors);
@@ -471,7 +475,7 @@ void e5_a_wait_ends(void) {
     guest_init();
     options();
     guest_up();
-    CHECK_EQ(VBLK_OK, vblk_engine_open(&engine, &g.dev, false));
+    CHECK_EQ(VBLK_OK, open_engine(false));
     fd = eventfd(0, EFD_NONBLOCK);
     start = clock_ns();
     CHECK(!vblk_engine_wait(&engine, fd, start + 2000000));
@@ -492,8 +496,7 @@ void e6_without_io_uring(void) {
         guest_up();
         uring_start(file.fd);
         kernel.setup_errno = why[i];
-        CHECK_EQ((uint64_t)VBLK_ERR_URING,
-                 (uint64_t)vblk_engine_open(&engine, &g.dev, true));
+        CHECK_EQ((uint64_t)VBLK_ERR_URING, (uint64_t)open_engine(true));
         CHECK_EQ(why[i], errno);
         uring_stop();
         rounds(2, wait_for_all);
@@ -501,16 +504,14 @@ void e6_without_io_uring(void) {
     }
     guest_init(); // a backend that is no file
     guest_up();
-    CHECK_EQ((uint64_t)VBLK_ERR_URING,
-             (uint64_t)vblk_engine_open(&engine, &g.dev, true));
+    CHECK_EQ((uint64_t)VBLK_ERR_URING, (uint64_t)open_engine(true));
     CHECK_EQ(EOPNOTSUPP, errno);
     req r = request(VBLK_T_IN, 0, 512);
     vblk_engine_poll(&engine);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(VBLK_OK, vblk_engine_close(&engine));
     test_calls_fail("calloc", ENOMEM, 1, 1);
-    CHECK_EQ((uint64_t)VBLK_ERR_WORKER,
-             (uint64_t)vblk_engine_open(&engine, &g.dev, false));
+    CHECK_EQ((uint64_t)VBLK_ERR_WORKER, (uint64_t)open_engine(false));
     CHECK_EQ(0, test_calls_left());
 }
 

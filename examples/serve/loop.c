@@ -6,12 +6,11 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-enum tag { TAG_LISTEN, TAG_CONNECTION, TAG_SIGNAL, TAG_RING };
+enum tag { TAG_LISTEN, TAG_CONNECTION, TAG_SIGNAL, TAG_ATTENTION, TAG_RING };
 
 #define MAX_READY (MAX_QUEUES + TAG_RING)
 
@@ -26,7 +25,7 @@ static bool        stopping;
 static struct epoll_event ready[MAX_READY]; // what there is to do in a turn
 
 unsigned count_event(void) {
-    return ++events;
+    return __atomic_add_fetch(&events, 1, __ATOMIC_RELAXED);
 }
 
 uint64_t now_ns(void) {
@@ -41,8 +40,8 @@ static bool watch(int fd, uint32_t what, uint32_t tag) {
 }
 
 // Edge-triggered, every write wakes us and nothing needs to be read.
-bool watch_kick(int fd, unsigned index) {
-    return watch(fd, EPOLLIN | EPOLLET, TAG_RING + index);
+bool watch_in_loop(int fd, unsigned ring) {
+    return watch(fd, EPOLLIN | EPOLLET, TAG_RING + ring);
 }
 
 // To close a socket may wait for its peer.
@@ -73,12 +72,16 @@ static void listen_again(bool yes) {
 }
 
 static void disconnect(void) {
+    hold();
+    memory_gone(); // not the next one's
     drop_device();
     forget_memory();
     forget_messages();
     let_go(&connection);
+    end_threads();
     events = 0;
     listen_again(true);
+    go_on();
 }
 
 // Where descriptors or memory are short, the next one waits a second.
@@ -147,12 +150,14 @@ static void print_rates(void) {
     static vblk_counts last;
     vblk_counts c = device_counts();
     printf("reads %" PRIu64 " (%.1f MB) writes %" PRIu64 " (%.1f MB) flushes %"
-           PRIu64 " errors %" PRIu64 " stalls %" PRIu64 "\n",
+           PRIu64 " errors %" PRIu64 " stalls %" PRIu64,
            c.reads - last.reads, (double)(c.bytes_read - last.bytes_read) / 1e6,
            c.writes - last.writes,
            (double)(c.bytes_written - last.bytes_written) / 1e6,
            c.flushes - last.flushes, c.io_errors - last.io_errors,
            c.throttled - last.throttled);
+    print_latency();
+    putchar('\n');
     fflush(stdout);
     last = c;
 }
@@ -172,37 +177,26 @@ static void on_time(void) {
     }
 }
 
-// While there is something to do, a signal comes every second and interrupts
-// whatever the front end may have made to block.
-static void watch_ourselves(bool yes) {
-    static bool watching;
-    if (yes != watching) {
-        struct itimerval t = {{yes, 0}, {yes, 0}};
-        setitimer(ITIMER_REAL, &t, NULL);
-        watching = yes;
-    }
-}
-
-static volatile sig_atomic_t alarmed;
-
-static void on_alarm(int number) {
-    (void)number;
-    alarmed = true;
-}
-
 // In guest memory, which may be gone: what follows is thrown away then.
 static void turn(void) {
     uint64_t next = sooner(sooner(tick_ns, accept_ns), message_due_ns());
     bool readable = wait_for(epoll_fd, next && next < work_ns ? next : work_ns);
     int  n = readable ? epoll_wait(epoll_fd, ready, MAX_READY, 0) : 0;
-    watch_ourselves(readable || !alarmed);
-    alarmed = false;
+    watch_ourselves(readable);
     for (int i = 0; i < n; i++) {
         switch (ready[i].data.u32) {
         case TAG_LISTEN: connect_next();  break;
         case TAG_SIGNAL: stopping = true; break;
         case TAG_CONNECTION:
+            hold();
             if (!receive(connection)) {
+                disconnect();
+            }
+            go_on();
+            break;
+        case TAG_ATTENTION:
+            if (memory_gone()) {
+                refuse("its guest's memory is gone");
                 disconnect();
             }
             break;
@@ -218,20 +212,19 @@ static void turn(void) {
     }
 }
 
-void run(const char *socket_path, bool stats) {
+void run(const char *socket_path, bool stats, int attention) {
     sigset_t ends;
     sigemptyset(&ends);
     sigaddset(&ends, SIGINT);
     sigaddset(&ends, SIGTERM);
     sigprocmask(SIG_BLOCK, &ends, NULL);
-    struct sigaction alarm = {.sa_handler = on_alarm}; // interrupts
-    sigaction(SIGALRM, &alarm, NULL);
-
+    make_watchdog();
     listen_at(socket_path);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     signal_fd = signalfd(-1, &ends, SFD_CLOEXEC);
     if (!watch(listen_fd, EPOLLIN, TAG_LISTEN) ||
-        !watch(signal_fd, EPOLLIN, TAG_SIGNAL)) {
+        !watch(signal_fd, EPOLLIN, TAG_SIGNAL) ||
+        (attention >= 0 && !watch(attention, EPOLLIN, TAG_ATTENTION))) {
         die("epoll: %s", strerror(errno));
     }
     tick_ns = stats ? now_ns() + SECOND : 0;
@@ -245,5 +238,5 @@ void run(const char *socket_path, bool stats) {
     if (connection >= 0) {
         disconnect();
     }
-    end_device();
+    close_engines();
 }

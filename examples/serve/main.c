@@ -17,8 +17,8 @@
 //
 // The front end sends descriptors of the guest's memory and the places of its
 // rings over the socket. After that only event descriptors and the rings are
-// used: `serve` is all that a request meets. One thread, one front end at a
-// time; the next one waits.
+// used: engines.c is all that a request meets. One front end at a time; the
+// next one waits.
 //
 // A front end is trusted no more than a guest. A message that makes no sense
 // ends its connection, with a line that says why; where what makes no sense is
@@ -29,8 +29,22 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <sys/file.h>
 #include <unistd.h>
+
+
+bool say(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    flockfile(stderr);
+    fputs("vblk-serve: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    funlockfile(stderr);
+    va_end(args);
+    return false;
+}
 
 
 // ---- The image -------------------------------------------------------------
@@ -139,10 +153,13 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN);
     options o = parse(argc, argv);
     open_image(&file, &o);
-    make_device(&o, &file);
     catch_escapes();
-    run(o.socket, o.stats);
+    int attention = make_device(&o, &file);
+    run(o.socket, o.stats, attention);
     vblk_file_close(&file);
     print_counters();
+    if (o.stats) {
+        print_all_latency();
+    }
     return 0;
 }

@@ -19,8 +19,8 @@ static mapping      map[MAX_REGIONS];
 static vblk_regions ram = {region, 0};
 
 // Where to go on when guest memory turns out to be gone.
-static sigjmp_buf            escape;
-static volatile sig_atomic_t may_escape;
+static __thread sigjmp_buf            escape;
+static __thread volatile sig_atomic_t may_escape;
 
 // What a disk that does not answer may still write to stays where it is.
 void forget_memory(void) {

@@ -15,12 +15,13 @@ static const char usage[] =
     "  --iops N        requests a second, all queues together (no limit)\n"
     "  --bps N         bytes a second (no limit)\n"
     "  --cache MODE    writeback: the guest may flush; unsafe: it may not\n"
-    "  --aio MODE      sync: one request after another; uring: many at once,\n"
-    "                  by io_uring; auto: that where it can be had (sync: if\n"
-    "                  the daemon is killed, the others need a front end that\n"
-    "                  keeps what is under way, as QEMU does)\n"
+    "  --aio MODE      uring: many requests at once, by io_uring; sync: one\n"
+    "                  after another; auto, the default: uring where it can be\n"
+    "                  had (if the daemon is killed and comes back, only sync\n"
+    "                  needs no help of the front end's, which QEMU gives)\n"
+    "  --threads       one for each queue\n"
     "  --direct        around the page cache (O_DIRECT)\n"
-    "  --stats         a line every second\n"
+    "  --stats         a line every second; how long requests take, too\n"
     "  --no-lock       do not ask whether others use FILE\n"
     "Sizes and rates take K, M, G or T for powers of 1024. SIGINT or SIGTERM\n"
     "end it.\n";
@@ -46,9 +47,9 @@ options parse(int argc, char **argv) {
         {"read-only", 0, 0, 'r'}, {"id", 1, 0, 'i'},  {"queues", 1, 0, 'q'},
         {"iops", 1, 0, 'o'},   {"bps", 1, 0, 'b'},    {"cache", 1, 0, 'c'},
         {"stats", 0, 0, 't'},  {"no-lock", 0, 0, 'l'}, {"help", 0, 0, 'h'},
-        {"aio", 1, 0, 'a'}, {"direct", 0, 0, 'd'},
+        {"aio", 1, 0, 'a'}, {"direct", 0, 0, 'd'}, {"threads", 0, 0, 'p'},
         {0, 0, 0, 0}};
-    options  o = {.queues = MAX_QUEUES};
+    options  o = {.queues = MAX_QUEUES, .aio = AIO_AUTO};
     int      c, which;
     uint64_t n;
     while ((c = getopt_long(argc, argv, "", longs, &which)) != -1) {
@@ -61,6 +62,7 @@ options parse(int argc, char **argv) {
         case 'o': o.limits.iops = number("iops", optarg);   break;
         case 'b': o.limits.bps = number("bps", optarg);     break;
         case 'd': o.direct = true;                          break;
+        case 'p': o.threads = true;                         break;
         case 't': o.stats = true;                           break;
         case 'l': o.no_lock = true;                         break;
         case 'q':

@@ -22,6 +22,7 @@ typedef struct ring {
     uint32_t  size;
     bool      sized;             // what was said of it; size may be 0 still
     uint16_t  base;              // position, while it does not run
+    uint16_t  measured;          // so far in the used ring latency is
     bool      placed, enabled;
     bool      running, broken;
     uint64_t  desc, avail, used; // in the address space of the front end
@@ -29,15 +30,13 @@ typedef struct ring {
 } ring;
 
 static vblk_dev    device;
-static vblk_engine engine;
 static vblk_queue  queues[MAX_QUEUES];
 static ring        rings[MAX_QUEUES];
 static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
-static bool        blocks; // the front end made a call of ours block
+static bool        measures; // latency, for --stats
+static bool        blocks; // atomic; the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
-
-#define QUIET_MS 5000u // for what is under way to end
 
 unsigned ring_count(void) {
     return count;
@@ -48,8 +47,10 @@ unsigned ring_count(void) {
 // comes in between.
 static void signal_guest(int fd) {
     const uint64_t one = 1;
-    if (fd >= 0 && !blocks && write(fd, &one, sizeof one) < 0) {
-        blocks = errno == EINTR;
+    if (fd >= 0 && !__atomic_load_n(&blocks, __ATOMIC_RELAXED) &&
+        write(fd, &one, sizeof one) < 0 && errno == EINTR) {
+        __atomic_store_n(&blocks, true, __ATOMIC_RELAXED);
+        call_loop();
     }
 }
 
@@ -76,11 +77,6 @@ static void event(void *user, const vblk_event *e) {
 
 
 // ---- Rings -----------------------------------------------------------------
-
-bool settle(void) {
-    return vblk_engine_quiesce(&engine, 0, QUIET_MS) == VBLK_OK ||
-           say("the image does not answer");
-}
 
 void memory_changed(const vblk_regions *now) {
     memory = now;
@@ -137,6 +133,7 @@ static void start_ring(ring *r) {
                 "VIRTIO_BLK_F_MQ", index);
     } else {
         r->running = true;
+        r->measured = (uint16_t)(host[2] | host[3] << 8);
         signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect
         return;
     }
@@ -188,9 +185,16 @@ static bool make_nonblocking(int fd) {
            refuse("event descriptor: %s", strerror(errno));
 }
 
+static void drop_ring_fd(ring *r, enum ring_fd which) {
+    if (which == RING_KICK) {
+        forget_kick(r->fd[which], (unsigned)(r - rings));
+    }
+    let_go(&r->fd[which]);
+}
+
 bool set_ring_fd(unsigned index, enum ring_fd which, int fd) {
     ring *r = &rings[index];
-    let_go(&r->fd[which]);
+    drop_ring_fd(r, which);
     r->fd[which] = fd;
     if (fd < 0) {
         return true;
@@ -249,7 +253,7 @@ bool end_ring(unsigned index, uint32_t *position) {
     if (!stop_ring(&rings[index])) {
         return false;
     }
-    let_go(&rings[index].fd[RING_KICK]);
+    drop_ring_fd(&rings[index], RING_KICK);
     *position = rings[index].base;
     return true;
 }
@@ -262,25 +266,41 @@ bool enable_ring(unsigned index, bool yes) {
 
 // ---- The device ------------------------------------------------------------
 
+static void measure(ring *r, const uint8_t *used) {
+    unsigned index = (unsigned)(r - rings);
+    uint64_t now = now_ns();
+    uint16_t end = (uint16_t)(used[2] | used[3] << 8);
+    for (; r->measured != end; r->measured++) {
+        const uint8_t *e = used + 4 + 8 * (r->measured & (r->size - 1));
+        latency_shown(index, e[0] | (unsigned)e[1] << 8, now);
+    }
+}
+
 static void track(void *user, int queue, int head) {
-    const ring *r = &rings[queue];
+    ring       *r = &rings[queue];
     uint64_t    gpa;
     uint8_t    *used;
     (void)user;
     if (head != VBLK_NO_HEAD) {
         track_taken((unsigned)queue, (unsigned)head);
+        if (measures) {
+            latency_taken((unsigned)queue, (unsigned)head);
+        }
     } else if (find(r->used + 8 * r->size, &gpa, &used) &&
                find(r->used, &gpa, &used)) { // its last element and its first
         track_shown((unsigned)queue, r->size, used);
+        if (measures) {
+            measure(r, used);
+        }
     }
 }
 
-static int quiesce(void *user, int queue) {
+static int on_quiesce(void *user, int queue) {
     (void)user;
-    return vblk_engine_quiesce(&engine, queue, QUIET_MS);
+    return quiesce(queue);
 }
 
-void make_device(const options *o, vblk_file *file) {
+int make_device(const options *o, vblk_file *file) {
     vblk_options v = {0};
     v.backend = serve_backend(file);
     v.id = o->id;
@@ -292,32 +312,24 @@ void make_device(const options *o, vblk_file *file) {
     v.limits = o->limits;
     v.interrupt = interrupt;
     v.event = event;
-    v.quiesce = quiesce;
+    v.quiesce = on_quiesce;
     v.track = track;
     int err = vblk_init(&device, &v);
     if (err) {
         die("%s", vblk_strerror(err));
     }
-    err = vblk_engine_open(&engine, &device, o->aio != AIO_SYNC);
-    if (err == VBLK_ERR_URING && o->aio == AIO_AUTO) {
-        if (errno != EOPNOTSUPP) {
-            say("%s: %s; going on without", vblk_strerror(err),
-                strerror(errno));
-        }
-    } else if (err) {
-        die("%s: %s; --aio sync does without", vblk_strerror(err),
-            strerror(errno));
-    }
     count = o->queues;
+    measures = o->stats;
     for (unsigned i = 0; i < count; i++) {
         rings[i] = (ring){.fd = {-1, -1, -1}};
     }
+    return open_engines(&device, o);
 }
 
 static void clear_rings(void) {
     for (unsigned i = 0; i < count; i++) {
-        for (unsigned k = 0; k < 3; k++) {
-            let_go(&rings[i].fd[k]);
+        for (enum ring_fd k = RING_KICK; k <= RING_ERR; k++) {
+            drop_ring_fd(&rings[i], k);
         }
         rings[i] = (ring){.fd = {-1, -1, -1}};
     }
@@ -342,12 +354,6 @@ void drop_device(void) {
     reset_device();
     forget_inflight();
     blocks = false;
-}
-
-void end_device(void) {
-    if (vblk_engine_close(&engine)) {
-        say("the image does not answer");
-    }
 }
 
 vblk_counts device_counts(void) {
@@ -394,24 +400,13 @@ void read_config(uint8_t *space, size_t bytes) {
     space[14] = space[15] = 0;
 }
 
-
-// ---- Work ------------------------------------------------------------------
-
-uint64_t work(void) {
-    uint64_t next = vblk_engine_poll(&engine);
-    for (unsigned i = 0; i < count; i++) {
-        ring *r = &rings[i];
-        if (r->running && !r->broken && vblk_queue_broken(&device, i)) {
-            break_ring(r);
-        }
+void look_at_ring(unsigned index) {
+    ring *r = &rings[index];
+    if (r->running && !r->broken && vblk_queue_broken(&device, index)) {
+        break_ring(r);
     }
-    return next;
-}
-
-bool wait_for(int fd, uint64_t until) {
-    return vblk_engine_wait(&engine, fd, until);
 }
 
 bool blocked(void) {
-    return blocks && !refuse("its event descriptor blocks whoever signals it");
+    return __atomic_load_n(&blocks, __ATOMIC_RELAXED) && !refuse("its event descriptor blocks whoever signals it");
 }

@@ -27,7 +27,7 @@ enum aio { AIO_SYNC, AIO_AUTO, AIO_URING };
 typedef struct options {
     const char *socket, *image, *id;
     uint64_t    create;
-    bool        read_only, unsafe, stats, no_lock, direct;
+    bool        read_only, unsafe, stats, no_lock, direct, threads;
     unsigned    queues;
     enum aio    aio;
     vblk_limits limits;
@@ -39,13 +39,8 @@ typedef struct mem_region { // as in the messages
 
 enum ring_fd { RING_KICK, RING_CALL, RING_ERR };
 
-static inline bool end_line(int printed) {
-    (void)printed;
-    fputc('\n', stderr);
-    return false;
-}
-
-#define say(...)    end_line(fprintf(stderr, "vblk-serve: " __VA_ARGS__))
+bool say(const char *format, ...) // false
+    __attribute__((format(printf, 1, 2)));
 #define refuse(...) say("front end refused: " __VA_ARGS__)
 // What a guest can bring about at will is said some times for a connection.
 #define grumble(...) ((void)(count_event() <= MAX_EVENTS && say(__VA_ARGS__)))
@@ -70,7 +65,7 @@ void catch_escapes(void);      // once, before escaped()
 bool escaped(void (*f)(void)); // whether guest memory was gone within `f`
 
 // rings.c
-void make_device(const options *o, vblk_file *file);
+int  make_device(const options *o, vblk_file *file); // as open_engines()
 vblk_counts device_counts(void);
 uint64_t device_features(void);
 bool set_features(uint64_t features);
@@ -86,11 +81,25 @@ bool set_ring_fd(unsigned index, enum ring_fd which, int fd); // -1: none
 bool enable_ring(unsigned index, bool yes);
 bool end_ring(unsigned index, uint32_t *position);
 void start_what_is_ready(void);
-bool settle(void);   // nothing is under way
+void look_at_ring(unsigned index); // by whoever serves it
+bool blocked(void); // by a descriptor of the front end's
+
+// engines.c
+int  open_engines(vblk_dev *dev, const options *o); // to watch: threads call
+bool watch_kick(int fd, unsigned ring);
+void forget_kick(int fd, unsigned ring);
+void make_watchdog(void);
+void watch_ourselves(bool busy);
+void hold(void);    // until go_on() no thread serves
+void go_on(void);
+int  quiesce(int queue);
+bool settle(void);  // nothing is under way
 uint64_t work(void); // for some milliseconds; when to call it next
 bool wait_for(int fd, uint64_t until); // to be readable, or for work
-bool blocked(void);  // by a descriptor of the front end's
-void end_device(void);
+void call_loop(void);   // blocked() has changed
+bool memory_gone(void); // within a thread
+void end_threads(void); // the front end is gone
+void close_engines(void);
 
 // inflight.c
 int  make_inflight(unsigned rings, unsigned size, uint64_t *n);
@@ -104,6 +113,12 @@ void end_inflight(unsigned ring);
 void track_taken(unsigned ring, unsigned head);
 void track_shown(unsigned ring, uint32_t size, const uint8_t *used);
 
+// latency.c
+void latency_taken(unsigned ring, unsigned head);
+void latency_shown(unsigned ring, unsigned head, uint64_t now);
+void print_latency(void);     // the rest of a line, of a second's requests
+void print_all_latency(void); // a line
+
 // protocol.c
 bool receive(int connection);
 bool message_in_time(uint64_t now);
@@ -111,8 +126,8 @@ uint64_t message_due_ns(void); // 0: none is arriving
 void forget_messages(void);    // the front end is gone
 
 // loop.c
-void run(const char *socket_path, bool stats);
-bool watch_kick(int fd, unsigned index);
+void run(const char *socket_path, bool stats, int attention);
+bool watch_in_loop(int fd, unsigned ring); // a kick
 void let_go(int *fd);
 void close_foreign(int fd);
 unsigned count_event(void); // of this connection, see grumble()

@@ -34,26 +34,40 @@ unchanged() {
 
 # ---- Front ends that lie ----------------------------------------------------
 
-lie_to() { # what, program, front
-    start "$shm/s" "$2" --socket "$shm/s" --image "$shm/image" || {
-        check "$1-starts" "$(tail -n 1 "$shm/s.log")"
+lie_to() { # what, program, front, image, options of the daemon...
+    what=$1
+    program=$2
+    front=$3
+    image=$4
+    shift 4
+    start "$shm/s" "$program" --socket "$shm/s" --image "$image" "$@" || {
+        check "$what-starts" "$(tail -n 1 "$shm/s.log")"
         return
     }
-    timeout 240 "$3" "$shm/s" abuse --ref "$shm/image" \
+    timeout 240 "$front" "$shm/s" abuse --ref "$image" \
         --pid "$daemon" >"$tmp/lies" 2>"$tmp/front.log"
     status=$?
-    cat "$tmp/lies" >>"$tmp/results"
-    [ $status -le 1 ] || check "$1-front-end-ends" \
+    sed "s/ / $what-/" "$tmp/lies" >>"$tmp/results"
+    [ $status -le 1 ] || check "$what-front-end-ends" \
         "status $status, $(tail -n 1 "$tmp/front.log")"
     end "$daemon"
-    check "$1-ends-well" "$(differs $? 0)"
-    check "$1-no-sanitizer-speaks" "$(grep -m 1 -e Sanitizer \
+    check "$what-ends-well" "$(differs $? 0)"
+    check "$what-no-sanitizer-speaks" "$(grep -m 1 -e Sanitizer \
         -e 'runtime error' "$shm/s.log")"
-    check "$1-image-is-untouched" "$(unchanged)"
-    cp "$shm/s.log" "$tmp/$1.log"
+    check "$what-image-is-untouched" "$(cmp "$image" "$shm/image" 2>&1)"
+    cp "$shm/s.log" "$tmp/$what.log"
 }
 
-lie_to daemon "$serve" "$tmp/front"
+lie_to daemon "$serve" "$tmp/front" "$shm/image"
+check image-is-untouched "$(unchanged)"
+
+# In a file that io_uring has, around the page cache if it goes.
+cp "$shm/image" "$tmp/image"
+direct=--direct
+dd if="$tmp/image" of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null ||
+    direct=
+lie_to uring "$serve" "$tmp/front" "$tmp/image" $direct
+lie_to threads "$serve" "$tmp/front" "$tmp/image" --threads
 
 i686=i686-linux-gnu-gcc
 echo 'int main(void) { return 0; }' >"$tmp/probe.c"
@@ -62,7 +76,7 @@ if $i686 -static "$tmp/probe.c" -o "$tmp/probe" 2>/dev/null &&
     build "$tmp/front-small" -DSMALL "$here/front.c" "$here/abuse.c" \
         "$here/bare.c"
     CC=$i686 build "$tmp/small" -static "$here"/../../examples/serve/*.c
-    lie_to daemon-of-32-bits "$tmp/small" "$tmp/front-small"
+    lie_to daemon-of-32-bits "$tmp/small" "$tmp/front-small" "$shm/image"
 else
     echo "SKIP: abuse of 32 bits needs a compiler and a processor for them" \
         "(apt install gcc-i686-linux-gnu libc6-dev-i386-cross)"

@@ -165,7 +165,7 @@ cp "$tmp/made.img" "$tmp/disk.img"
 cp "$tmp/made.img" "$tmp/other.img"
 truncate -s 20M "$tmp/raw.img"
 start a "$tmp/serve" --image "$tmp/disk.img" --id "disk A" --queues 2 \
-    --aio auto
+    --threads
 a=$daemon
 start b "$tmp/serve" --image "$tmp/other.img" --id "disk B" --read-only
 b=$daemon
@@ -177,7 +177,7 @@ then
     direct=--direct
 fi
 start d "$tmp/serve" --image "$tmp/raw.img" --id "disk D" --cache unsafe \
-    --aio auto $direct
+    $direct
 d=$daemon
 set -- -M q35,accel=tcg,memory-backend=m -smp 2
 for disk in a b c d; do
@@ -341,7 +341,7 @@ kill_and_come_back() { # name, options of the daemon
 
 kill_and_come_back killed --aio sync
 # shellcheck disable=SC2086
-kill_and_come_back killed-uring --aio auto $direct
+kill_and_come_back killed-threads --aio auto --threads $direct
 
 explain
 [ $failures -eq 0 ]

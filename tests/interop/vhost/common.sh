@@ -3,6 +3,7 @@
 #
 #     BUILD     where temporary files go, and are removed from; default /tmp
 #     CC CFLAGS as usual
+#     AIO       sync, uring or auto, of the daemon; default its own default
 #     SANITIZE  flags of the sanitized build; empty: none
 set -u
 LC_ALL=C
@@ -101,7 +102,9 @@ build() { # output, flags...
 start() { # name, program, options...; its socket is $tmp/name.sock
     name=$1
     shift
-    "$@" --socket "$tmp/$name.sock" >"$tmp/$name.out" 2>"$tmp/$name.err" &
+    # shellcheck disable=SC2086
+    "$@" ${AIO:+--aio $AIO} --socket "$tmp/$name.sock" >"$tmp/$name.out" \
+        2>"$tmp/$name.err" &
     daemon=$!
     running="$running $daemon"
     for try in $(seq 100); do

@@ -156,8 +156,8 @@ static vblk_backend serve_backend(vblk_file *image) {
     const char  *flush = getenv("VOLATILE_FLUSH");
     const char  *offer = getenv("VOLATILE_OFFER");
     const char  *seed = getenv("VOLATILE_SEED");
-    vblk_backend b = {volatile_read, volatile_write, volatile_flush,
-                      volatile_size, NULL};
+    vblk_backend b = {.read = volatile_read, .write = volatile_write,
+                      .flush = volatile_flush, .size = volatile_size};
     b.write = image->read_only ? NULL : b.write;
     cache.file = image;
     cache.bytes = (uint64_t)lseek(image->fd, 0, SEEK_END);
