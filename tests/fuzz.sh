@@ -15,11 +15,12 @@ san='-fsanitize=address,undefined -fno-sanitize-recover=all'
 small='-DSEAM=0x20000u -DRAM_END=0x40000u -DSECTORS=8u'
 build() {
     objects="$B/fuzz_vblk.o $B/fuzz_guest.o"
-    clang $flags $san -fsanitize=fuzzer-no-link -DVBLK_IMPLEMENTATION \
-        -x c -c vblk.h -o "$B/fuzz_vblk.o" &&
+    clang $flags $san -fsanitize=fuzzer-no-link -Dsyscall=uring_syscall \
+        -Dpreadv2=uring_preadv2 -Dpwritev2=uring_pwritev2 \
+        -DVBLK_IMPLEMENTATION_THREADED -x c -c vblk.h -o "$B/fuzz_vblk.o" &&
         clang $flags $san $small -c tests/guest.c -o "$B/fuzz_guest.o" ||
         return 1
-    for unit in test model test_model fuzz; do
+    for unit in test model uring test_model fuzz; do
         clang $flags $small -c tests/$unit.c -o "$B/fuzz_$unit.o" || return 1
         objects="$objects $B/fuzz_$unit.o"
     done

@@ -17,10 +17,9 @@
 
 #include "uring.h"
 
-#define syscall        uring_syscall
-#define no_waiting()   (errno = EFAULT, -1)
-#define preadv2(...)   (kernel.on ? no_waiting() : preadv2(__VA_ARGS__))
-#define pwritev2(...)  (kernel.on ? no_waiting() : pwritev2(__VA_ARGS__))
+#define syscall  uring_syscall
+#define preadv2  uring_preadv2
+#define pwritev2 uring_pwritev2
 
 // Calls of the Linux part that tests make fail, see test_calls_fail().
 static bool fails(const char *call);

@@ -6,9 +6,15 @@
 // runs a thousand times as long, 0.1 a tenth. A mismatch prints the seed
 // (-s SEED repeats it), the session and step it happened in, and what the step
 // was.
+#define _FILE_OFFSET_BITS 64
+#define VBLK_THREADED
 #include "model.h"
 
+#include "uring.h"
+
 #include <stdarg.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { SESSIONS = 36, STEPS = 220, MOST_PARTS = 160, SLOTS = 24 };
 
@@ -54,6 +60,7 @@ static struct {
     bool     told;      // the driver was told to notify then
     unsigned victim;    // the queue whose driver strikes
     bool     busy;      // what is under way cannot be ended
+    bool     engine;    // the host is one
     range    writable[4096]; // what the device may write, but for used rings
     unsigned writables;
     held     slot[SLOTS];
@@ -191,8 +198,13 @@ static uint64_t disk_size(void *user) {
     return d.disk.backing;
 }
 
+static vblk_engine engine;
+
 static int on_quiesce(void *user, int queue) {
     (void)user;
+    if (d.engine) {
+        return vblk_engine_quiesce(&engine, queue, 1 + test_below(9));
+    }
     rule(queue == VBLK_ALL_QUEUES || (queue >= 0 && queue < (int)m.queues),
          "no queue is to be quiet", 0);
     return d.busy ? -1 : 0;
@@ -364,7 +376,25 @@ static void poke(uint64_t gpa, uint64_t value, unsigned bytes) {
     poke_in(gpa, 0, value, bytes);
 }
 
+// An engine is called until it has nothing to do, or a few times.
+static void poll_engine(unsigned times) {
+    kernel.now = kernel.now < d.now ? d.now : kernel.now;
+    uint64_t next = 0;
+    while (times-- > 0 && (next <= kernel.now || engine.under_way > 0)) {
+        next = vblk_engine_poll(&engine);
+        if (engine.under_way > 0 && engine.ring_fd >= 0) {
+            vblk_engine_wait(&engine, 0, kernel.now + test_below(1000));
+        }
+    }
+    d.now = kernel.now;
+    say(" engine, %u under way", engine.under_way);
+}
+
 static void poll_both(void) {
+    if (d.engine) {
+        poll_engine(1 + test_below(4));
+        return;
+    }
     for (int i = 0; i < 3; i++) {
         uint64_t want = model_poll(&m, d.now);
         uint64_t got = vblk_poll(&g.dev, d.now);
@@ -380,7 +410,7 @@ static void poll_both(void) {
 }
 
 static void drain_both(int queue) {
-    if (queue == VBLK_ALL_QUEUES || one_in(3)) {
+    if (d.engine || queue == VBLK_ALL_QUEUES || one_in(3)) {
         poll_both();
         return;
     }
@@ -1543,7 +1573,7 @@ static void step(void) {
         bind_driver();
         return;
     }
-    if (d.async && !one_in(3)) {
+    if (d.async && !d.engine && !one_in(3)) {
         step_host();
         return;
     }
@@ -1694,6 +1724,11 @@ static uint64_t serve(unsigned queue) {
     vblk_seg     seg[MAX_SEGS + 2];
     uint64_t     again = d.now;
     for (int i = 0; again == d.now && i < 100; i++) {
+        if (d.engine) {
+            poll_engine(1000);
+            return engine.under_way || g.dev.again_ns != VBLK_NEVER
+                       ? 0 : VBLK_NEVER;
+        }
         if (!d.async) {
             again = vblk_poll(&g.dev, d.now);
             continue;
@@ -1773,6 +1808,54 @@ static void find_writable(uint64_t table, uint64_t entries, bool indirect) {
     }
 }
 
+static vblk_file    file;
+static vblk_backend ours;
+
+// From here on the host is an engine, on a file, on a kernel that does what it
+// likes.
+static void become_engine(void) {
+    int fd = memfd_create("disk", MFD_CLOEXEC);
+    CHECK_EQ(sizeof d.disk.data, write(fd, d.disk.data, sizeof d.disk.data));
+    CHECK_EQ(VBLK_OK, vblk_file_from(&file, fd, !g.dev.backend.write));
+    ours = g.dev.backend;
+    g.dev.backend = vblk_file_backend(&file);
+    g.dev.backend.flush = ours.flush ? g.dev.backend.flush : NULL;
+    uring_start(fd);
+    kernel.now = d.now;
+    kernel.tick = 100;
+    kernel.ends = 10 + test_below(91);
+    kernel.shorts = one_in(2) ? 0 : test_below(60);
+    kernel.hold = d.busy ? test_below(20) : 0;
+    kernel.hold_syncs = d.busy && one_in(3);
+    kernel.cancels = one_in(2);
+    kernel.error = one_in(3) ? 5 : 0;
+    kernel.sync_error = one_in(6) ? 5 : 0;
+    CHECK_EQ(VBLK_OK,
+             vblk_engine_open(&engine, &g.dev, VBLK_ALL_QUEUES, true));
+    engine.now = uring_now;
+    engine.look_on_ns = test_below(2) * 1000;
+    d.engine = true;
+    say(" engine;");
+}
+
+// All that it took has an end, and what ends late touches nothing.
+static void leave_engine(void) {
+    kernel.let_go = 1;
+    poll_engine(2000);
+    check_all_used();
+    check_wild();
+    rule(engine.under_way == 0, "an engine does not end, requests",
+         engine.under_way);
+    rule(vblk_engine_quiesce(&engine, VBLK_ALL_QUEUES, 1) == VBLK_OK &&
+         vblk_engine_close(&engine) == VBLK_OK, "an engine is not quiet", 0);
+    uring_stop();
+    CHECK_EQ(sizeof d.disk.data,
+             pread(file.fd, d.disk.data, sizeof d.disk.data, 0));
+    vblk_file_close(&file);
+    g.dev.backend = ours;
+    d.engine = false;
+}
+
 static void go_wild(void) {
     d.wild = true;
     d.writables = 0;
@@ -1812,6 +1895,9 @@ static void go_wild(void) {
     default: d.busy = true; break;
     }
     g.strike = strike;
+    if (one_in(3)) {
+        become_engine();
+    }
     for (unsigned steps = 1 + test_below(4); steps > 0 && !d.differs; steps--) {
         if (d.forged && d.takens > 0) {
             const range *r = &d.taken[test_below(d.takens)];
@@ -1824,6 +1910,9 @@ static void go_wild(void) {
         }
         check_all_used();
         check_wild();
+    }
+    if (d.engine) {
+        leave_engine();
     }
     tame();
 }

@@ -5,11 +5,15 @@
 
 #include "test.h"
 
+#include <sys/types.h>
+#include <sys/uio.h>
+
 typedef struct fake_kernel {
     bool     on;         // else calls go to the kernel
     int      file;       // that io_uring works on
     int      setup_errno; // io_uring_setup() fails
     uint64_t now;        // nanoseconds; a wait in vain goes on to its end
+    uint64_t tick;       // ns, at each look at the clock
     unsigned ends;       // percent of what is under way, at each call
     unsigned shorts;     // percent of transfers that are cut
     unsigned hold;       // this many more transfers do not end at all
@@ -24,6 +28,10 @@ typedef struct fake_kernel {
 extern fake_kernel kernel;
 
 long     uring_syscall(long number, ...); // the engine makes these
+ssize_t  uring_preadv2(int fd, const struct iovec *iov, int n, off_t offset,
+                       int flags);
+ssize_t  uring_pwritev2(int fd, const struct iovec *iov, int n, off_t offset,
+                        int flags);
 void     uring_start(int file);           // from here on
 void     uring_stop(void);
 uint64_t uring_now(void);
