@@ -201,9 +201,12 @@ void go_on(void) {
     pthread_mutex_unlock(&mutex);
 }
 
-// While they are held.
+// While they are held. Where it did not help to wait, that is not done again.
 int quiesce(int queue) {
-    int err = threads ? VBLK_OK : vblk_engine_quiesce(&one, queue, QUIET_MS);
+    static bool in_vain;
+    unsigned ms = in_vain ? 0 : QUIET_MS;
+    int err = threads ? VBLK_OK : vblk_engine_quiesce(&one, queue, ms);
+    in_vain = err != VBLK_OK;
     for (unsigned i = 0; i < ring_count(); i++) {
         if (server_of[i] && (queue == VBLK_ALL_QUEUES || queue == (int)i) &&
             server_of[i]->engine.under_way) {

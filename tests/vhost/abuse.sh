@@ -189,6 +189,80 @@ end "$front" >/dev/null 2>&1
 end "$daemon"
 check no-descriptors-ends-well "$(differs $? 0)"
 
+
+# ---- A disk that is slow, fails, or does not answer --------------------------
+
+# Behind a loop device, which io_uring has, and where each transfer takes 2 ms.
+load() { # options...; what went wrong, if anything
+    timeout 30 "$tmp/front" "$shm/z" load --secs 0.3 --ref "$tmp/slow.img" \
+        --pid "$daemon" "$@" >"$tmp/load.log" 2>&1 && return
+    tail -n 1 "$tmp/load.log" | grep . || echo "status $?"
+}
+
+serve_slow() { # name, options...
+    what=$1
+    shift
+    start "$shm/z" "$serve" --socket "$shm/z" --no-lock "$@" ||
+        check "$what-starts" "$(tail -n 1 "$shm/z.log")"
+}
+
+slow_disk() { # name, options...
+    serve_slow "$@"
+    check "$what-reads" "$(load --depth 32)"
+    rate=$(awk '{ print int($1) }' "$tmp/load.log")
+    check "$what-writes" "$(load --depth 32 --rw randwrite)"
+    kill -USR1 "$slow"
+    check "$what-fails" "$(load | grep -q 'status 1' || cat "$tmp/load.log")"
+    check "$what-fails-and-says-so" "$(grep -q 'failed to read' "$shm/z.log" ||
+        tail -n 1 "$shm/z.log")"
+    kill -HUP "$slow"
+    check "$what-is-repaired" "$(load)"
+    kill -USR2 "$slow"
+    timeout 2 "$tmp/front" "$shm/z" load --ref "$tmp/slow.img" \
+        --pid "$daemon" >"$tmp/load.log" 2>&1
+    check "$what-hangs" "$(differs $? 124)"
+    (sleep 8 && kill -HUP "$slow") &
+    for try in $(seq 30); do
+        [ -z "$(load)" ] && break
+        sleep 0.5
+    done
+    check "$what-comes-back" "$(load)"
+    check "$what-hung-and-says-so" "$(grep -q 'does not answer' "$shm/z.log" ||
+        [ "$what" = slow-sync ] || tail -n 1 "$shm/z.log")"
+    end "$daemon"
+    check "$what-ends-well" "$(differs $? 0)"
+    check "$what-no-sanitizer-speaks" "$(grep -m 1 -e Sanitizer \
+        -e 'runtime error' "$shm/z.log")"
+}
+
+mkdir "$tmp/mount"
+truncate -s 64M "$tmp/slow.img"
+slow=
+# shellcheck disable=SC2046
+if $CC -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -O2 -Wall -Wextra \
+    -o "$tmp/slowdisk" "$here/slowdisk.c" \
+    $(pkg-config --cflags --libs fuse3 2>/dev/null) 2>/dev/null; then
+    "$tmp/slowdisk" "$tmp/mount" "$tmp/slow.img" 2000 >"$tmp/slow.log" 2>&1 &
+    slow=$!
+    running="$running $slow"
+    for try in $(seq 100); do [ -f "$tmp/mount/disk" ] && break || sleep 0.05
+    done
+    loop=$(losetup -f --show --direct-io=on "$tmp/mount/disk" 2>/dev/null)
+fi
+if [ -n "${loop:-}" ]; then
+    slow_disk slow-uring --image "$loop" --direct
+    check slow-uring-does-many-at-once \
+        "$([ "$rate" -gt 1500 ] || echo "$rate a second")"
+    slow_disk slow-threads --image "$loop" --direct --threads
+    slow_disk slow-sync --image "$tmp/mount/disk" --direct
+    losetup -d "$loop"
+else
+    echo "SKIP: a slow disk needs FUSE, a loop device and the right to both" \
+        "(apt install libfuse3-dev pkg-config)"
+fi
+[ -z "$slow" ] || kill -HUP "$slow"
+umount "$tmp/mount" 2>/dev/null
+
 cat "$tmp/results"
 failed=$(grep -c '^FAIL' "$tmp/results")
 if [ "$failed" -gt 0 ]; then

@@ -1,0 +1,107 @@
+// A disk that is slow, fails, or does not answer: one file in a directory that
+// libfuse3 mounts.
+//
+//     slowdisk DIRECTORY FILE MICROSECONDS
+//
+// FILE is seen as DIRECTORY/disk, and each transfer takes so long. SIGUSR1: from
+// then on all fail; SIGUSR2: from then on none ends; SIGHUP: as at first.
+#define FUSE_USE_VERSION 35
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static int  fd;
+static long delay_us;
+static volatile sig_atomic_t mode; // the signal
+
+static void on_signal(int number) {
+    mode = number;
+}
+
+static int wait_a_while(void) {
+    struct timespec t = {delay_us / 1000000, delay_us % 1000000 * 1000};
+    const struct timespec look = {0, 10000000};
+    nanosleep(&t, NULL);
+    while (mode == SIGUSR2) {
+        nanosleep(&look, NULL);
+    }
+    return mode == SIGUSR1 ? -EIO : 0;
+}
+
+static int get_attributes(const char *path, struct stat *st,
+                          struct fuse_file_info *info) {
+    (void)info;
+    memset(st, 0, sizeof *st);
+    if (strcmp(path, "/") == 0) {
+        st->st_mode = S_IFDIR | 0755;
+        st->st_nlink = 2;
+        return 0;
+    }
+    if (strcmp(path, "/disk") != 0) {
+        return -ENOENT;
+    }
+    int err = fstat(fd, st) ? -errno : 0;
+    st->st_mode = S_IFREG | 0600;
+    return err;
+}
+
+static int open_disk(const char *path, struct fuse_file_info *info) {
+    (void)path;
+    info->direct_io = 1;
+    return 0;
+}
+
+static int read_disk(const char *path, char *buffer, size_t n, off_t offset,
+                     struct fuse_file_info *info) {
+    (void)path;
+    (void)info;
+    int     err = wait_a_while();
+    ssize_t done = err ? err : pread(fd, buffer, n, offset);
+    return (int)done;
+}
+
+static int write_disk(const char *path, const char *buffer, size_t n,
+                      off_t offset, struct fuse_file_info *info) {
+    (void)path;
+    (void)info;
+    int     err = wait_a_while();
+    ssize_t done = err ? err : pwrite(fd, buffer, n, offset);
+    return (int)done;
+}
+
+static int sync_disk(const char *path, int data, struct fuse_file_info *info) {
+    (void)path;
+    (void)data;
+    (void)info;
+    return wait_a_while();
+}
+
+int main(int argc, char **argv) {
+    static const struct fuse_operations disk = {
+        .getattr = get_attributes, .open = open_disk, .read = read_disk,
+        .write = write_disk, .fsync = sync_disk};
+    if (argc != 4) {
+        fprintf(stderr, "usage: slowdisk DIRECTORY FILE MICROSECONDS\n");
+        return 2;
+    }
+    fd = open(argv[2], O_RDWR);
+    delay_us = strtol(argv[3], NULL, 10);
+    if (fd < 0) {
+        perror(argv[2]);
+        return 1;
+    }
+    struct sigaction a = {.sa_handler = on_signal};
+    sigaction(SIGUSR1, &a, NULL);
+    sigaction(SIGUSR2, &a, NULL);
+    char options[] = "max_idle_threads=80,max_threads=80";
+    char *args[] = {argv[0], "-f", "-o", options, argv[1], NULL};
+    // libfuse takes SIGHUP for an end, unless it has a handler already.
+    sigaction(SIGHUP, &a, NULL);
+    return fuse_main(5, args, &disk, NULL);
+}
