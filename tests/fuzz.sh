@@ -15,9 +15,8 @@ san='-fsanitize=address,undefined -fno-sanitize-recover=all'
 small='-DSEAM=0x20000u -DRAM_END=0x40000u -DSECTORS=8u'
 build() {
     objects="$B/fuzz_vblk.o $B/fuzz_guest.o"
-    clang $flags $san -fsanitize=fuzzer-no-link -Dsyscall=uring_syscall \
-        -Dpreadv2=uring_preadv2 -Dpwritev2=uring_pwritev2 \
-        -DVBLK_IMPLEMENTATION_THREADED -x c -c vblk.h -o "$B/fuzz_vblk.o" &&
+    clang $flags $san -fsanitize=fuzzer-no-link -D_FILE_OFFSET_BITS=64 \
+        -DURING_HOOKS -include tests/uring.h -DVBLK_IMPLEMENTATION_THREADED -x c -c vblk.h -o "$B/fuzz_vblk.o" &&
         clang $flags $san $small -c tests/guest.c -o "$B/fuzz_guest.o" ||
         return 1
     for unit in test model uring test_model fuzz; do

@@ -15,11 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define URING_HOOKS
 #include "uring.h"
-
-#define syscall  uring_syscall
-#define preadv2  uring_preadv2
-#define pwritev2 uring_pwritev2
 
 // Calls of the Linux part that tests make fail, see test_calls_fail().
 static bool fails(const char *call);

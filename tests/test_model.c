@@ -61,6 +61,7 @@ static struct {
     unsigned victim;    // the queue whose driver strikes
     bool     busy;      // what is under way cannot be ended
     bool     engine;    // the host is one
+    bool     engines;   // or becomes one at times
     range    writable[4096]; // what the device may write, but for used rings
     unsigned writables;
     held     slot[SLOTS];
@@ -377,17 +378,20 @@ static void poke(uint64_t gpa, uint64_t value, unsigned bytes) {
 }
 
 // An engine is called until it has nothing to do, or a few times.
-static void poll_engine(unsigned times) {
+static uint64_t poll_engine(unsigned times) {
     kernel.now = kernel.now < d.now ? d.now : kernel.now;
     uint64_t next = 0;
-    while (times-- > 0 && (next <= kernel.now || engine.under_way > 0)) {
+    bool     busy = true;
+    while (times-- > 0 && (busy || next <= kernel.now)) {
         next = vblk_engine_poll(&engine);
-        if (engine.under_way > 0 && engine.ring_fd >= 0) {
+        busy = engine.under_way > 0;
+        if (busy) { // and whatever it hears of then, the next poll shows
             vblk_engine_wait(&engine, 0, kernel.now + test_below(1000));
         }
     }
     d.now = kernel.now;
     say(" engine, %u under way", engine.under_way);
+    return next;
 }
 
 static void poll_both(void) {
@@ -888,6 +892,36 @@ static void offer_parts(unsigned queue, part *p, unsigned n) {
     say(" head %u idx %u;", head, r->idx);
 }
 
+// What an engine was given that is as it should be; and how often each sector
+// may be written.
+typedef struct plain {
+    uint32_t type, bytes;
+    uint64_t sector, status;
+    part     p[8];
+    unsigned parts;
+} plain;
+
+static plain    plains[200];
+static unsigned plain_count;
+static uint8_t  writes[MODEL_SECTORS + 64];
+
+static void remember(const part *p, unsigned n, uint32_t type, uint64_t sector,
+                     uint32_t bytes, bool usual) {
+    if (type != VBLK_T_IN || !usual) { // whatever else it may be
+        for (uint64_t i = sector; i < sector + 64 && i < COUNT(writes); i++) {
+            bool sure = usual && i >= sector + (bytes + 511) / 512;
+            writes[i] = (uint8_t)(writes[i] + !sure + !usual);
+        }
+    }
+    if (usual && type <= VBLK_T_OUT && sector < MODEL_SECTORS &&
+        n <= COUNT(plains->p) &&
+        plain_count < COUNT(plains)) {
+        plain *r = &plains[plain_count++];
+        *r = (plain){type, bytes, sector, p[n - 1].gpa, {{0, 0, 0}}, n};
+        memcpy(r->p, p, n * sizeof *p);
+    }
+}
+
 static void submit_one(unsigned queue) {
     part     p[MOST_PARTS + 1];
     uint32_t type = random_type();
@@ -900,11 +934,15 @@ static void submit_one(unsigned queue) {
     }
     say(" q%u type %u sector %" PRIu64 " bytes %u:", queue, type, sector,
         bytes);
-    unsigned n = one_in(m.standard ? 3 : 30)
-                     ? free_parts(p, type, sector, bytes, most)
-                     : usual_parts(p, type, sector, bytes, most);
+    bool     usual = !one_in(m.standard ? 3 : 30);
+    unsigned n = usual ? usual_parts(p, type, sector, bytes, most)
+                       : free_parts(p, type, sector, bytes, most);
     for (int i = 0; i < 3 && one_in(4); i++) {
+        usual = false;
         n = spoil(p, n);
+    }
+    if (d.engine && n > 0) {
+        remember(p, n, type, sector, bytes, usual);
     }
     if (n > 0) {
         offer_parts(queue, p, n);
@@ -1011,7 +1049,7 @@ static void set_status(uint32_t value) {
 // From a reset to DRIVER_OK, as a driver does it, mostly.
 static void bind_driver(void) {
     bool uboot = m.standard && one_in(5);
-    d.takens = d.fixed = 0;
+    d.takens = d.fixed = plain_count = 0; // buffers are used again
     memset(d.ring, 0, sizeof d.ring);
     say(" bind:");
     set(VBLK_REG_STATUS, 0);
@@ -1079,12 +1117,13 @@ static void make(vblk_profile profile) {
                                         0x4000, 0x4000 + 100};
     guest_init();
     uint64_t session = d.session, requests = d.requests;
-    bool     throttled = d.throttled, async = d.async;
+    bool     throttled = d.throttled, async = d.async, engines = d.engines;
     memset(&d, 0, sizeof d);
     d.session = session;
     d.requests = requests;
     d.throttled = throttled;
     d.async = async;
+    d.engines = engines;
     for (size_t i = 0; i < sizeof d.disk.data; i += sizeof(uint32_t)) {
         uint32_t word = test_random();
         memcpy(d.disk.data + i, &word, sizeof word);
@@ -1169,7 +1208,8 @@ static void init_both(void) {
 // ---- Steps ----------------------------------------------------------------
 
 static bool is_full(unsigned queue) {
-    uint16_t next = g.dev.queue[queue].run.avail_next;
+    const vblk_run *run = &g.dev.queue[queue].run;
+    uint16_t next = d.engine ? run->used_shown : run->avail_next;
     return (uint16_t)(d.ring[queue].idx - next) >= d.ring[queue].size ||
            d.takens > COUNT(d.taken) - 300;
 }
@@ -1297,6 +1337,7 @@ static void step_restart(void) {
     set(VBLK_REG_QUEUE_READY, 0);
     if (!m.queue[queue].ready && !pending()) {
         d.takens = d.fixed; // the old rings stay taken
+        plain_count = 0;
         bring_up_queue(queue);
     }
 }
@@ -1725,9 +1766,7 @@ static uint64_t serve(unsigned queue) {
     uint64_t     again = d.now;
     for (int i = 0; again == d.now && i < 100; i++) {
         if (d.engine) {
-            poll_engine(1000);
-            return engine.under_way || g.dev.again_ns != VBLK_NEVER
-                       ? 0 : VBLK_NEVER;
+            return poll_engine(1000);
         }
         if (!d.async) {
             again = vblk_poll(&g.dev, d.now);
@@ -1832,16 +1871,74 @@ static void become_engine(void) {
     kernel.sync_error = one_in(6) ? 5 : 0;
     CHECK_EQ(VBLK_OK,
              vblk_engine_open(&engine, &g.dev, VBLK_ALL_QUEUES, true));
+    plain_count = 0;
+    memset(writes, 0, sizeof writes);
     engine.now = uring_now;
     engine.look_on_ns = test_below(2) * 1000;
     d.engine = true;
     say(" engine;");
 }
 
+// Whether what the driver offered in `queue` was served and shown.
+static void check_served(unsigned queue, uint64_t next) {
+    const vblk_run *run = &g.dev.queue[queue].run;
+    bool            same = g.dev.queue[queue].size == d.ring[queue].size &&
+                g.dev.queue[queue].used_gpa == d.ring[queue].used;
+    if (!live(queue) || vblk_queue_broken(&g.dev, queue) || !same ||
+        !g.dev.queue[queue].ready || d.ring[queue].muddled ||
+        !g.dev.memory.read || d.forged || d.busy || g.fail_access ||
+        g.hole_bytes ||
+        rd(VBLK_REG_STATUS) & VBLK_STATUS_NEEDS_RESET) {
+        return;
+    }
+    rule(run->used_shown == (uint16_t)run->used_next,
+         "an end is not shown, of queue", queue);
+    rule(!run->stalled || next != VBLK_NEVER, "nobody comes back to queue",
+         queue);
+    rule(run->stalled || run->avail_next == d.ring[queue].idx,
+         "what was offered is not seen, in queue", queue);
+}
+
+// Reads of what nobody wrote, and writes of what nobody else did, which ended
+// well: their data.
+static void check_plain(const plain *r, const uint8_t *now) {
+    uint64_t sector = r->sector;
+    unsigned done = 0;
+    if (*at(r->status) != VBLK_S_OK) {
+        return;
+    }
+    for (unsigned i = 1; i + 1 < r->parts; i++) {
+        for (unsigned k = 0; k < r->p[i].n && !d.differs; k++, done++) {
+            uint64_t byte = sector * 512 + done;
+            bool     in = r->type == VBLK_T_IN;
+            if (byte < sizeof d.disk.data && writes[byte / 512] == !in) {
+                rule(*at(r->p[i].gpa + k) == (in ? d.disk.data : now)[byte],
+                     in ? "an engine reads something else, at"
+                        : "an engine wrote something else, at", byte);
+            }
+        }
+    }
+}
+
+static void check_plains(void) {
+    static uint8_t now[sizeof d.disk.data];
+    CHECK_EQ(sizeof now, pread(file.fd, now, sizeof now, 0));
+    for (unsigned i = 0; i < plain_count && !d.differs; i++) {
+        if (!d.forged && !g.hole_bytes && m.capacity <= MODEL_SECTORS) {
+            check_plain(&plains[i], now);
+        }
+    }
+    memcpy(d.disk.data, now, sizeof now);
+}
+
 // All that it took has an end, and what ends late touches nothing.
 static void leave_engine(void) {
     kernel.let_go = 1;
-    poll_engine(2000);
+    vblk_notify(&g.dev, VBLK_ALL_QUEUES);
+    uint64_t next = poll_engine(2000);
+    for (unsigned i = 0; i < m.queues; i++) {
+        check_served(i, next);
+    }
     check_all_used();
     check_wild();
     rule(engine.under_way == 0, "an engine does not end, requests",
@@ -1849,8 +1946,7 @@ static void leave_engine(void) {
     rule(vblk_engine_quiesce(&engine, VBLK_ALL_QUEUES, 1) == VBLK_OK &&
          vblk_engine_close(&engine) == VBLK_OK, "an engine is not quiet", 0);
     uring_stop();
-    CHECK_EQ(sizeof d.disk.data,
-             pread(file.fd, d.disk.data, sizeof d.disk.data, 0));
+    check_plains();
     vblk_file_close(&file);
     g.dev.backend = ours;
     d.engine = false;
@@ -1872,7 +1968,7 @@ static void go_wild(void) {
     }
     memcpy(g.truth, g.base, sizeof g.ram);
     g.accesses = 0;
-    unsigned how = test_below(6);
+    unsigned how = test_below(d.engines ? 8 : 6);
     switch (how) {
     case 0:
         g.fail_access = 1 + (int)test_below(60);
@@ -1892,19 +1988,29 @@ static void go_wild(void) {
         d.forged = true;
         g.ambush = 1 + test_below(100);
         break;
-    default: d.busy = true; break;
+    case 5: d.busy = true; break;
+    default: break; // an engine alone
     }
     g.strike = strike;
-    if (one_in(3)) {
+    unsigned steps = 1 + test_below(4);
+    if (d.engines && (how > 5 || one_in(3))) {
         become_engine();
+        steps += 2 + test_below(10);
+        if (!live(0)) {
+            bind_driver();
+            check_all_used();
+            check_wild();
+        }
     }
-    for (unsigned steps = 1 + test_below(4); steps > 0 && !d.differs; steps--) {
+    for (; steps > 0 && !d.differs; steps--) {
         if (d.forged && d.takens > 0) {
             const range *r = &d.taken[test_below(d.takens)];
             poke_in(r->gpa, test_below(64), test_below(256), 1);
         }
         if (how == 2) {
             ambush();
+        } else if (d.engine && one_in(2)) {
+            step_requests();
         } else {
             step();
         }
@@ -1953,6 +2059,7 @@ bool model_session(const uint8_t *in, size_t n) {
     memset(&d, 0, sizeof d);
     d.throttled = kind & 4;
     d.async = kind & 8;
+    d.engines = kind >= 0xc0;
     test_feed(in + 1, n > 0 ? n - 1 : 0);
     make(kind & 1 ? VBLK_STANDARD : VBLK_STRICT);
     for (d.step = 0; test_fed() > 0 && !d.differs; d.step++) {
@@ -1996,13 +2103,13 @@ void model_agrees_with_any_host(void) {
 // cannot end what it has: after a reset the model and the device agree again.
 void model_comes_back_from_anything(void) {
     uint8_t  in[3000];
-    uint64_t sessions = soak(16);
+    uint64_t sessions = soak(32);
     for (uint64_t i = 0; i < sessions && !test_failed; i++) {
         test_random_from(test_seed + i);
         for (size_t k = 0; k < sizeof in; k++) {
             in[k] = (uint8_t)test_random();
         }
-        in[0] = (uint8_t)i;
+        in[0] = (uint8_t)(i % 16 + (i / 16 % 2 ? 0 : 0xc0));
         ROW_BEGIN();
         (void)model_session(in, sizeof in);
         ROW("session %" PRIu64, i);

@@ -3,10 +3,23 @@
 #ifndef URING_H
 #define URING_H
 
-#include "test.h"
-
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <unistd.h>
+
+long    uring_syscall(long number, ...);
+ssize_t uring_preadv2(int fd, const struct iovec *iov, int n, off_t offset,
+                      int flags);
+ssize_t uring_pwritev2(int fd, const struct iovec *iov, int n, off_t offset,
+                       int flags);
+
+#ifdef URING_HOOKS // what the engine of this unit calls
+#define syscall  uring_syscall
+#define preadv2  uring_preadv2
+#define pwritev2 uring_pwritev2
+#endif
+
+#include "test.h"
 
 typedef struct fake_kernel {
     bool     on;         // else calls go to the kernel
@@ -27,11 +40,6 @@ typedef struct fake_kernel {
 
 extern fake_kernel kernel;
 
-long     uring_syscall(long number, ...); // the engine makes these
-ssize_t  uring_preadv2(int fd, const struct iovec *iov, int n, off_t offset,
-                       int flags);
-ssize_t  uring_pwritev2(int fd, const struct iovec *iov, int n, off_t offset,
-                        int flags);
 void     uring_start(int file);           // from here on
 void     uring_stop(void);
 uint64_t uring_now(void);

@@ -16,7 +16,7 @@ static const char usage[] =
     "  --bps N         bytes a second (no limit)\n"
     "  --cache MODE    writeback: the guest may flush; unsafe: it may not\n"
     "  --aio MODE      uring: many requests at once, by io_uring; sync: one\n"
-    "                  after another; auto, the default: uring where it can be\n"
+    "                  after another; auto, the default: uring if it can be\n"
     "                  had (if the daemon is killed and comes back, only sync\n"
     "                  needs no help of the front end's, which QEMU gives)\n"
     "  --threads       one for each queue\n"

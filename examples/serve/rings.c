@@ -408,5 +408,6 @@ void look_at_ring(unsigned index) {
 }
 
 bool blocked(void) {
-    return __atomic_load_n(&blocks, __ATOMIC_RELAXED) && !refuse("its event descriptor blocks whoever signals it");
+    return __atomic_load_n(&blocks, __ATOMIC_RELAXED) &&
+           !refuse("its event descriptor blocks whoever signals it");
 }

@@ -3,8 +3,8 @@
 //
 //     slowdisk DIRECTORY FILE MICROSECONDS
 //
-// FILE is seen as DIRECTORY/disk, and each transfer takes so long. SIGUSR1: from
-// then on all fail; SIGUSR2: from then on none ends; SIGHUP: as at first.
+// FILE is seen as DIRECTORY/disk, and each transfer takes so long. From SIGUSR1
+// on all fail, from SIGUSR2 on none ends, from SIGHUP on it is as at first.
 #define FUSE_USE_VERSION 35
 #include <errno.h>
 #include <fcntl.h>
