@@ -441,8 +441,8 @@ extern "C" {
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
       "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
-      "rate and may not be smaller than one second's "                       \
-      "worth of it; neither may be 2^63 or more")                              \
+      "rate and may not be smaller than one second's worth of it; neither "    \
+      "may be 2^63 or more")                                                   \
     X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
     X(ERR_URING, -13, "io_uring is not to be had for this backend: errno says "\
       "why; EOPNOTSUPP: it is no vblk_file_backend(), or its file system can " \
@@ -576,8 +576,7 @@ typedef enum vblk_level {
     X(STATUS_UNWRITABLE, 51, WARNING, ADDRESS, NONE, "the status byte is "     \
       "outside guest memory or read-only: the chain is not returned (V17)")    \
     /* a request is refused */                                                 \
-    X(HEADER_SHORT, 60, WARNING, BYTES, NONE, "a header of less than 16 "      \
-      "bytes (V3)")                                                            \
+    X(HEADER_SHORT, 60, WARNING, BYTES, NONE, "header below 16 bytes (V3)")    \
     X(HEADER_FRAMING, 61, WARNING, BYTES, NONE, "the first descriptor does "   \
       "not hold the header; the standard profile takes the first 16 readable " \
       "bytes (V3, P1)")                                                        \
@@ -604,8 +603,7 @@ typedef enum vblk_level {
       "length cannot tell it, and it would take too long (V13)")               \
     X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "a data buffer is outside "  \
       "guest memory, or read-only where it is read to (X5)")                   \
-    X(READ_ONLY, 73, WARNING, SECTOR, NONE, "a write to a read-only disk "     \
-      "(V9)")                                                                  \
+    X(READ_ONLY, 73, WARNING, SECTOR, NONE, "write to a read-only disk (V9)")  \
     X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "a range beyond the end of "   \
       "the disk (V13)")                                                        \
     X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID with less than 20 bytes in " \
@@ -613,10 +611,8 @@ typedef enum vblk_level {
     /* the backend */                                                          \
     X(READ_SHORT, 80, WARNING, SECTOR, BYTES, "a read got less than asked, "   \
       "and the backing does not end there; bytes: what is missing (X2)")       \
-    X(READ_FAILED, 81, ERROR, SECTOR, ERROR, "the backend failed to read "     \
-      "(X3)")                                                                  \
-    X(WRITE_FAILED, 82, ERROR, SECTOR, ERROR, "the backend failed to write "   \
-      "(X3)")                                                                  \
+    X(READ_FAILED, 81, ERROR, SECTOR, ERROR, "backend failed to read (X3)")    \
+    X(WRITE_FAILED, 82, ERROR, SECTOR, ERROR, "backend failed to write (X3)")  \
     X(WRITE_STUCK, 83, ERROR, SECTOR, BYTES, "the backend wrote less than "    \
       "asked and stopped there; bytes: what is left (X3)")                     \
     X(FLUSH_FAILED, 84, ERROR, SECTOR, ERROR, "the backend failed to make "    \
@@ -624,13 +620,11 @@ typedef enum vblk_level {
     /* the host */                                                             \
     X(NO_MEMORY, 90, NOTE, NONE, NONE, "a queue has work but guest memory "    \
       "was not given yet; the work waits for vblk_set_memory() (W9)")          \
-    X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset of the "   \
-      "device")                                                                \
+    X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset")          \
     X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a request waits for a limit, but " \
       "the clock has stood still so far: now_ns must go on (T9)")              \
-    X(NOT_QUIET, 93, ERROR, NONE, NONE, "the driver stops a queue, and what "  \
-      "is under way there does not end in time: the device needs a reset "     \
-      "(P8)")                                                                  \
+    X(NOT_QUIET, 93, ERROR, NONE, NONE, "a queue is stopped, and what is "     \
+      "under way there does not end in time: the device needs a reset (P8)")   \
     /* a worker */                                                             \
     X(WORKER_LEFT, 100, ERROR, AGAINST, NONE, "the backend, or another "       \
       "callback, did not return within stop_ms, against: the thread is left "  \
@@ -1238,8 +1232,8 @@ typedef struct vblk_engine {
     struct vblk__slot *slot;
     vblk_seg    *seg;      // of all slots, then of the one that is taken
     // io_uring. Of what `tail` counts, `queued` is not handed over.
-    int          ring_fd, file_fd; // or -1
-    int          event_fd; // or -1
+    int          ring_fd, event_fd; // or -1
+    int          sync_fd;  // the file's, to hear of failures; or -1
     uint32_t     tail, queued, iovs;
     uint32_t    *sq_tail, *sq_flags, *cq_head, *cq_tail;
     struct io_uring_sqe *sqe;
@@ -1252,6 +1246,9 @@ typedef struct vblk_engine {
 // For `queue`, or VBLK_ALL_QUEUES. VBLK_OK; VBLK_ERR_URING, with errno set:
 // io_uring is not to be had, and the backend does all, which is also what
 // happens if `uring` is not set; or VBLK_ERR_WORKER: no memory, nothing opened.
+// A lock of yours on the file, by its descriptor (flock, F_OFD_SETLK), lasts as
+// long as what io_uring has under way, also if the process is killed; one of
+// the process (F_SETLK) falls when an engine is closed.
 VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
                              bool uring);
 
@@ -4367,6 +4364,11 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 
 // ---- Files ------------------------------------------------------------------
 
+static void vblk__close(int *fd) {
+    if (*fd >= 0) close(*fd);
+    *fd = -1;
+}
+
 // An errno that stands against `fd` as a disk, or 0.
 static int vblk__file_check(int fd, bool read_only) {
     struct stat st;
@@ -4386,11 +4388,11 @@ static int vblk__file_check(int fd, bool read_only) {
 
 #ifdef VBLK__DIRECT
 // Another descriptor of the same file, with its own place among those that hear
-// of failures. Of its flags, those in `keep`.
-static int vblk__file_again(int fd, int keep) {
+// of failures, and without O_DIRECT.
+static int vblk__file_again(int fd) {
     char path[32];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    return open(path, (fcntl(fd, F_GETFL) & keep) | O_CLOEXEC);
+    return open(path, (fcntl(fd, F_GETFL) & (O_ACCMODE | O_SYNC)) | O_CLOEXEC);
 }
 #endif
 
@@ -4407,7 +4409,7 @@ static int vblk__file_align(vblk_file *f) {
         f->align = st[38];
         f->block = st[39] > VBLK_SECTOR && st[39] < 4096 ? 4096 : st[39];
     }
-    f->buffered_fd = vblk__file_again(f->fd, O_ACCMODE | O_SYNC);
+    f->buffered_fd = vblk__file_again(f->fd);
     return f->buffered_fd < 0 ? errno : f->block ? 0 : EOPNOTSUPP;
 #else
     return 0;
@@ -4423,7 +4425,7 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only) {
     err = err ? err : vblk__file_align(file);
     err = err ? err : pthread_mutex_init(&file->mutex, NULL);
     if (err) {
-        if (file->buffered_fd >= 0) close(file->buffered_fd);
+        vblk__close(&file->buffered_fd);
         errno = err;
         return VBLK_ERR_FILE;
     }
@@ -4457,9 +4459,8 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, unsigned flags) {
 
 VBLKDEF void vblk_file_close(vblk_file *file) {
     pthread_mutex_destroy(&file->mutex);
-    if (file->buffered_fd >= 0) close(file->buffered_fd);
-    close(file->fd);
-    file->fd = -1;
+    vblk__close(&file->buffered_fd);
+    vblk__close(&file->fd);
 }
 
 // Several segments in one call, where the system has one and the array holds
@@ -4693,7 +4694,7 @@ struct vblk__slot {
 #define VBLK__SETUP_COOP   (1u << 8 | 1u << 9)
 #define VBLK__SETUP_SINGLE (1u << 12 | 1u << 13 | 1u << 9)
 #define VBLK__SQ_TASKRUN   (1u << 2)
-#define VBLK__CANCEL_FILE  (1 << 0 | 1 << 1 | 1 << 3)
+#define VBLK__CANCEL_ALL   (1 << 0 | 1 << 2) // ALL, ANY: the poll too
 #define VBLK__ENTER_FLAGS  (1u << 0 | 1u << 3) // GETEVENTS, EXT_ARG
 #define VBLK__NEEDED       (1u << 0 | 1u << 8) // SINGLE_MMAP, EXT_ARG
 
@@ -4722,7 +4723,7 @@ static struct io_uring_sqe *vblk__entry(vblk_engine *e, unsigned op,
     e->queued++;
     memset(sqe, 0, sizeof *sqe);
     sqe->opcode = (uint8_t)op;
-    sqe->flags = IOSQE_FIXED_FILE; // the only one
+    sqe->flags = IOSQE_FIXED_FILE; // fd 0: the first of vblk__open_ring()
     sqe->user_data = user_data;
     return sqe;
 }
@@ -4768,8 +4769,10 @@ static void vblk__sync(vblk_engine *e) {
     if (e->file) {
         e->in_kernel++;
         e->sync_end = VBLK__LOAD(&e->file->end);
-        vblk__entry(e, IORING_OP_FSYNC, VBLK__SYNCED)->fsync_flags =
-            IORING_FSYNC_DATASYNC;
+        struct io_uring_sqe *sqe = vblk__entry(e, IORING_OP_FSYNC,
+                                               VBLK__SYNCED);
+        sqe->fd = 1;
+        sqe->fsync_flags = IORING_FSYNC_DATASYNC;
     } else {
         vblk__synced(e, err);
     }
@@ -5058,7 +5061,7 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
     e->dropping = queue == VBLK_ALL_QUEUES;
     if (e->dropping && e->ring_fd >= 0) {
         vblk__entry(e, IORING_OP_ASYNC_CANCEL, VBLK__CANCELLED)
-            ->rw_flags = VBLK__CANCEL_FILE; // cancel_flags
+            ->rw_flags = VBLK__CANCEL_ALL; // cancel_flags
     }
     while ((e->dropping ? e->in_kernel : e->under_way) > 0) {
         if (!e->dropping) vblk__sync(e);
@@ -5115,10 +5118,13 @@ static bool vblk__map_rings(vblk_engine *e, const struct io_uring_params *p) {
 static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     static const uint32_t flags[] = {VBLK__SETUP_SINGLE, VBLK__SETUP_COOP, 0};
     struct io_uring_params p;
-    e->file_fd = vblk__file_again(f->fd, O_ACCMODE | O_SYNC | O_DIRECT);
-    if (e->file_fd < 0) return false;
-    e->reads = vblk__never_waits(e->file_fd, true);
-    e->writes = !f->read_only && vblk__never_waits(e->file_fd, false);
+    // A lock that the host has by f->fd outlives it: it lasts as long as what
+    // the kernel has under way.
+    const int fds[] = {f->fd, vblk__file_again(f->fd)};
+    e->sync_fd = fds[1];
+    if (e->sync_fd < 0) return false;
+    e->reads = vblk__never_waits(f->fd, true);
+    e->writes = !f->read_only && vblk__never_waits(f->fd, false);
     errno = EOPNOTSUPP;
     if (!e->reads && !e->writes) return false;
     for (unsigned i = 0; i < 3 && e->ring_fd < 0; i++) {
@@ -5132,18 +5138,20 @@ static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     return (p.features & VBLK__NEEDED) == VBLK__NEEDED &&
            vblk__map_rings(e, &p) &&
            syscall(SYS_io_uring_register, e->ring_fd, IORING_REGISTER_FILES,
-                   &e->file_fd, 1) == 0 && vblk__uring(e, 0, 0) == 0;
+                   fds, 2) == 0 && vblk__uring(e, 0, 0) == 0;
 }
 
 static void vblk__close_ring(vblk_engine *e) {
     int saved = errno;
+    if (e->ring_fd >= 0) { // or the kernel lets go of them later
+        syscall(SYS_io_uring_register, e->ring_fd, IORING_UNREGISTER_FILES,
+                NULL, 0);
+    }
     if (e->sqe) munmap(e->sqe, VBLK__ENTRIES * sizeof *e->sqe);
     if (e->rings) munmap(e->rings, e->rings_bytes);
-    for (unsigned i = 0; i < 3; i++) {
-        int *fd = i == 0 ? &e->ring_fd : i == 1 ? &e->file_fd : &e->event_fd;
-        if (*fd >= 0) close(*fd);
-        *fd = -1;
-    }
+    vblk__close(&e->ring_fd);
+    vblk__close(&e->sync_fd);
+    vblk__close(&e->event_fd);
     e->sqe = NULL;
     e->rings = NULL;
     e->file = NULL;
@@ -5171,7 +5179,7 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
     e->end = queue < 0 ? dev->queues : e->first + 1;
     e->now = vblk__clock;
     e->look_on_ns = 50000;
-    e->ring_fd = e->file_fd = e->event_fd = -1;
+    e->ring_fd = e->sync_fd = e->event_fd = -1;
     e->slot = (struct vblk__slot *)calloc(VBLK__SLOTS, sizeof *e->slot);
     e->seg = (vblk_seg *)calloc((VBLK__SLOTS + 1) * room, sizeof *e->seg);
     e->iov = (struct iovec *)calloc(VBLK__IOVECS, sizeof *e->iov);
@@ -5378,8 +5386,7 @@ static void vblk__signal(int fd) {
     (void)n;
 }
 
-// Take what an eventfd or timerfd holds, neither of which blocks. False if the
-// descriptor is broken.
+// Take what an eventfd holds. False if it is broken.
 static bool vblk__drain_fd(int fd) {
     uint64_t count;
     return read(fd, &count, sizeof count) >= 0 || errno == EAGAIN;
@@ -5501,10 +5508,8 @@ static void vblk__free_worker(vblk_worker *w) {
     for (unsigned i = 0; i < w->dev.queues; i++) {
         vblk__forget_stall(&w->dev, &w->dev.queue[i]); // T5
     }
-    for (unsigned i = 0; i <= w->threads; i++) {
-        int fd = i < w->threads ? w->kick_fds[i] : w->irq_fd;
-        if (fd >= 0) close(fd);
-    }
+    for (unsigned i = 0; i < w->threads; i++) vblk__close(&w->kick_fds[i]);
+    vblk__close(&w->irq_fd);
     free(w->kick_fds);
 }
 
@@ -5541,8 +5546,7 @@ static void *vblk__thread_main(void *arg) {
     }
     t->inside = true;
     if (t->engine.in_kernel) vblk__move_state(t, VBLK__WORKING, VBLK__AWAY);
-    while (vblk_engine_quiesce(&t->engine, VBLK_ALL_QUEUES, 1000)) {
-    }
+    while (vblk_engine_quiesce(&t->engine, VBLK_ALL_QUEUES, 1000)) continue;
     vblk_engine_close(&t->engine);
     vblk__self = NULL;
     pthread_mutex_lock(&w->parking);
@@ -5550,9 +5554,7 @@ static void *vblk__thread_main(void *arg) {
     w->running--;
     bool ended = vblk__move_state(t, VBLK__AWAY, VBLK__ENDED) ||
                  vblk__move_state(t, VBLK__WORKING, VBLK__ENDED);
-    if (ended) { // the stopper joins, then frees t
-        vblk__tell(w);
-    }
+    if (ended) vblk__tell(w); // the stopper joins, then frees t
     pthread_mutex_unlock(&w->parking);
     if (!ended) vblk__come_back(t);
     return NULL;

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -539,6 +540,30 @@ void e6_limits(void) {
         CHECK_EQ(i, used_count(0));
     }
     engine_down();
+}
+
+// What the kernel has under way for a process that was killed changes the file
+// still: so long nobody else may have it, and no longer.
+void e8_a_lock_lasts_as_long_as_the_ring(void) {
+    if (!make_image(".", 0)) {
+        return;
+    }
+    options();
+    guest_up();
+    int other = open(path, O_RDWR);
+    CHECK_EQ(0, flock(file.fd, LOCK_EX | LOCK_NB));
+    if (open_engine(true) == VBLK_OK) {
+        rounds(2, wait_for_all);
+        vblk_file_close(&file);
+        CHECK(flock(other, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK);
+        CHECK_EQ(VBLK_OK, vblk_engine_close(&engine));
+        CHECK_EQ(0, flock(other, LOCK_EX | LOCK_NB));
+    } else {
+        CHECK_EQ(VBLK_OK, vblk_engine_close(&engine));
+        vblk_file_close(&file);
+    }
+    close(other);
+    unlink(path);
 }
 
 

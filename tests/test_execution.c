@@ -774,7 +774,7 @@ void event_lines(void) {
                        vblk_event_line(&other, line, sizeof line)));
     vblk_needs_reset(&g.dev); // without numbers
     CHECK_EQ(VBLK_LEVEL_NOTE, g.last.level);
-    CHECK_EQ(0, strcmp("the host asked for a reset of the device",
+    CHECK_EQ(0, strcmp("the host asked for a reset",
                        vblk_event_line(&g.last, line, sizeof line)));
 }
 

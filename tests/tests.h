@@ -322,6 +322,7 @@
     X(e5_a_wait_ends, ONCE)                                                    \
     X(e6_without_io_uring, GUEST)                                              \
     X(e6_limits, GUEST)                                                        \
+    X(e8_a_lock_lasts_as_long_as_the_ring, GUEST)                              \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
     X(b6_block_size, GUEST)                                                    \
     X(w12_a_thread_for_each_queue, ONCE)                                       \

@@ -133,20 +133,23 @@ static bool act(unsigned i) {
     struct pollfd p = {o->sqe.fd, POLLIN, 0};
     switch (o->sqe.opcode) {
     case IORING_OP_POLL_ADD:
-        if (poll(&p, 1, 0) == 0) {
+        if (!o->gone && poll(&p, 1, 0) == 0) {
             return false;
         }
-        end(i, p.revents);
+        end(i, o->gone ? -ECANCELED : p.revents);
         return true;
     case IORING_OP_ASYNC_CANCEL:
-        CHECK(o->sqe.flags & IOSQE_FIXED_FILE);
-        for (unsigned j = 0; kernel.cancels && j < kernel.under_way; j++) {
-            pending[j].gone = pending[j].held;
+        CHECK_EQ(1u << 0 | 1u << 2, o->sqe.cancel_flags); // ALL, ANY
+        for (unsigned j = 0; j < kernel.under_way; j++) {
+            bool polls = pending[j].sqe.opcode == IORING_OP_POLL_ADD;
+            pending[j].gone = polls || (kernel.cancels && pending[j].held);
         }
         end(i, 0);
         return true;
     default: break;
     }
+    CHECK(o->sqe.flags & IOSQE_FIXED_FILE);
+    CHECK_EQ(o->sqe.opcode == IORING_OP_FSYNC, o->sqe.fd);
     if (o->gone) {
         kernel.cancelled++;
         end(i, -ECANCELED);

@@ -49,42 +49,54 @@ bool say(const char *format, ...) {
 
 // ---- The image -------------------------------------------------------------
 
-static void locked(const char *image, int err) {
-    if (err && (errno == EWOULDBLOCK || errno == EACCES)) {
-        die("--image %s: in use by another process", image);
-    }
-    if (err) {
-        die("--image %s: cannot be locked: %s; --no-lock goes on without",
-            image, strerror(errno));
-    }
-}
-
 // Bytes that QEMU locks for reading: from 100 on for what it does itself, from
 // 200 on for what it lets nobody else do, one each for reading (0), writing
 // (1) and resizing (3). Then each looks for the other's. A lock of the whole
-// file, as of cloud-hypervisor, meets them too.
-static void lock_as_qemu(int fd, const options *o) {
+// file, as of cloud-hypervisor, meets them too. An errno, or 0.
+static int lock_as_qemu(int fd, const options *o) {
     const short held[] = {100, 201, 203, 101};
     unsigned    n = o->read_only ? 3 : 4;
     for (unsigned i = 0; i < n; i++) {
         struct flock l = {.l_type = F_RDLCK, .l_whence = SEEK_SET,
                           .l_start = held[i], .l_len = 1};
-        locked(o->image, fcntl(fd, F_OFD_SETLK, &l));
+        if (fcntl(fd, F_OFD_SETLK, &l)) {
+            return errno;
+        }
     }
     for (unsigned i = 0; i < n; i++) {
         struct flock l = {.l_type = F_WRLCK, .l_whence = SEEK_SET,
                           .l_start = held[i] < 200 ? held[i] + 100
                                                    : held[i] - 100,
                           .l_len = 1};
-        locked(o->image, fcntl(fd, F_OFD_GETLK, &l));
-        errno = EWOULDBLOCK;
-        locked(o->image, l.l_type != F_UNLCK);
+        if (fcntl(fd, F_OFD_GETLK, &l)) {
+            return errno;
+        }
+        if (l.l_type != F_UNLCK) {
+            return EWOULDBLOCK;
+        }
     }
+    return 0;
 }
 
+// One that was killed has the image until what the kernel had under way for it
+// has ended.
 static void lock_image(int fd, const options *o) {
-    locked(o->image, flock(fd, (o->read_only ? LOCK_SH : LOCK_EX) | LOCK_NB));
-    lock_as_qemu(fd, o);
+    const struct timespec a_while = {0, 50000000};
+    int err = EWOULDBLOCK;
+    for (int i = 0; i < 20 && (err == EWOULDBLOCK || err == EACCES); i++) {
+        if (i > 0) {
+            nanosleep(&a_while, NULL);
+        }
+        bool ours = !flock(fd, (o->read_only ? LOCK_SH : LOCK_EX) | LOCK_NB);
+        err = ours ? lock_as_qemu(fd, o) : errno;
+    }
+    if (err == EWOULDBLOCK || err == EACCES) {
+        die("--image %s: in use by another process", o->image);
+    }
+    if (err) {
+        die("--image %s: cannot be locked: %s; --no-lock goes on without",
+            o->image, strerror(err));
+    }
 }
 
 static void open_image(vblk_file *file, const options *o) {

@@ -133,6 +133,10 @@ static void start_ring(ring *r) {
                 "VIRTIO_BLK_F_MQ", index);
     } else {
         r->running = true;
+        if (v.agains > 0) {
+            say("ring %d: %u requests of the daemon before are begun again",
+                index, v.agains);
+        }
         r->measured = (uint16_t)(host[2] | host[3] << 8);
         signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect
         return;

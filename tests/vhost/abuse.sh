@@ -6,6 +6,7 @@
 #     SANITIZE  flags of the daemon; empty: none
 test=abuse-vhost
 . "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/slowdisk.sh"
 SANITIZE=${SANITIZE--fsanitize=address,undefined -fno-sanitize-recover=all}
 
 # shellcheck disable=SC2086
@@ -192,7 +193,7 @@ check no-descriptors-ends-well "$(differs $? 0)"
 
 # ---- A disk that is slow, fails, or does not answer --------------------------
 
-# Behind a loop device, which io_uring has, and where each transfer takes 2 ms.
+# Where each transfer takes 2 ms.
 load() { # options...; what went wrong, if anything
     timeout 30 "$tmp/front" "$shm/z" load --secs 0.3 --ref "$tmp/slow.img" \
         --pid "$daemon" "$@" >"$tmp/load.log" 2>&1 && return
@@ -202,7 +203,7 @@ load() { # options...; what went wrong, if anything
 serve_slow() { # name, options...
     what=$1
     shift
-    start "$shm/z" "$serve" --socket "$shm/z" --no-lock "$@" ||
+    start "$shm/z" "$serve" --socket "$shm/z" "$@" ||
         check "$what-starts" "$(tail -n 1 "$shm/z.log")"
 }
 
@@ -235,33 +236,44 @@ slow_disk() { # name, options...
         -e 'runtime error' "$shm/z.log")"
 }
 
-mkdir "$tmp/mount"
+# Who comes after one that was killed would change what the kernel still has
+# under way for it: as long as that is so, the image is in use.
+killed_with_requests() { # name, options...
+    serve_slow "$@"
+    kill -USR2 "$slow"
+    timeout 2 "$tmp/front" "$shm/z" load --ref "$tmp/slow.img" --depth 32 \
+        --rw randwrite --pid "$daemon" >"$tmp/load.log" 2>&1
+    kill -KILL "$daemon"
+    rm "$shm/z"
+    shift
+    timeout 10 "$serve" --socket "$shm/z" "$@" >"$tmp/next.log" 2>&1 &
+    next=$!
+    sleep 3
+    kill -0 $next 2>/dev/null && kill -HUP "$slow" # it may be stuck there
+    wait $next
+    check "$what-holds-the-image" "$(differs $? 1)"
+    check "$what-and-that-is-said" "$(grep -q 'in use by another' \
+        "$tmp/next.log" || tail -n 1 "$tmp/next.log")"
+    kill -HUP "$slow"
+    serve_slow "$what" "$@"
+    check "$what-lets-it-go" "$(load)"
+    end "$daemon"
+}
+
 truncate -s 64M "$tmp/slow.img"
-slow=
-# shellcheck disable=SC2046
-if $CC -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -O2 -Wall -Wextra \
-    -o "$tmp/slowdisk" "$here/slowdisk.c" \
-    $(pkg-config --cflags --libs fuse3 2>/dev/null) 2>/dev/null; then
-    "$tmp/slowdisk" "$tmp/mount" "$tmp/slow.img" 2000 >"$tmp/slow.log" 2>&1 &
-    slow=$!
-    running="$running $slow"
-    for try in $(seq 100); do [ -f "$tmp/mount/disk" ] && break || sleep 0.05
-    done
-    loop=$(losetup -f --show --direct-io=on "$tmp/mount/disk" 2>/dev/null)
-fi
-if [ -n "${loop:-}" ]; then
-    slow_disk slow-uring --image "$loop" --direct
+if begin_slow_disk "$tmp/slow.img" 2000; then
+    slow_disk slow-uring --image "$slow_disk" --no-lock --direct
     check slow-uring-does-many-at-once \
         "$([ "$rate" -gt 1500 ] || echo "$rate a second")"
-    slow_disk slow-threads --image "$loop" --direct --threads
-    slow_disk slow-sync --image "$tmp/mount/disk" --direct
-    losetup -d "$loop"
+    slow_disk slow-threads --image "$slow_disk" --no-lock --direct --threads
+    slow_disk slow-sync --image "$slow_file" --no-lock --direct
+    killed_with_requests killed-uring --image "$slow_disk" --direct
+    killed_with_requests killed-threads --image "$slow_disk" --direct --threads
+    end_slow_disk
 else
     echo "SKIP: a slow disk needs FUSE, a loop device and the right to both" \
         "(apt install libfuse3-dev pkg-config)"
 fi
-[ -z "$slow" ] || kill -HUP "$slow"
-umount "$tmp/mount" 2>/dev/null
 
 cat "$tmp/results"
 failed=$(grep -c '^FAIL' "$tmp/results")

@@ -250,7 +250,7 @@ end TERM
 check cut-front "$(says cut front | cut -d ' ' -f 1)" "$front"
 check cut-behind-is-lost "$(says cut behind)" 1
 check cut-flush-fails "$(says cut flush)" 1
-check cut-told "$(between "$(grep -c "the backend failed to read" \
+check cut-told "$(between "$(grep -c "backend failed to read" \
     "$tmp/cut.err")" 1 30)" yes
 check cut-daemon-ends "status $status" "status 0"
 rm -f "$tmp/cut.img"
