@@ -116,7 +116,7 @@ bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
-interop: interop-uboot interop-m3 interop-uml interop-qemu interop-firmware interop-powerloss ## all below but xv6
+interop: interop-uboot interop-m3 interop-uml interop-qemu interop-firmware interop-powerloss interop-crash ## all below but xv6
 
 interop-uboot:                 ## U-Boot under Unicorn
 	@sh tests/interop/uboot/run.sh
@@ -129,6 +129,9 @@ interop-uml:                   ## Linux in a process, on vblk-serve (user-mode-l
 
 interop-qemu:                  ## Linux under QEMU, on vblk-serve
 	@sh tests/interop/qemu/run.sh
+
+interop-crash:                 ## vblk-serve is killed under fio --verify, and comes back
+	@sh tests/interop/vhost/crash.sh
 
 interop-firmware:              ## SeaBIOS, GRUB, EDK2 and SLOF under QEMU, on vblk-serve
 	@sh tests/interop/firmware/run.sh

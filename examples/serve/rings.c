@@ -134,8 +134,8 @@ static void start_ring(ring *r) {
     } else {
         r->running = true;
         if (v.agains > 0) {
-            say("ring %d: %u requests of the daemon before are begun again",
-                index, v.agains);
+            grumble("ring %d: %u requests of the daemon before are begun again",
+                    index, v.agains);
         }
         r->measured = (uint16_t)(host[2] | host[3] << 8);
         signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect

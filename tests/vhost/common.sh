@@ -9,6 +9,7 @@ LC_ALL=C
 export LC_ALL
 
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
+root=$here/../..
 CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2 -g}
 WARN="-std=c99 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wshadow -Wconversion

@@ -3,8 +3,9 @@
 //
 //     slowdisk DIRECTORY FILE MICROSECONDS
 //
-// FILE is seen as DIRECTORY/disk, and each transfer takes so long. From SIGUSR1
-// on all fail, from SIGUSR2 on none ends, from SIGHUP on it is as at first.
+// FILE is seen as DIRECTORY/disk, and a transfer takes up to twice so long.
+// From SIGUSR1 on all fail, from SIGUSR2 on none ends, from SIGHUP on it is as
+// at first.
 #define FUSE_USE_VERSION 35
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +26,8 @@ static void on_signal(int number) {
 }
 
 static int wait_a_while(void) {
-    struct timespec t = {delay_us / 1000000, delay_us % 1000000 * 1000};
+    long            us = random() % (2 * delay_us + 1);
+    struct timespec t = {us / 1000000, us % 1000000 * 1000};
     const struct timespec look = {0, 10000000};
     nanosleep(&t, NULL);
     while (mode == SIGUSR2) {

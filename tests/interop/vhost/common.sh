@@ -99,7 +99,7 @@ build() { # output, flags...
         -o "$output" -lpthread || { echo "FAIL build"; exit 1; }
 }
 
-start() { # name, program, options...; its socket is $tmp/name.sock
+start() { # name, program, options...; its socket is $tmp/name.sock, or false
     name=$1
     shift
     # shellcheck disable=SC2086
@@ -112,7 +112,10 @@ start() { # name, program, options...; its socket is $tmp/name.sock
         kill -0 $daemon 2>/dev/null || break
         sleep 0.05
     done
-    check "$name-starts" "$(cat "$tmp/$name.err")" "a socket"
+    [ -n "${quietly:-}" ] ||
+        check "$name-starts" "$(cat "$tmp/$name.err")" "a socket"
+    forget $daemon
+    false
 }
 
 forget() { # pid
