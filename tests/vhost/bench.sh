@@ -6,15 +6,18 @@
 # with O_DIRECT on all sides. A driver sleeps on its eventfd, or polls. Front
 # end and servers have a processor each.
 #
-#     SECS    seconds for a cell of the table (1)
-#     ROUNDS  a cell is the median of this many (1)
+#     SECS    seconds of a turn of a server (.4)
+#     ROUNDS  at most so many turns for a cell of the table (9): there are as
+#             many, three at least, as it takes until a further one moves no
+#             server's median by more than 3 %. The last column says how many,
+#             with a ? where that was not enough
 #     DEPTHS  requests under way ("1 8 32 128")
 #     FILES   "memory cached empty direct"
 #     DRIVERS "sleeps polls"
 test=bench-vhost
 . "$(dirname "$0")/common.sh"
-SECS=${SECS:-1}
-ROUNDS=${ROUNDS:-1}
+SECS=${SECS:-.4}
+ROUNDS=${ROUNDS:-9}
 DEPTHS=${DEPTHS:-1 8 32 128}
 FILES=${FILES:-memory cached empty direct}
 DRIVERS=${DRIVERS:-sleeps polls}
@@ -95,7 +98,16 @@ medians() { # of each column
         }
         printf "%9.0f %6.2f %8.1f %8.1f %8.2f %6.2f\n", m[1], m[2], m[3], m[4],
             m[5], m[6]
-    }' "$1"
+    }'
+}
+
+settled() { # rounds so far
+    [ "$1" -ge 3 ] || return
+    for server in $servers; do
+        file=$tmp/cell.${server%:*}
+        echo "$(medians <"$file") $(sed '$d' "$file" | medians)"
+    done | awk '{ move = $1 / $7 - 1; if (move > .03 || move < -.03) bad = 1 }
+        END { exit bad }'
 }
 
 # The first write to a page of a file that is clean costs more than the next.
@@ -112,6 +124,7 @@ cell() { # rw, bytes, depth
     for server in $servers; do
         : >"$tmp/cell.${server%:*}"
     done
+    sure='?'
     for round in $(seq "$ROUNDS"); do
         for server in $servers; do
             # shellcheck disable=SC2086
@@ -121,17 +134,19 @@ cell() { # rw, bytes, depth
                 >>"$tmp/cell.${server%:*}" ||
                 { echo "FAIL $1 $2 $3 ${server%:*}"; exit 1; }
         done
+        settled "$round" && sure= && break
     done
     for server in $servers; do
-        printf '%-6s %-9s %4sk %5s %-6s %-12s %s\n' "$where" "$1" \
+        printf '%-6s %-9s %4sk %5s %-6s %-12s %s %6s\n' "$where" "$1" \
             $(($2 / 1024)) "$3" "$driver" "${server%:*}" \
-            "$(medians "$tmp/cell.${server%:*}")"
+            "$(medians <"$tmp/cell.${server%:*}")" "$round$sure"
     done
 }
 
 table() {
-    printf '%-6s %-9s %5s %5s %-6s %-12s %9s %6s %8s %8s %8s %6s\n' image \
-        kind size depth driver server IOPS ratio 'p50 us' 'p99 us' 'cpu us' x
+    printf '%-6s %-9s %5s %5s %-6s %-12s %9s %6s %8s %8s %8s %6s %6s\n' \
+        image kind size depth driver server IOPS ratio 'p50 us' 'p99 us' \
+        'cpu us' x rounds
     for where in $FILES; do
         image=$shm/image
         [ "$where" = memory ] || image=$disk/image
