@@ -1,6 +1,7 @@
 // The worker beside its limits: 4 KiB reads of a /dev/shm file at several
-// queue depths beside a bare preadv loop; latency at depth 1 beside a bare
-// eventfd ping-pong between two threads. Medians of paired rounds.
+// queue depths beside a bare preadv loop; latency at depth 1 of a driver that
+// sleeps beside a bare eventfd ping-pong between two threads, and of one that
+// polls beside preadv by a thread that spins for it. Medians of paired rounds.
 //
 //     make bench
 #define VBLK_IMPLEMENTATION_THREADED
@@ -64,8 +65,8 @@ typedef struct load {
     double per_second, kicks, interrupts; // the last two per 1,000 requests
 } load;
 
-// Keep `depth` reads under way for a round; wait on the interrupt.
-static load drive(unsigned depth) {
+// Keep `depth` reads under way for a round; wait on the interrupt, or poll.
+static load drive(unsigned depth, bool polls) {
     uint16_t made = 0, seen = 0;
     uint64_t count, done = 0, kicks = 0, interrupts = 0;
     bind_driver();
@@ -84,14 +85,14 @@ static load drive(unsigned depth) {
             kicks++;
         }
         shown = made;
-        // An interrupt for the next completion, if there is none yet.
-        *word(AVAIL + 4 + 2 * QUEUE) = seen;
+        // An interrupt for the next completion, if there is none yet, or never.
+        *word(AVAIL + 4 + 2 * QUEUE) = polls ? (uint16_t)(seen - 1) : seen;
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        if (seen == __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE)) {
+        if (!polls && seen == __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE)) {
             struct pollfd p = {w.irq_fd, POLLIN, 0};
             poll(&p, 1, 1000);
         }
-        if (read(w.irq_fd, &count, sizeof count) > 0) {
+        if (!polls && read(w.irq_fd, &count, sizeof count) > 0) {
             interrupts += count;
             store(VBLK_REG_INTERRUPT_ACK, 3);
         }
@@ -159,6 +160,42 @@ static double ping_pongs_per_second(void) {
     return (double)done * 1e9 / (double)(now - start);
 }
 
+static uint32_t turn; // 0: the asker's; 1: the reader's; 2: it is over
+static int      turn_fd;
+
+static void *read_when_asked(void *arg) {
+    uint32_t t;
+    (void)arg;
+    while ((t = __atomic_load_n(&turn, __ATOMIC_ACQUIRE)) != 2) {
+        struct iovec iov = {ram + DATA, 4096};
+        if (t == 1) {
+            if (preadv(turn_fd, &iov, 1, 0) != 4096) {
+                exit(1);
+            }
+            __atomic_store_n(&turn, 0, __ATOMIC_RELEASE);
+        }
+    }
+    return NULL;
+}
+
+static double handed_over_per_second(int fd) {
+    pthread_t thread;
+    uint64_t done = 0, now;
+    turn_fd = fd;
+    turn = 0;
+    pthread_create(&thread, NULL, read_when_asked, NULL);
+    uint64_t start = vblk__clock();
+    while ((now = vblk__clock()) - start < ROUND_NS) {
+        __atomic_store_n(&turn, 1, __ATOMIC_RELEASE);
+        while (__atomic_load_n(&turn, __ATOMIC_ACQUIRE) == 1) {
+        }
+        done++;
+    }
+    __atomic_store_n(&turn, 2, __ATOMIC_RELEASE);
+    pthread_join(thread, NULL);
+    return (double)done * 1e9 / (double)(now - start);
+}
+
 static int compare(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
@@ -200,7 +237,7 @@ int main(void) {
         double mine[ROUNDS], limit[ROUNDS], ratio[ROUNDS], kicks[ROUNDS],
             interrupts[ROUNDS];
         for (int r = 0; r < ROUNDS; r++) {
-            load l = drive(depths[i]);
+            load l = drive(depths[i], false);
             mine[r] = l.per_second;
             kicks[r] = l.kicks;
             interrupts[r] = l.interrupts;
@@ -212,13 +249,18 @@ int main(void) {
                median(interrupts));
     }
     double mine[ROUNDS], bare[ROUNDS], ratio[ROUNDS];
-    for (int r = 0; r < ROUNDS; r++) {
-        mine[r] = 1e6 / drive(1).per_second;
-        bare[r] = 1e6 / ping_pongs_per_second();
-        ratio[r] = mine[r] / bare[r];
+    for (int polls = 0; polls < 2; polls++) {
+        for (int r = 0; r < ROUNDS; r++) {
+            mine[r] = 1e6 / drive(1, polls).per_second;
+            bare[r] = 1e6 / (polls ? handed_over_per_second(fd)
+                                   : ping_pongs_per_second());
+            ratio[r] = mine[r] / bare[r];
+        }
+        printf("latency at depth 1, driver %s: %.2f us; %s: %.2f us; ratio "
+               "%.2f\n", polls ? "polls" : "sleeps", median(mine),
+               polls ? "preadv by a thread that spins" : "eventfd ping-pong",
+               median(bare), median(ratio));
     }
-    printf("latency at depth 1: %.1f us; eventfd ping-pong: %.1f us; "
-           "ratio %.2f\n", median(mine), median(bare), median(ratio));
     vblk_worker_close(&w);
     vblk_file_close(&file);
     close(fd);
