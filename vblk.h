@@ -1176,7 +1176,8 @@ typedef struct vblk_file {
 
 #define VBLK_FILE_READ_ONLY 1u
 #define VBLK_FILE_DIRECT    2u // Linux: O_DIRECT, around the page cache; what
-                               // is not aligned to it is copied
+                               // is not aligned to it is copied, by way of 36
+                               // KiB of stack
 
 // Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set; EOPNOTSUPP: no
 // O_DIRECT. vblk_file_close() after the device's last use.
@@ -4463,6 +4464,8 @@ VBLKDEF void vblk_file_close(vblk_file *file) {
     vblk__close(&file->fd);
 }
 
+#define VBLK__BOUNCE 32768u
+
 // Several segments in one call, where the system has one and the array holds
 // them; the first ones otherwise.
 static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
@@ -4508,20 +4511,18 @@ static ssize_t vblk__file_call(int fd, uint64_t offset, const vblk_seg *seg,
     return n;
 }
 
-// Through memory that O_DIRECT likes, a part of it.
+// Through memory that O_DIRECT likes, a part of it. On the stack, as a fault of
+// guest memory may end this by a jump.
 static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
                                  const vblk_seg *seg, unsigned segs, bool in) {
-    const size_t most = 1 << 18;
+    uint8_t  room[VBLK__BOUNCE + 4096];
+    vblk_seg own = {room + (4096 - (uintptr_t)room % 4096), VBLK__BOUNCE, 0};
     uint64_t all = 0;
     for (unsigned i = 0; i < segs; i++) all += seg[i].n;
     if ((offset | all) % f->block) {
         return vblk__file_call(f->buffered_fd, offset, seg, segs, in);
     }
-    vblk_seg own = {NULL, all < most ? (size_t)all : most, 0};
-    void    *memory;
-    errno = posix_memalign(&memory, 4096, most);
-    if (errno) return -1;
-    own.ptr = (uint8_t *)memory;
+    own.n = all < own.n ? (size_t)all : own.n;
     ssize_t n = in ? vblk__file_call(f->fd, offset, &own, 1, true) : 0;
     size_t  left = in ? n > 0 ? (size_t)n : 0 : own.n;
     for (uint8_t *p = own.ptr; left > 0; seg++) {
@@ -4530,11 +4531,7 @@ static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
         p += some;
         left -= some;
     }
-    n = in ? n : vblk__file_call(f->fd, offset, &own, 1, false);
-    int saved = errno;
-    free(memory);
-    errno = saved;
-    return n;
+    return in ? n : vblk__file_call(f->fd, offset, &own, 1, false);
 }
 
 // Partial transfers are the caller's to continue.
@@ -5123,6 +5120,7 @@ static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     const int fds[] = {f->fd, vblk__file_again(f->fd)};
     e->sync_fd = fds[1];
     if (e->sync_fd < 0) return false;
+    vblk__file_flush(f); // hears of what failed before there was sync_fd
     e->reads = vblk__never_waits(f->fd, true);
     e->writes = !f->read_only && vblk__never_waits(f->fd, false);
     errno = EOPNOTSUPP;

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <setjmp.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -269,6 +270,23 @@ void e2_a_sync_that_fails(void) {
     CHECK_EQ(VBLK_S_IOERR, status_of(&b));
     CHECK_EQ(2, g.events[VBLK_EV_FLUSH_FAILED]);
     CHECK_EQ(EIO, g.last.error);
+    engine_down();
+}
+
+// B2: what failed before there was an engine to hear of it.
+void e2_a_sync_that_failed_before(void) {
+    CHECK(make_image("/tmp", 0));
+    options();
+    guest_up();
+    uring_start(file.fd);
+    test_calls_fail("fdatasync", EIO, 0, 1);
+    CHECK_EQ(VBLK_OK, open_engine(true));
+    CHECK_EQ(0, test_calls_left());
+    engine.now = uring_now;
+    engine.look_on_ns = 0;
+    req f = request(VBLK_T_FLUSH, 0, 0);
+    poll_all();
+    CHECK_EQ(VBLK_S_IOERR, status_of(&f));
     engine_down();
 }
 
@@ -542,6 +560,36 @@ void e6_limits(void) {
     engine_down();
 }
 
+static jmp_buf out;
+
+static int64_t jump_out(void *user, uint64_t offset, const vblk_seg *seg,
+                        unsigned segs) {
+    (void)user;
+    (void)offset;
+    (void)seg;
+    (void)segs;
+    longjmp(out, 1);
+}
+
+// As whoever catches the fault of a page of guest memory does.
+void e6_a_turn_that_was_left_gives_the_limits_back(void) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    g.o.limits.iops = 10;
+    g.o.backend.read = jump_out;
+    guest_up();
+    CHECK_EQ(VBLK_OK, open_engine(false));
+    engine.lock = &lock;
+    request(VBLK_T_IN, 0, 512);
+    if (setjmp(out) == 0) {
+        vblk_engine_poll(&engine);
+    }
+    CHECK_EQ(EBUSY, pthread_mutex_trylock(&lock));
+    CHECK_EQ(VBLK_OK, vblk_engine_quiesce(&engine, VBLK_ALL_QUEUES, 0));
+    CHECK_EQ(0, pthread_mutex_trylock(&lock));
+    pthread_mutex_unlock(&lock);
+    CHECK_EQ(VBLK_OK, vblk_engine_close(&engine));
+}
+
 // What the kernel has under way for a process that was killed changes the file
 // still: so long nobody else may have it, and no longer.
 void e8_a_lock_lasts_as_long_as_the_ring(void) {
@@ -601,6 +649,20 @@ void e7_direct_io_takes_any_buffer(void) {
         }
         guest_init();
     }
+    drop_image();
+}
+
+// Parts of blocks too are as durable as the host wants all to be.
+void e7_flags_of_the_descriptor_hold(void) {
+    if (!make_image(".", VBLK_FILE_DIRECT)) {
+        return;
+    }
+    vblk_file synced;
+    int       fd = open(path, O_RDWR | O_DIRECT | O_SYNC);
+    CHECK_EQ(VBLK_OK, vblk_file_from(&synced, fd, false));
+    CHECK_EQ(O_RDWR | O_SYNC, fcntl(synced.buffered_fd, F_GETFL) &
+                                  (O_ACCMODE | O_SYNC | O_DIRECT));
+    vblk_file_close(&synced);
     drop_image();
 }
 

@@ -311,6 +311,7 @@
     X(e2_one_sync_for_many, GUEST)                                             \
     X(e2_a_flush_covers_what_was_completed, GUEST)                             \
     X(e2_a_sync_that_fails, GUEST)                                             \
+    X(e2_a_sync_that_failed_before, GUEST)                                     \
     X(e3_failures_and_what_is_tried_again, GUEST)                              \
     X(e3_the_end_of_the_file, GUEST)                                           \
     X(e4_a_reset_forgets_what_is_under_way, GUEST)                             \
@@ -322,8 +323,10 @@
     X(e5_a_wait_ends, ONCE)                                                    \
     X(e6_without_io_uring, GUEST)                                              \
     X(e6_limits, GUEST)                                                        \
+    X(e6_a_turn_that_was_left_gives_the_limits_back, GUEST)                    \
     X(e8_a_lock_lasts_as_long_as_the_ring, GUEST)                              \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
+    X(e7_flags_of_the_descriptor_hold, GUEST)                                  \
     X(b6_block_size, GUEST)                                                    \
     X(w12_a_thread_for_each_queue, ONCE)                                       \
     X(w12_limits_of_several_threads, ONCE)                                     \

@@ -12,6 +12,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef sigev_notify_thread_id // of glibc
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
 #define QUIET_MS 5000u // for what is under way to end
 
 typedef struct server {
@@ -82,7 +85,7 @@ void make_watchdog(void) {
     struct sigaction alarm = {.sa_handler = on_alarm}; // interrupts
     struct sigevent  event = {.sigev_notify = SIGEV_THREAD_ID,
                               .sigev_signo = SIGALRM};
-    event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+    event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
     sigaction(SIGALRM, &alarm, NULL);
     watching = false;
     if (timer_create(CLOCK_MONOTONIC, &event, &timer)) {
