@@ -88,7 +88,8 @@ static load drive(unsigned depth, bool polls) {
         // An interrupt for the next completion, if there is none yet, or never.
         *word(AVAIL + 4 + 2 * QUEUE) = polls ? (uint16_t)(seen - 1) : seen;
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        if (!polls && seen == __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE)) {
+        if (!polls &&
+            seen == __atomic_load_n(word(USED + 2), __ATOMIC_ACQUIRE)) {
             struct pollfd p = {w.irq_fd, POLLIN, 0};
             poll(&p, 1, 1000);
         }
