@@ -180,9 +180,11 @@
 
     Register calls: one at a time for a device. Draining calls: one at a time
     for a queue; different queues may be drained by different threads, unless
-    a limit is set: then one at a time for the device. vblk_poll(),
-    vblk_set_limits() and an engine's calls are of every queue. A worker's
-    threads, also one for each queue, see to all this: its calls are free.
+    a limit is set: then one at a time for the device. vblk_poll() and
+    vblk_set_limits() are of every queue. An engine's calls drain its queues,
+    all from the thread that opened it; with a limit, engines share a lock.
+    A worker's threads, also one for each queue, see to all this: its calls
+    are free.
 
     A register call may overlap draining calls, except where it takes queues
     away: a Status of 0, QueueReady of 0 while live, vblk_queue_stop(). These
@@ -1212,8 +1214,8 @@ extern "C" {
 // does without waiting, reads of most, and each FLUSH; the backend does the
 // rest, and all of any other. What must be durable is collected under one
 // fdatasync(). Before it says that there is nothing to do it looks on for a
-// while. One thread opens it, polls it and so on; options.quiesce is to call
-// vblk_engine_quiesce().
+// while. All its calls are made by one thread, for io_uring knows no other:
+// options.quiesce is to have that thread call vblk_engine_quiesce(), and waits.
 typedef struct vblk_engine {
     uint64_t look_on_ns;   // for new requests, with none under way; 50,000
     pthread_mutex_t *lock; // NULL; of all engines of a device with limits
