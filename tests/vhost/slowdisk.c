@@ -1,16 +1,21 @@
-// A disk that is slow, fails, or does not answer: one file in a directory that
-// libfuse3 mounts.
+// A disk that is slow, fails, does not answer, or loses its power: one file in a
+// directory that libfuse3 mounts.
 //
-//     slowdisk DIRECTORY FILE MICROSECONDS
+//     slowdisk DIRECTORY FILE MICROSECONDS [SEED [liar]]
 //
 // FILE is seen as DIRECTORY/disk, and a transfer takes up to twice so long.
 // From SIGUSR1 on all fail, from SIGUSR2 on none ends, from SIGHUP on it is as
-// at first.
+// at first. At SIGPWR about half of the blocks that were written since they were
+// synced, by random numbers from SEED, are as before, and it ends with status 3.
+// A liar syncs nothing.
 #define FUSE_USE_VERSION 35
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +25,42 @@
 static int  fd;
 static long delay_us;
 static volatile sig_atomic_t mode; // the signal
+
+#define BLOCK 4096
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static uint8_t       **durable; // under `mutex`: of each block that is not
+static size_t          blocks;
+static bool            lies;
+
+static void *lose_power(void *arg) {
+    int    number;
+    size_t unflushed = 0, lost = 0;
+    sigwait(arg, &number);
+    pthread_mutex_lock(&mutex);
+    for (size_t i = 0; i < blocks; i++) {
+        unflushed += durable[i] != NULL;
+        if (durable[i] && random() % 2) {
+            lost += pwrite(fd, durable[i], BLOCK, (off_t)(i * BLOCK)) == BLOCK;
+        }
+    }
+    printf("unflushed %zu\nlost %zu\n", unflushed, lost);
+    fflush(stdout);
+    _exit(3);
+}
+
+// With the mutex held: it is about to be written.
+static void keep(size_t n, off_t offset) {
+    size_t first = (size_t)offset / BLOCK, end = (size_t)offset + n + BLOCK - 1;
+    for (size_t i = first; i < end / BLOCK && i < blocks; i++) {
+        if (!durable[i]) {
+            durable[i] = calloc(1, BLOCK);
+            if (pread(fd, durable[i], BLOCK, (off_t)(i * BLOCK)) < 0) {
+                abort();
+            }
+        }
+    }
+}
 
 static void on_signal(int number) {
     mode = number;
@@ -73,7 +114,13 @@ static int write_disk(const char *path, const char *buffer, size_t n,
     (void)path;
     (void)info;
     int     err = wait_a_while();
-    ssize_t done = err ? err : pwrite(fd, buffer, n, offset);
+    ssize_t done = err;
+    if (!err) {
+        pthread_mutex_lock(&mutex);
+        keep(n, offset);
+        done = pwrite(fd, buffer, n, offset);
+        pthread_mutex_unlock(&mutex);
+    }
     return (int)done;
 }
 
@@ -81,21 +128,44 @@ static int sync_disk(const char *path, int data, struct fuse_file_info *info) {
     (void)path;
     (void)data;
     (void)info;
-    return wait_a_while();
+    int err = wait_a_while();
+    if (!err && !lies) {
+        pthread_mutex_lock(&mutex);
+        for (size_t i = 0; i < blocks; i++) {
+            free(durable[i]);
+            durable[i] = NULL;
+        }
+        pthread_mutex_unlock(&mutex);
+    }
+    return err;
 }
 
 int main(int argc, char **argv) {
     static const struct fuse_operations disk = {
         .getattr = get_attributes, .open = open_disk, .read = read_disk,
         .write = write_disk, .fsync = sync_disk};
-    if (argc != 4) {
-        fprintf(stderr, "usage: slowdisk DIRECTORY FILE MICROSECONDS\n");
+    if (argc < 4 || argc > 6) {
+        fprintf(stderr, "usage: slowdisk DIRECTORY FILE MICROSECONDS "
+                        "[SEED [liar]]\n");
         return 2;
     }
     fd = open(argv[2], O_RDWR);
     delay_us = strtol(argv[3], NULL, 10);
     if (fd < 0) {
         perror(argv[2]);
+        return 1;
+    }
+    srandom(argc > 4 ? (unsigned)strtoul(argv[4], NULL, 10) : 1);
+    lies = argc > 5;
+    blocks = (size_t)lseek(fd, 0, SEEK_END) / BLOCK;
+    durable = calloc(blocks + 1, sizeof *durable);
+    sigset_t  power;
+    pthread_t thread;
+    sigemptyset(&power);
+    sigaddset(&power, SIGPWR);
+    pthread_sigmask(SIG_BLOCK, &power, NULL);
+    if (!durable || pthread_create(&thread, NULL, lose_power, &power)) {
+        perror("slowdisk");
         return 1;
     }
     struct sigaction a = {.sa_handler = on_signal};

@@ -1,18 +1,18 @@
 # shellcheck shell=sh
-# A disk that is slow, fails, or does not answer (slowdisk.c), for scripts with
-# $CC, $tmp, $running and $root. Behind a loop device, as io_uring has a FUSE file only
+# A disk that is slow, fails, does not answer, or loses its power (slowdisk.c),
+# for scripts with $CC, $tmp, $running and $root. Behind a loop device, as io_uring has a FUSE file only
 # by threads of the kernel.
 
 # Leaves its process in $slow, its file in $slow_file and the device in
 # $slow_disk; false if it cannot be had.
-begin_slow_disk() { # image, microseconds of a transfer
+begin_slow_disk() { # image, microseconds of a transfer, seed, liar
     mkdir -p "$tmp/mount"
     # shellcheck disable=SC2046
     $CC -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -O2 -Wall -Wextra \
         -o "$tmp/slowdisk" "$root/tests/vhost/slowdisk.c" \
         $(pkg-config --cflags --libs fuse3 2>/dev/null) 2>/dev/null || return
     slow_file=$tmp/mount/disk
-    "$tmp/slowdisk" "$tmp/mount" "$1" "$2" >"$tmp/slow.log" 2>&1 &
+    "$tmp/slowdisk" "$tmp/mount" "$@" >"$tmp/slow.log" 2>&1 &
     slow=$!
     running="$running $slow"
     for try in $(seq 100); do [ -f "$slow_file" ] && break || sleep 0.05

@@ -13,6 +13,7 @@
 test=powerloss
 packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/../../vhost/slowdisk.sh"
 
 ROUNDS=${ROUNDS:-2}
 SEED=${SEED:-$(date +%s)}
@@ -134,6 +135,10 @@ lose_power() { # name, then the environment of the daemon
     sleep 0.2
     kill_guest
     unflushed=$(counter "$name" unflushed)
+    judge_loss
+}
+
+judge_loss() {
     total_unflushed=$((total_unflushed + ${unflushed:-0}))
     damage=$(damage "$tmp/disk.img")
     missing=$(missing_records "$tmp/$name.console" "$tmp/disk.img")
@@ -161,6 +166,53 @@ check something-was-unflushed "$(between $total_unflushed 1 1000000)" yes
 # The test itself: a disk that lies about flushing must be found out.
 lose_power liar VOLATILE_FLUSH=none
 check liar-is-found-out "$([ -n "$missing$damage" ] && echo yes)" yes
+
+
+# ---- The host's disk loses its power -----------------------------------------
+
+# Under io_uring and O_DIRECT. False: there is no such disk.
+disk_loses_power() { # name, liar
+    name=$1
+    shift
+    cp "$tmp/made.img" "$tmp/disk.img"
+    next_random 1000000
+    begin_slow_disk "$tmp/disk.img" 1 "$random_value" "$@" || return
+    start "$name" "$tmp/serve" --image "$slow_disk" --direct --aio uring
+    job_write | job
+    start_guest "$tmp/$name.console" "$tmp/$name.sock"
+    wait_for "$tmp/$name.console" "^guest raw" 3 || kill -KILL "$slow"
+    next_random 30
+    sleep $((random_value / 10)).$((random_value % 10))
+    kill -PWR "$slow"
+    wait "$slow"
+    check "$name-power-lost" "status $?" "status 3"
+    sleep 0.2
+    kill_guest
+    end KILL
+    forget "$slow"
+    end_slow_disk
+    unflushed=$(sed -n 's/^unflushed //p' "$tmp/slow.log")
+    judge_loss
+}
+
+total_unflushed=0
+for round in $(seq "$ROUNDS"); do
+    if disk_loses_power "uring-$round"; then
+        check "uring-$round-reported" "$reported" "file line raw "
+        check "uring-$round-missing" "$missing" ""
+        check "uring-$round-damage" "$damage" ""
+        last=$round
+    fi
+done
+if [ -n "${last:-}" ]; then
+    check something-was-unflushed-by-uring \
+        "$(between $total_unflushed 1 1000000)" yes
+    disk_loses_power uring-liar liar
+    check uring-liar-is-found-out "$([ -n "$missing$damage" ] && echo yes)" yes
+else
+    echo "SKIP: a disk that loses its power needs FUSE, a loop device and the" \
+        "right to both (apt install libfuse3-dev pkg-config)"
+fi
 
 
 # ---- The daemon is killed ---------------------------------------------------
