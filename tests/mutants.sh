@@ -23,6 +23,7 @@ rm -rf "$M"
 mkdir -p "$M/tests" || exit 1
 cp vblk.h "$M/original.h"
 cp tests/*.[ch] "$M/tests"
+cp -r examples "$M"
 awk -v slow="^ *X\\\\(($slow)" -v party="^ *X\\\\(($party)" '
     $0 ~ slow { last = last $0 "\n"; next }
     $0 ~ party { very_last = very_last $0 "\n"; next }

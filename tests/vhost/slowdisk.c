@@ -1,13 +1,13 @@
-// A disk that is slow, fails, does not answer, or loses its power: one file in a
-// directory that libfuse3 mounts.
+// A disk that is slow, fails, does not answer, or loses its power: one file in
+// a directory that libfuse3 mounts.
 //
 //     slowdisk DIRECTORY FILE MICROSECONDS [SEED [liar]]
 //
 // FILE is seen as DIRECTORY/disk, and a transfer takes up to twice so long.
 // From SIGUSR1 on all fail, from SIGUSR2 on none ends, from SIGHUP on it is as
-// at first. At SIGPWR about half of the blocks that were written since they were
-// synced, by random numbers from SEED, are as before, and it ends with status 3.
-// A liar syncs nothing.
+// at first. At SIGPWR about half of the blocks that were written since they
+// were synced, by random numbers from SEED, are as before, and it ends with
+// status 3. A liar syncs nothing.
 #define FUSE_USE_VERSION 35
 #include <errno.h>
 #include <fcntl.h>
