@@ -1474,28 +1474,20 @@ typedef uint16_t __attribute__((may_alias)) vblk__shared16; // in guest memory
 typedef uint16_t vblk__shared16;
 #endif
 #if defined(VBLK_SINGLE_THREADED)
-#define VBLK__LOAD(p)          (*(p))
-#define VBLK__STORE(p, v)      ((void)(*(p) = (v)))
-#define VBLK__LOAD_ACQUIRE(p)  (*(p))
-#define VBLK__STORE_RELEASE(p, v) ((void)(*(p) = (v)))
-#define VBLK__ACQUIRE(p)                                                       \
-    (*(const volatile vblk__shared16 *)(const void *)(p))
-#define VBLK__RELEASE(p, v)                                                    \
-    ((void)(*(volatile vblk__shared16 *)(void *)(p) = (v)))
+#define VBLK__GET(p, order)    (*(p))
+#define VBLK__SET(p, v, order) ((void)(*(p) = (v)))
+#define VBLK__WORD             volatile vblk__shared16
 #define VBLK__OR(p, v)         ((void)(*(p) |= (v)))
 #define VBLK__CAS(p, old, new) (*(p) = (new), (void)(old), true)
 #define VBLK__FENCE()          ((void)0)
 #define VBLK__ONCE()           ((void)0)
 #elif defined(__GNUC__) || defined(__clang__)
-#define VBLK__LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
-#define VBLK__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
-#define VBLK__LOAD_ACQUIRE(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-#define VBLK__STORE_RELEASE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
-#define VBLK__ACQUIRE(p)                                                       \
-    __atomic_load_n((const vblk__shared16 *)(const void *)(p),                 \
-                    __ATOMIC_ACQUIRE)
-#define VBLK__RELEASE(p, v)                                                    \
-    __atomic_store_n((vblk__shared16 *)(void *)(p), v, __ATOMIC_RELEASE)
+#define VBLK__relaxed __ATOMIC_RELAXED
+#define VBLK__acquire __ATOMIC_ACQUIRE
+#define VBLK__release __ATOMIC_RELEASE
+#define VBLK__GET(p, order)    __atomic_load_n(p, VBLK__##order)
+#define VBLK__SET(p, v, order) __atomic_store_n(p, v, VBLK__##order)
+#define VBLK__WORD             vblk__shared16
 #define VBLK__OR(p, v) ((void)__atomic_fetch_or(p, v, __ATOMIC_ACQ_REL))
 #define VBLK__CAS(p, old, new)                                                 \
     __atomic_compare_exchange_n(p, &(old), new, false, __ATOMIC_ACQ_REL,       \
@@ -1511,22 +1503,17 @@ typedef uint16_t vblk__shared16;
 #define VBLK__AS(type, p) (_Atomic type *)(uintptr_t)(p)
 #define VBLK__ATOMIC(p)                                                        \
     _Generic((p), bool *: VBLK__AS(bool, p), const bool *: VBLK__AS(bool, p),  \
+             uint16_t *: VBLK__AS(uint16_t, p),                                \
+             const uint16_t *: VBLK__AS(uint16_t, p),                          \
              uint32_t *: VBLK__AS(uint32_t, p),                                \
              const uint32_t *: VBLK__AS(uint32_t, p),                          \
              uint64_t *: VBLK__AS(uint64_t, p),                                \
              const uint64_t *: VBLK__AS(uint64_t, p))
-#define VBLK__LOAD(p)                                                          \
-    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_relaxed)
-#define VBLK__STORE(p, v)                                                      \
-    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_relaxed)
-#define VBLK__LOAD_ACQUIRE(p)                                                  \
-    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_acquire)
-#define VBLK__STORE_RELEASE(p, v)                                              \
-    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_release)
-#define VBLK__ACQUIRE(p)                                                       \
-    atomic_load_explicit(VBLK__AS(uint16_t, p), memory_order_acquire)
-#define VBLK__RELEASE(p, v)                                                    \
-    atomic_store_explicit(VBLK__AS(uint16_t, p), v, memory_order_release)
+#define VBLK__GET(p, order)                                                    \
+    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_##order)
+#define VBLK__SET(p, v, order)                                                 \
+    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_##order)
+#define VBLK__WORD vblk__shared16
 #define VBLK__OR(p, v)                                                         \
     ((void)atomic_fetch_or_explicit(VBLK__ATOMIC(p), v, memory_order_acq_rel))
 #define VBLK__CAS(p, old, new)                                                 \
@@ -1538,7 +1525,13 @@ typedef uint16_t vblk__shared16;
 #else
 #error "vblk.h: no atomics: define VBLK_SINGLE_THREADED, or compile as C11"
 #endif
-
+#define VBLK__LOAD(p)             VBLK__GET(p, relaxed)
+#define VBLK__STORE(p, v)         VBLK__SET(p, v, relaxed)
+#define VBLK__LOAD_ACQUIRE(p)     VBLK__GET(p, acquire)
+#define VBLK__STORE_RELEASE(p, v) VBLK__SET(p, v, release)
+#define VBLK__ACQUIRE(p)                                                       \
+    VBLK__GET((const VBLK__WORD *)(const void *)(p), acquire)
+#define VBLK__RELEASE(p, v) VBLK__SET((VBLK__WORD *)(void *)(p), v, release)
 
 // In the common request's path each call costs; what is not common is out of
 // line. For size neither matters.
