@@ -166,6 +166,35 @@ void e1_many_at_once(void) {
     engine_down();
 }
 
+// Vectors of what has ended serve again, and what io_uring has done is not done
+// once more by the backend, which fails here.
+void e1_all_of_it_by_the_kernel(void) {
+    engine_up(0);
+    if (g.mapped) {
+        test_calls_fail("preadv", EIO, 0, 1);
+    }
+    uint64_t bump = g.bump;
+    for (unsigned round = 0; round < 60; round++) { // there are 2,048
+        req r[40];
+        g.bump = bump;
+        for (unsigned i = 0; i < 40; i++) {
+            r[i] = prepare(VBLK_T_IN, i, 512);
+            part p[] = {{r[i].header, 16, 0}, {r[i].data, 100, WRITE},
+                        {r[i].data + 100, 412, WRITE},
+                        {r[i].status, 1, WRITE}};
+            submit(0, p, 4);
+        }
+        wr(VBLK_REG_QUEUE_NOTIFY, 0);
+        poll_all();
+        CHECK_EQ(40, used_count(0));
+        CHECK_EQ(VBLK_S_OK, status_of(&r[0]) | status_of(&r[39]));
+        g.queue[0].used_idx = (uint16_t)(g.queue[0].used_idx + 40);
+    }
+    CHECK_EQ(g.mapped ? 1 : 0, test_calls_left());
+    test_calls_fail("", 0, 0, 0);
+    engine_down();
+}
+
 void e1_many_at_once_by_the_backend(void) {
     CHECK(make_image("/tmp", 0));
     options();
@@ -333,6 +362,20 @@ void e3_the_end_of_the_file(void) {
 }
 
 // W7: after a reset no byte changes; the next driver finds a whole device.
+// B3: what a sync was to make durable is gone when it ends.
+void e3_a_file_that_is_cut_while_it_is_synced(void) {
+    engine_up(0);
+    kernel.hold_syncs = true;
+    req flush = request(VBLK_T_FLUSH, 0, 0);
+    poll_all();
+    CHECK_EQ(0, ftruncate(file.fd, 512));
+    kernel.let_go = 1;
+    CHECK_EQ(VBLK_OK, vblk_engine_quiesce(&engine, 0, 1000));
+    CHECK_EQ(VBLK_S_IOERR, status_of(&flush));
+    CHECK_EQ(sizeof shadow, pwrite(file.fd, shadow, sizeof shadow, 0));
+    engine_down();
+}
+
 void e4_a_reset_forgets_what_is_under_way(void) {
     engine_up(0);
     kernel.hold = 8;
@@ -340,13 +383,15 @@ void e4_a_reset_forgets_what_is_under_way(void) {
     for (unsigned i = 0; i < 8; i++) {
         request(VBLK_T_IN, i, 512);
     }
-    request(VBLK_T_FLUSH, 0, 0);
+    req f = request(VBLK_T_FLUSH, 0, 0);
     poll_all();
     unsigned used = used_count(0);
     wr(VBLK_REG_STATUS, 0);
     CHECK_EQ(0, rd(VBLK_REG_STATUS));
     CHECK_EQ(0, engine.under_way);
     CHECK_EQ(used, used_count(0));
+    CHECK_EQ(0, counts().io_errors); // nor does the host hear of failures
+    CHECK(is_idle(&f));
     CHECK_EQ(g.mapped ? 9 : 1, kernel.cancelled);
     kernel.hold_syncs = false; // and the disk is as good as before
     guest_negotiate(0);

@@ -305,6 +305,7 @@
     X(w2_the_thread_has_a_name_and_a_place, ONCE)                              \
     X(w6_placement_that_fails_is_logged, ONCE)                                 \
     X(e1_many_at_once, GUEST)                                                  \
+    X(e1_all_of_it_by_the_kernel, GUEST)                                       \
     X(e1_many_at_once_by_the_backend, GUEST)                                   \
     X(e1_many_at_once_by_the_kernel, GUEST)                                    \
     X(e1_several_queues, GUEST)                                                \
@@ -314,6 +315,7 @@
     X(e2_a_sync_that_failed_before, GUEST)                                     \
     X(e3_failures_and_what_is_tried_again, GUEST)                              \
     X(e3_the_end_of_the_file, GUEST)                                           \
+    X(e3_a_file_that_is_cut_while_it_is_synced, GUEST)                         \
     X(e4_a_reset_forgets_what_is_under_way, GUEST)                             \
     X(e4_a_reset_that_cannot_wait, GUEST)                                      \
     X(e4_a_stop_completes_what_is_under_way, GUEST)                            \
