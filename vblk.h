@@ -533,8 +533,7 @@ typedef enum vblk_level {
     X(FEATURES_UNOFFERED, 27, WARNING, VALUE, AGAINST, "FEATURES_OK is "       \
       "refused: a feature was accepted that is not offered (F3)")              \
     /* a queue is broken */                                                    \
-    X(RING_SIZE, 30, WARNING, NONE, NONE, "the queue was started without a "   \
-      "valid QueueNum (Q4)")                                                   \
+    X(RING_SIZE, 30, WARNING, NONE, NONE, "started without a QueueNum (Q4)")   \
     X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring wraps the address "      \
       "space, or is misaligned: descriptors 16, driver area 2, device area 4 " \
       "bytes (Q4)")                                                            \
@@ -566,10 +565,8 @@ typedef enum vblk_level {
       "NEXT set (V1)")                                                         \
     X(INDIRECT_SIZE, 46, WARNING, BYTES, NONE, "an indirect table of no "      \
       "positive multiple of 16 bytes (V1)")                                    \
-    X(CHAIN_ORDER, 47, WARNING, NONE, NONE, "a readable descriptor after a "   \
-      "writable one (V2)")                                                     \
-    X(STATUS_MISSING, 48, WARNING, NONE, NONE, "no writable byte for the "     \
-      "status (V2)")                                                           \
+    X(CHAIN_ORDER, 47, WARNING, NONE, NONE, "readable after writable (V2)")    \
+    X(STATUS_MISSING, 48, WARNING, NONE, NONE, "no writable status byte (V2)") \
     X(STATUS_FRAMING, 49, WARNING, NONE, NONE, "the last of several "          \
       "descriptors does not hold the status; the standard profile takes the "  \
       "last writable byte (V2, P1)")                                           \
@@ -606,8 +603,7 @@ typedef enum vblk_level {
     X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "a data buffer is outside "  \
       "guest memory, or read-only where it is read to (X5)")                   \
     X(READ_ONLY, 73, WARNING, SECTOR, NONE, "write to a read-only disk (V9)")  \
-    X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "a range beyond the end of "   \
-      "the disk (V13)")                                                        \
+    X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "beyond the disk's end (V13)") \
     X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID with less than 20 bytes in " \
       "its first buffer; the standard profile copies what fits (V16, P4)")     \
     /* the backend */                                                          \
@@ -911,6 +907,7 @@ typedef struct vblk_dev {
     // Atomics: set by any thread.
     uint32_t     due;   // a queue is
     uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
+    uint32_t     waiting; // engines, for the limits
     uint32_t     state; // Status, InterruptStatus and VBLK__LINE in one
     vblk_queue   built_in;
 } vblk_dev;
@@ -1177,9 +1174,8 @@ typedef struct vblk_file {
 } vblk_file;
 
 #define VBLK_FILE_READ_ONLY 1u
-#define VBLK_FILE_DIRECT    2u // Linux: O_DIRECT, around the page cache; what
-                               // is not aligned to it is copied, by way of 36
-                               // KiB of stack
+#define VBLK_FILE_DIRECT    2u // Linux: O_DIRECT, around the page cache; copies
+                               // what is not aligned, by 36 KiB of stack
 
 // Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set; EOPNOTSUPP: no
 // O_DIRECT. vblk_file_close() after the device's last use.
@@ -1221,8 +1217,8 @@ typedef struct vblk_engine {
     pthread_mutex_t *lock; // NULL; of all engines of a device with limits
     // Private from here.
     vblk_dev    *dev;
-    unsigned     first, end; // its queues
-    bool         locked;
+    unsigned     first, end, at; // its queues
+    bool         locked, had_lock;
     vblk_file   *file;     // that io_uring works on, or NULL
     uint64_t   (*now)(void);
     uint64_t     busy_ns;  // when there was something to do last
@@ -1231,7 +1227,7 @@ typedef struct vblk_engine {
     bool         dropping;        // what ends is forgotten
     bool         reads, writes;   // io_uring does them
     uint32_t     free, to_sync, in_sync; // lists of slots
-    uint64_t     sync_end; // of the file, before it was synced
+    uint64_t     sync_end, bytes; // of the file, before it was synced; moving
     struct vblk__slot *slot;
     vblk_seg    *seg;      // of all slots, then of the one that is taken
     // io_uring. Of what `tail` counts, `queued` is not handed over.
@@ -3607,8 +3603,7 @@ VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features) {
 
 // What stands against FEATURES_OK (F3).
 static vblk_event_code vblk__check_features(const vblk_dev *dev) {
-    if (dev->strict &&
-        !(dev->accepted & VBLK_F_VERSION_1)) { // P10
+    if (dev->strict && !(dev->accepted & VBLK_F_VERSION_1)) { // P10
         return VBLK_EV_FEATURES_VERSION;
     }
     if (dev->accepted & ~dev->offered) return VBLK_EV_FEATURES_UNOFFERED;
@@ -3658,9 +3653,7 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
                              ? written
                              : old | (written & VBLK__DRIVERS_BITS); // P2
         uint32_t add = value & ~old;
-        if (value == old) { // F4
-            return;
-        }
+        if (value == old) return; // F4
         vblk_event_code code = vblk__check_status(dev, old, value);
         if (code) {
             bool features = code == VBLK_EV_FEATURES_VERSION ||
@@ -4374,9 +4367,7 @@ static int vblk__file_check(int fd, bool read_only) {
         ((flags & O_ACCMODE) != O_RDONLY || !read_only)) {
         return EACCES;
     }
-    if (flags & O_APPEND && !read_only) {
-        return EINVAL; // would write elsewhere than it is told
-    }
+    if (flags & O_APPEND && !read_only) return EINVAL; // writes at the end
     return S_ISREG(st.st_mode) || VBLK__IS_DISK(st.st_mode) ? 0
            : S_ISDIR(st.st_mode)                            ? EISDIR
                                                             : ENOTBLK;
@@ -4672,11 +4663,12 @@ struct vblk__slot {
 #define VBLK__IOVECS     2048u
 #define VBLK__MOST       64u  // requests, and bytes, to begin before those that
 #define VBLK__MOST_BYTES 262144u // have ended are shown
+#define VBLK__CALL_BYTES 4194304u // of one call: it may copy before it returns
+#define VBLK__MOVING (16 * VBLK__CALL_BYTES)
 #define VBLK__TURNS_NS   UINT64_C(2000000)
 #define VBLK__NO_SLOT    UINT32_MAX // ends a list
 
-// user_data of what is no transfer.
-#define VBLK__POLLED    UINT64_MAX
+#define VBLK__POLLED    UINT64_MAX // user_data of what is no transfer
 #define VBLK__CANCELLED (UINT64_MAX - 1)
 #define VBLK__SYNCED    (UINT64_MAX - 2)
 
@@ -4690,19 +4682,13 @@ struct vblk__slot {
 #define VBLK__ENTER_FLAGS  (1u << 0 | 1u << 3) // GETEVENTS, EXT_ARG
 #define VBLK__NEEDED       (1u << 0 | 1u << 8) // SINGLE_MMAP, EXT_ARG
 
-struct vblk__wait_arg {
-    uint64_t sigmask;
-    uint32_t sigmask_bytes, min_wait_us;
-    uint64_t timeout;
-};
-
 // Hand over what is queued, and wait for `wait` to end, or for `ns`.
 static long vblk__uring(vblk_engine *e, unsigned wait, uint64_t ns) {
     const uint64_t ts[] = {ns / VBLK__SECOND, ns % VBLK__SECOND};
-    struct vblk__wait_arg arg = {0, 0, 0, (uintptr_t)ts};
+    const uint64_t arg[] = {0, 0, (uintptr_t)ts}; // no signal mask
     __atomic_store_n(e->sq_tail, e->tail, __ATOMIC_RELEASE);
     long n = syscall(SYS_io_uring_enter, e->ring_fd, e->queued, wait,
-                     VBLK__ENTER_FLAGS, &arg, sizeof arg);
+                     VBLK__ENTER_FLAGS, arg, sizeof arg);
     e->queued -= n > 0 ? (uint32_t)n : 0;
     e->iovs = e->queued ? e->iovs : 0;
     return n;
@@ -4737,6 +4723,7 @@ static void vblk__finish(vblk_engine *e, struct vblk__slot *s,
                          vblk__progress done) {
     vblk_dev *dev = e->dev;
     e->under_way--;
+    e->bytes -= s->req.bytes;
     vblk__push(e, &e->free, s);
     if (e->dropping) return;
     vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
@@ -4778,8 +4765,10 @@ static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
     struct iovec *iov = &e->iov[e->iovs];
     unsigned most = VBLK__IOVECS - e->iovs, n = 0;
     vblk__place at = vblk__find(r, s->done);
-    while (at.seg < r->segs && n < most && n < IOV_MAX) {
-        vblk_seg p = vblk__piece(r, &at, UINT64_MAX);
+    uint64_t left = VBLK__CALL_BYTES;
+    for (; at.seg < r->segs && n < most && n < IOV_MAX && left > 0;
+         left -= iov[n - 1].iov_len) {
+        vblk_seg p = vblk__piece(r, &at, left);
         iov[n].iov_base = p.ptr;
         iov[n++].iov_len = p.n;
     }
@@ -4802,11 +4791,9 @@ static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
 
 static void vblk__end_move(vblk_engine *e, struct vblk__slot *s,
                            vblk__progress done) {
-    if (vblk__wants_flush(&s->req, done)) {
-        vblk__push(e, &e->to_sync, s);
-    } else {
-        vblk__finish(e, s, done);
-    }
+    bool waits = vblk__wants_flush(&s->req, done);
+    if (waits) vblk__push(e, &e->to_sync, s);
+    if (!waits) vblk__finish(e, s, done);
 }
 
 // A transfer of io_uring has moved `n` bytes, or failed.
@@ -4877,6 +4864,7 @@ static void vblk__begin(vblk_engine *e, const vblk_request *r) {
     struct vblk__slot *s = vblk__pop(e, &e->free);
     size_t room = dev->seg_max + 2;
     e->under_way++;
+    e->bytes += r->bytes;
     s->req = *r;
     s->done = done.bytes;
     s->req.seg = &e->seg[(size_t)(s - e->slot) * room];
@@ -4909,11 +4897,11 @@ static void vblk__prefetch(const vblk_queue *q, unsigned n) {
 }
 
 // Begin half of what waits in `q`, so that driver and device work at the same
-// time. Whether there was any.
-static bool vblk__begin_some(vblk_engine *e, vblk_queue *q, uint64_t now_ns) {
+// time, and add its bytes. Whether there was any.
+static bool vblk__begin_some(vblk_engine *e, vblk_queue *q, uint64_t now_ns,
+                             uint64_t *bytes) {
     vblk_dev *dev = e->dev;
     vblk_request r;
-    uint64_t bytes = 0;
     const unsigned room = dev->seg_max + 2;
     vblk_seg *seg = &e->seg[VBLK__SLOTS * room];
     if (!vblk__prepare(dev, q->number) || vblk__peek(dev, q) != VBLK__MORE) {
@@ -4923,10 +4911,10 @@ static bool vblk__begin_some(vblk_engine *e, vblk_queue *q, uint64_t now_ns) {
     unsigned waits = (uint16_t)(q->run.avail_seen - from);
     unsigned most = waits < 16 ? 8 : waits < 128 ? waits / 2 : VBLK__MOST;
     vblk__prefetch(q, waits < most ? waits : most);
-    while (most-- > 0 && bytes < VBLK__MOST_BYTES &&
+    while (most-- > 0 && *bytes < VBLK__MOST_BYTES &&
            e->free != VBLK__NO_SLOT &&
            vblk_next(dev, q->number, now_ns, &r, seg, room)) {
-        bytes += r.bytes;
+        *bytes += r.bytes;
         vblk__begin(e, &r);
     }
     return q->run.avail_next != from;
@@ -4945,10 +4933,13 @@ static bool vblk__turn(vblk_engine *e, uint64_t now_ns) {
     bool any = vblk__reap(e);
     bool timed = dev->limited && now_ns >= dev->again_ns;
     bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && !vblk__halted(dev);
-    for (unsigned i = e->first; live && i < e->end; i++) {
-        vblk_queue *q = &dev->queue[i];
+    uint64_t bytes = e->bytes < VBLK__MOVING ? 0 : VBLK__MOST_BYTES;
+    for (unsigned n = e->end - e->first;
+         live && n > 0 && bytes < VBLK__MOST_BYTES; n--) {
+        e->at = e->at + 1 < e->end ? e->at + 1 : e->first; // each is the first
+        vblk_queue *q = &dev->queue[e->at];
         if (q->run.stalled ? timed : vblk__has_news(dev, q)) {
-            any = vblk__begin_some(e, q, now_ns) || any;
+            any = vblk__begin_some(e, q, now_ns, &bytes) || any;
         }
     }
     vblk__sync(e);
@@ -4958,7 +4949,7 @@ static bool vblk__turn(vblk_engine *e, uint64_t now_ns) {
         any = vblk__reap(e) || any;
     }
     vblk__publish_all(e);
-    if (dev->limited) dev->again_ns = vblk__next_turn(dev, now_ns);
+    if (dev->limited && live) dev->again_ns = vblk__next_turn(dev, now_ns);
     return any;
 }
 
@@ -4974,19 +4965,33 @@ static uint64_t vblk__arm_all(vblk_engine *e, uint64_t now_ns) {
     return next;
 }
 
-// False: the thread is wanted elsewhere. Its holder may be in a slow backend.
+static bool vblk__try_limits(vblk_engine *e) {
+    if (!e->lock || !e->dev->limited || e->locked) return true;
+    e->locked = pthread_mutex_trylock(e->lock) == 0;
+    return e->locked;
+}
+
+// Whoever had it last lets those that wait go first, and its holder may be in a
+// slow backend. False: the thread is wanted elsewhere.
 static bool vblk__lock_limits(vblk_engine *e) {
     const struct timespec a_while = {0, 100000};
-    while (e->lock && e->dev->limited && !e->locked) {
-        if (VBLK__LOAD(&e->dev->yield)) return false;
-        e->locked = pthread_mutex_trylock(e->lock) == 0;
-        if (!e->locked) nanosleep(&a_while, NULL);
+    uint32_t *waiting = &e->dev->waiting;
+    bool waits = e->had_lock && VBLK__LOAD(waiting) > 0, wanted = false;
+    if (!waits && vblk__try_limits(e)) return true;
+    __atomic_fetch_add(waiting, 1, __ATOMIC_RELAXED);
+    while (!vblk__halted(e->dev) && !wanted &&
+           (waits || !vblk__try_limits(e))) {
+        nanosleep(&a_while, NULL);
+        wanted = VBLK__LOAD(&e->dev->yield) == VBLK__YIELD;
+        waits = false;
     }
-    return true;
+    __atomic_fetch_sub(waiting, 1, __ATOMIC_RELAXED);
+    return !wanted;
 }
 
 static void vblk__unlock_limits(vblk_engine *e) {
     if (e->locked) pthread_mutex_unlock(e->lock);
+    e->had_lock = e->locked;
     e->locked = false;
 }
 
@@ -5002,7 +5007,7 @@ VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e) {
         bool over = now - start > VBLK__TURNS_NS ||
                     VBLK__LOAD(&e->dev->yield) == VBLK__YIELD;
         if (!any && (e->under_way || now - e->busy_ns >= e->look_on_ns)) {
-            bool full = e->free == VBLK__NO_SLOT;
+            bool full = e->free == VBLK__NO_SLOT || e->bytes >= VBLK__MOVING;
             next = full ? VBLK_NEVER : vblk__arm_all(e, now);
         }
         vblk__unlock_limits(e);
@@ -5039,7 +5044,7 @@ VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns) {
 // left by a jump is in no list.
 static void vblk__forget_all(vblk_engine *e) {
     e->free = e->to_sync = e->in_sync = VBLK__NO_SLOT;
-    e->under_way = 0;
+    e->bytes = e->under_way = 0;
     for (unsigned i = 0; e->slot && i < VBLK__SLOTS; i++) {
         vblk__push(e, &e->free, &e->slot[i]);
     }
@@ -5056,14 +5061,16 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms) {
             ->rw_flags = VBLK__CANCEL_ALL; // cancel_flags
     }
     while ((e->dropping ? e->in_kernel : e->under_way) > 0) {
-        if (!e->dropping) vblk__sync(e);
+        if (!e->dropping && vblk__try_limits(e)) vblk__sync(e);
+        vblk__unlock_limits(e);
         if (e->in_kernel) vblk__uring(e, 1, now < until ? until - now : 0);
-        vblk__reap(e);
+        if (e->dropping || vblk__try_limits(e)) vblk__reap(e);
+        if (!e->dropping && vblk__try_limits(e)) vblk__publish_all(e);
+        vblk__unlock_limits(e);
         now = e->now();
         if (now >= until) break;
     }
     if (e->dropping && !e->in_kernel) vblk__forget_all(e);
-    if (!e->dropping) vblk__publish_all(e);
     e->dropping = false;
     return e->under_way > 0 ? VBLK_ERR_BUSY : VBLK_OK;
 }
@@ -5115,7 +5122,6 @@ static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     const int fds[] = {f->fd, vblk__file_again(f->fd)};
     e->sync_fd = fds[1];
     if (e->sync_fd < 0) return false;
-    vblk__file_flush(f); // hears of what failed before there was sync_fd
     e->reads = vblk__never_waits(f->fd, true);
     e->writes = !f->read_only && vblk__never_waits(f->fd, false);
     errno = EOPNOTSUPP;
@@ -5170,6 +5176,7 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
     e->dev = dev;
     e->first = queue < 0 ? 0 : (unsigned)queue;
     e->end = queue < 0 ? dev->queues : e->first + 1;
+    e->at = e->end - 1;
     e->now = vblk__clock;
     e->look_on_ns = 50000;
     e->ring_fd = e->sync_fd = e->event_fd = -1;
@@ -5371,8 +5378,7 @@ static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk__after_callback(t);
 }
 
-// Add 1 to an eventfd. A full counter is as good; other failures are not to be
-// had with a descriptor that is open and does not block.
+// Add 1 to an eventfd that does not block; a full one is as good.
 static void vblk__signal(int fd) {
     const uint64_t one = 1;
     ssize_t n = write(fd, &one, sizeof one);

@@ -302,23 +302,6 @@ void e2_a_sync_that_fails(void) {
     engine_down();
 }
 
-// B2: what failed before there was an engine to hear of it.
-void e2_a_sync_that_failed_before(void) {
-    CHECK(make_image("/tmp", 0));
-    options();
-    guest_up();
-    uring_start(file.fd);
-    test_calls_fail("fdatasync", EIO, 0, 1);
-    CHECK_EQ(VBLK_OK, open_engine(true));
-    CHECK_EQ(0, test_calls_left());
-    engine.now = uring_now;
-    engine.look_on_ns = 0;
-    req f = request(VBLK_T_FLUSH, 0, 0);
-    poll_all();
-    CHECK_EQ(VBLK_S_IOERR, status_of(&f));
-    engine_down();
-}
-
 void e3_failures_and_what_is_tried_again(void) {
     static const int again[] = {EAGAIN, EINTR};
     engine_up(0);

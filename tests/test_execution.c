@@ -747,12 +747,12 @@ void event_lines(void) {
     request(VBLK_T_FLUSH, 0, 0);
     run(VBLK_T_IN, SECTORS, 512);
     CHECK_EQ(1, g.last.head / 2);
-    CHECK_EQ(0, strcmp("queue 0, head 2: a range beyond the end of the disk "
+    CHECK_EQ(0, strcmp("queue 0, head 2: beyond the disk's end "
                        "(V13) [sector 2048, bytes 512]",
                        vblk_event_line(&g.last, line, sizeof line)));
     memset(cut, 'x', sizeof cut);
     vblk_event_line(&g.last, cut, 20);
-    CHECK_EQ(0, strcmp("queue 0, head 2: a ", cut));
+    CHECK_EQ(0, strcmp("queue 0, head 2: be", cut));
     CHECK_EQ('x', cut[20]);
     vblk_event_line(&g.last, cut, 1);
     CHECK_EQ(0, cut[0]);

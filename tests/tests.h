@@ -312,7 +312,6 @@
     X(e2_one_sync_for_many, GUEST)                                             \
     X(e2_a_flush_covers_what_was_completed, GUEST)                             \
     X(e2_a_sync_that_fails, GUEST)                                             \
-    X(e2_a_sync_that_failed_before, GUEST)                                     \
     X(e3_failures_and_what_is_tried_again, GUEST)                              \
     X(e3_the_end_of_the_file, GUEST)                                           \
     X(e3_a_file_that_is_cut_while_it_is_synced, GUEST)                         \

@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 typedef struct chain {
@@ -65,6 +66,10 @@ bool take_inflight(int fd, uint64_t n, uint64_t offset, unsigned rings,
         return refuse("%u rings of %u entries under way in %" PRIu64 " bytes",
                       rings, size, n);
     }
+    struct stat st = {.st_blksize = 0};
+    fstat(fd, &st); // huge pages are mapped and unmapped as a whole
+    uint64_t block = st.st_blksize > 4096 ? (uint64_t)st.st_blksize : 4096;
+    n = (n + block - 1) / block * block;
     void *p = mmap(NULL, (size_t)n, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
                    (off_t)offset);
     if (p == MAP_FAILED) {

@@ -189,7 +189,8 @@ static void turn(void) {
         case TAG_SIGNAL: stopping = true; break;
         case TAG_CONNECTION:
             hold();
-            if (!receive(connection)) {
+            if (memory_gone() ? !refuse("its guest's memory is gone")
+                              : !receive(connection)) {
                 disconnect();
             }
             go_on();

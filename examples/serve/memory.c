@@ -4,6 +4,7 @@
 
 #include <setjmp.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -22,26 +23,51 @@ static vblk_regions ram = {region, 0};
 static __thread sigjmp_buf            escape;
 static __thread volatile sig_atomic_t may_escape;
 
-// What a disk that does not answer may still write to stays where it is.
+// What a disk that does not answer may still write to stays where it is, until
+// all that is under way has ended.
+static mapping *kept;
+static size_t   kept_count;
+
+static void keep(const mapping *m) {
+    mapping *more = realloc(kept, (kept_count + 1) * sizeof *kept);
+    if (more) { // else it stays for good
+        kept = more;
+        kept[kept_count++] = *m;
+    }
+}
+
+static bool settle_memory(void) {
+    if (!settle()) {
+        return false;
+    }
+    while (kept_count > 0) {
+        kept_count--;
+        munmap(kept[kept_count].base, kept[kept_count].bytes);
+    }
+    return true;
+}
+
 void forget_memory(void) {
-    bool quiet = settle();
-    for (unsigned i = 0; i < ram.count; i++) {
+    unsigned n = ram.count;
+    ram.count = 0;
+    bool quiet = settle_memory() && memory_changed(&ram);
+    for (unsigned i = 0; i < n; i++) {
         if (quiet) {
             munmap(map[i].base, map[i].bytes);
+        } else {
+            keep(&map[i]);
         }
         map[i].base = NULL;
     }
-    ram.count = 0;
-    memory_changed(&ram);
 }
 
-// Where the front end's address `user` is in the guest; false unless the four
-// bytes there, which every part of a ring has, are guest memory.
-bool find(uint64_t user, uint64_t *gpa, uint8_t **host) {
+// Where the front end's address `user` is in the guest; false unless `n` bytes
+// there are guest memory, in one region.
+bool find(uint64_t user, uint64_t n, uint64_t *gpa, uint8_t **host) {
     for (unsigned i = 0; i < ram.count; i++) {
         uint64_t at = user - map[i].user;
         if (user >= map[i].user && at < region[i].bytes &&
-            region[i].bytes - at >= 4) {
+            region[i].bytes - at >= n) {
             *gpa = region[i].gpa + at;
             *host = (uint8_t *)region[i].host + at;
             return true;
@@ -100,20 +126,18 @@ static bool map_region(const mem_region *r, int fd) {
 }
 
 bool add_memory(const mem_region *r, const int *fds, unsigned nfds) {
-    if (!settle()) {
+    if (!settle_memory()) {
         return false;
     }
     if (nfds != 1 || ram.count == MAX_REGIONS) {
         return refuse("a memory region with %u descriptors beside %u others; "
                       "the most is %u regions", nfds, ram.count, MAX_REGIONS);
     }
-    bool ok = map_region(r, fds[0]);
-    memory_changed(&ram);
-    return ok;
+    return map_region(r, fds[0]) && memory_changed(&ram);
 }
 
 bool remove_memory(const mem_region *r) {
-    if (!settle()) {
+    if (!settle_memory()) {
         return false;
     }
     for (unsigned i = 0; i < ram.count; i++) {
@@ -124,7 +148,10 @@ bool remove_memory(const mem_region *r) {
             region[i] = region[ram.count];
             map[i] = map[ram.count];
             map[ram.count].base = NULL;
-            memory_changed(&ram);
+            if (!memory_changed(&ram)) {
+                keep(&gone);
+                return false;
+            }
             munmap(gone.base, gone.bytes);
             return true;
         }
@@ -134,7 +161,7 @@ bool remove_memory(const mem_region *r) {
 
 // Rings that run keep their guest addresses; the device looks them up anew.
 bool set_memory(const mem_region *r, const int *fds, unsigned count) {
-    if (!settle()) {
+    if (!settle_memory()) {
         return false;
     }
     forget_memory();
@@ -143,8 +170,7 @@ bool set_memory(const mem_region *r, const int *fds, unsigned count) {
             return false;
         }
     }
-    memory_changed(&ram);
-    return true;
+    return memory_changed(&ram);
 }
 
 // The front end can shrink the file that is its guest's memory. Anything else

@@ -22,6 +22,7 @@ typedef struct ring {
     uint32_t  size;
     bool      sized;             // what was said of it; size may be 0 still
     uint16_t  base;              // position, while it does not run
+    uint16_t  left;              // the same; of `under_way`, to take again
     uint16_t  measured;          // so far in the used ring latency is
     bool      placed, enabled;
     bool      running, broken;
@@ -78,21 +79,38 @@ static void event(void *user, const vblk_event *e) {
 
 // ---- Rings -----------------------------------------------------------------
 
-void memory_changed(const vblk_regions *now) {
+// False: something is under way that still points to what it was.
+bool memory_changed(const vblk_regions *now) {
     memory = now;
-    vblk_set_memory(&device, vblk_regions_memory(memory));
+    return !vblk_set_memory(&device, vblk_regions_memory(memory)) ||
+           refuse("its guest's memory is in use");
+}
+
+// What the device writes to: QEMU maps it in one piece too.
+static bool find_used(const ring *r, uint64_t *gpa, uint8_t **host) {
+    return find(r->used, 6 + 8 * (uint64_t)r->size, gpa, host);
 }
 
 // False: what is under way there does not end, and the ring runs on.
 static bool stop_ring(ring *r) {
-    int position = r->running ? vblk_queue_stop(&device, (unsigned)(r - rings))
-                              : r->base;
+    unsigned        index = (unsigned)(r - rings);
+    const vblk_run *run = &queues[index].run; // is private elsewhere
+    const uint16_t *end = run->again ? run->again + run->agains : NULL;
+    uint16_t        left = (uint16_t)(run->again_end - run->avail_next);
+    left = left <= run->agains ? left : 0;
+    int position = r->running ? vblk_queue_stop(&device, index) : r->base;
     if (position < 0) {
         return say("the image does not answer");
     }
     if (r->running) {
-        r->base = (uint16_t)position;
-        end_inflight((unsigned)(r - rings));
+        r->base = (uint16_t)(position + left);
+        r->left = left;
+        for (uint16_t i = 0; i < left; i++) { // to the front
+            under_way[index][i] = end[i - left];
+        }
+        if (!left) {
+            end_inflight(index);
+        }
     }
     r->running = r->broken = false;
     return true;
@@ -104,14 +122,16 @@ static void break_ring(ring *r) {
     signal_guest(r->fd[RING_ERR]);
 }
 
-// Where an earlier one of us stopped short, if it did.
+// Where an earlier one of us stopped short, if it did, or this one.
 static void go_on_from(const ring *r, const uint8_t *used, vblk_ring *v) {
     unsigned index = (unsigned)(r - rings);
-    int n = begin_inflight(index, r->size, used, under_way[index]);
+    v->again = under_way[index];
+    v->agains = r->left; // the position counts those in
+    int n = r->left ? -1 : begin_inflight(index, r->size, used,
+                                          under_way[index]);
     if (n >= 0) {
         v->position = (uint16_t)((used[2] | used[3] << 8) + n);
         v->agains = (uint16_t)n;
-        v->again = under_way[index];
     }
 }
 
@@ -121,9 +141,9 @@ static void start_ring(ring *r) {
     vblk_ring v = {.size = r->size, .position = r->base};
     if (r->size == 0) {
         grumble("ring %d does not run: it has no valid size", index);
-    } else if (!find(r->desc, &v.desc, &host) ||
-               !find(r->avail, &v.avail, &host) ||
-               !find(r->used, &v.used, &host)) {
+    } else if (!find(r->desc, 16, &v.desc, &host) ||
+               !find(r->avail, 4, &v.avail, &host) ||
+               !find_used(r, &v.used, &host)) {
         grumble("ring %d does not run, it is outside guest memory: %#" PRIx64
                 ", %#" PRIx64 ", %#" PRIx64, index, r->desc, r->avail,
                 r->used);
@@ -133,6 +153,7 @@ static void start_ring(ring *r) {
                 "VIRTIO_BLK_F_MQ", index);
     } else {
         r->running = true;
+        r->left = 0;
         if (v.agains > 0) {
             grumble("ring %d: %u requests of the daemon before are begun again",
                     index, v.agains);
@@ -249,6 +270,10 @@ bool set_ring_base(unsigned index, uint16_t base) {
     if (rings[index].running) {
         return refuse("another position for a ring that runs");
     }
+    if (rings[index].left && base != rings[index].base) {
+        rings[index].left = 0; // of another driver
+        end_inflight(index);
+    }
     rings[index].base = base;
     return true;
 }
@@ -290,8 +315,7 @@ static void track(void *user, int queue, int head) {
         if (measures) {
             latency_taken((unsigned)queue, (unsigned)head);
         }
-    } else if (find(r->used + 8 * r->size, &gpa, &used) &&
-               find(r->used, &gpa, &used)) { // its last element and its first
+    } else if (find_used(r, &gpa, &used)) {
         track_shown((unsigned)queue, r->size, used);
         if (measures) {
             measure(r, used);
@@ -347,6 +371,11 @@ static void stop_device(void) {
 
 void reset_device(void) {
     stop_device();
+    for (unsigned i = 0; i < count; i++) {
+        if (rings[i].left) {
+            end_inflight(i);
+        }
+    }
     clear_rings();
 }
 
@@ -354,6 +383,7 @@ void reset_device(void) {
 void drop_device(void) {
     for (unsigned i = 0; i < count; i++) {
         rings[i].running = false;
+        rings[i].left = 0;
     }
     reset_device();
     forget_inflight();

@@ -60,7 +60,7 @@ bool set_memory(const mem_region *r, const int *fds, unsigned count);
 bool add_memory(const mem_region *r, const int *fds, unsigned nfds);
 bool remove_memory(const mem_region *r);
 void forget_memory(void);
-bool find(uint64_t user, uint64_t *gpa, uint8_t **host);
+bool find(uint64_t user, uint64_t n, uint64_t *gpa, uint8_t **host);
 void catch_escapes(void);      // once, before escaped()
 bool escaped(void (*f)(void)); // whether guest memory was gone within `f`
 
@@ -72,7 +72,7 @@ bool set_features(uint64_t features);
 void read_config(uint8_t *space, size_t bytes);
 void reset_device(void);
 void drop_device(void); // the front end is gone
-void memory_changed(const vblk_regions *now);
+bool memory_changed(const vblk_regions *now);
 unsigned ring_count(void);
 bool set_ring_size(unsigned index, uint32_t size);
 bool place_ring(unsigned index, uint64_t desc, uint64_t avail, uint64_t used);
