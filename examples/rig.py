@@ -160,7 +160,7 @@ def test_a_read_beyond_the_end_is_told():
     assert rig.bind()
     rig.send(C["VBLK_T_IN"], 32, bytes(512))
     assert rig.answer()[0] == C["VBLK_S_IOERR"]
-    assert rig.lines == ["queue 0, head 0: a range beyond the end of the disk "
+    assert rig.lines == ["queue 0, head 0: beyond the disk's end "
                          "(V13) [sector 32, bytes 512]"]
 
 

@@ -263,7 +263,7 @@ wait_guest
 check eio-before "$(says eio before)" 0
 check eio-write-fails "$(says eio write)" 1
 check eio-read-fails "$(says eio read)" 1
-check eio-told "$(between "$(grep -c "the backend failed" "$tmp/eio.err")" \
+check eio-told "$(between "$(grep -c "backend failed" "$tmp/eio.err")" \
     1 30)" yes
 check eio-flushed-data "$(dd if="$tmp/disk.img" bs=4k skip=9216 count=1 \
     status=none | tr '\n' ' ' | head -c 14)" "before before "
