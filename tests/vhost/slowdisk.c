@@ -30,7 +30,7 @@ static volatile sig_atomic_t mode; // the signal
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static uint8_t       **durable; // under `mutex`: of each block that is not
-static size_t          blocks;
+static size_t          blocks, unsynced; // the last under `mutex`
 static bool            lies;
 
 static void *lose_power(void *arg) {
@@ -38,6 +38,11 @@ static void *lose_power(void *arg) {
     size_t unflushed = 0, lost = 0;
     sigwait(arg, &number);
     pthread_mutex_lock(&mutex);
+    for (int tries = 0; !unsynced && tries < 5000; tries++) { // for some
+        pthread_mutex_unlock(&mutex);
+        usleep(1000);
+        pthread_mutex_lock(&mutex);
+    }
     for (size_t i = 0; i < blocks; i++) {
         unflushed += durable[i] != NULL;
         if (durable[i] && random() % 2) {
@@ -55,6 +60,7 @@ static void keep(size_t n, off_t offset) {
     for (size_t i = first; i < end / BLOCK && i < blocks; i++) {
         if (!durable[i]) {
             durable[i] = calloc(1, BLOCK);
+            unsynced++;
             if (pread(fd, durable[i], BLOCK, (off_t)(i * BLOCK)) < 0) {
                 abort();
             }
@@ -135,6 +141,7 @@ static int sync_disk(const char *path, int data, struct fuse_file_info *info) {
             free(durable[i]);
             durable[i] = NULL;
         }
+        unsynced = 0;
         pthread_mutex_unlock(&mutex);
     }
     return err;
