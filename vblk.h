@@ -231,28 +231,20 @@
     and what shipped drivers do. VBLK_STRICT refuses whatever Linux never
     sends; it protects nobody more. Standard differs in these points alone:
 
-        P1  any framing: the header is the first 16 readable bytes, the
-            status the last writable one, data what lies between
-        P2  DRIVER is taken without ACKNOWLEDGE (U-Boot 2023.01), several
-            steps are taken at once (SeaBIOS), a Status write adds its bits
-            to those that are set (NuttX), unknown bits are ignored
+        P1  any framing: header first, status last, data between
+        P2  DRIVER without ACKNOWLEDGE, steps at once, Status bits add up
         P3  size_max binds only a driver that accepted SIZE_MAX
         P4  an empty IN or OUT succeeds, FLUSH ignores data, GET_ID copies
             what fits
         P5  what strict drops by V1 and V2 is IOERR where the chain has an
             end and a writable byte, else it is returned with length 0
-        P6  the used length never counts bytes that were not written:
-            0 for a failed read
-        P7  a completion whose interrupt the driver suppressed leaves
-            InterruptStatus alone
-        P8  QueueReady may be cleared while the device is live; that queue
-            starts again from position 0
+        P6  the used length counts written bytes alone: 0 for a failed read
+        P7  an interrupt that is suppressed leaves InterruptStatus alone
+        P8  QueueReady may be cleared while live; the queue starts at 0
         P9  bit 31 of a request's type is ignored (SLOF)
-        P10 FEATURES_OK is taken without VERSION_1 (xv6, legacy drivers
-            behind a transitional device); the layout stays the modern one
+        P10 FEATURES_OK without VERSION_1 (xv6); the layout stays modern
         P11 VendorID is 0x554d4551 by default (xv6 insists on it)
-        P12 SIZE_MAX is offered only where options.size_max is set (viostor
-            sends more, FreeBSD does not attach below its maxphys)
+        P12 SIZE_MAX is offered only where options.size_max is set
         P13 queue registers count from DRIVER on (LK)
 
     Where strict refuses what standard would take, the event's text says so.
@@ -1069,7 +1061,7 @@ typedef struct vblk_ring {
     uint64_t desc, avail, used;
     uint16_t position;
     uint16_t agains;       // chains before it that were taken, not returned:
-    const uint16_t *again; // their heads, taken first; stays. With track()
+    const uint16_t *again; // their heads, taken first; stays
 } vblk_ring;
 
 // Start `queue`, at any time after FEATURES_OK, in any profile. The position
@@ -1078,11 +1070,11 @@ typedef struct vblk_ring {
 VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
                              const vblk_ring *ring);
 
-// Stop it, after quiesce(). The position to go on from, 0 to 65535, or
+// Stop it, after quiesce(). VBLK_OK: `ring` starts it again where it was. Or
 // VBLK_ERR_BUSY: quiesce() could not, and nothing changed. Without quiesce(),
 // what is under way is lost. Thread: as register calls; the queue's drainer
 // must be outside.
-VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue);
+VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring);
 
 
 // ---- Token bucket ----------------------------------------------------------
@@ -2326,16 +2318,15 @@ VBLK__FLAT bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
 // One that an earlier device had taken.
 VBLK__RARE bool vblk__take_again(vblk_queue *q, uint16_t *head) {
     uint16_t left = (uint16_t)(q->run.again_end - q->run.avail_next);
-    if (left > q->run.agains) q->run.agains = 0;
-    if (left == 0 || left > q->run.agains) return false;
-    *head = q->run.again[q->run.agains - left];
-    return true;
+    if (left > 0) *head = q->run.again[q->run.agains - left];
+    else q->run.agains = 0;
+    return left > 0;
 }
 
 // After vblk__peek() said MORE.
 static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
     uint64_t at = 4 + 2 * (uint64_t)(q->run.avail_next & (q->size - 1));
-    bool again = dev->track && vblk__take_again(q, head);
+    bool again = q->run.agains > 0 && vblk__take_again(q, head);
     if (!again && !vblk__load16(dev, q->run.avail, q->avail_gpa, at, head)) {
         vblk__lost(dev, q, VBLK_EV_AVAIL_UNREADABLE, q->avail_gpa + at, 0);
         return false;
@@ -3927,14 +3918,21 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
     return VBLK_OK;
 }
 
-VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue) {
+VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring) {
     VBLK_ASSERT(queue < dev->queues);
     vblk_queue *q = &dev->queue[queue];
     if (!vblk__quiet(dev, (int)queue)) return VBLK_ERR_BUSY;
-    int position = q->run.avail_next;
+    ring->size = q->size;
+    ring->desc = q->desc_gpa;
+    ring->avail = q->avail_gpa;
+    ring->used = q->used_gpa;
+    ring->position = q->run.agains ? q->run.again_end : q->run.avail_next;
+    ring->agains = (uint16_t)(ring->position - q->run.avail_next);
+    ring->again = q->run.again;
+    if (ring->agains > 0) ring->again += q->run.agains - ring->agains;
     vblk_publish(dev, queue); // what is completed is not lost
     vblk__forget_queue(dev, q);
-    return position;
+    return VBLK_OK;
 }
 
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {

@@ -417,7 +417,9 @@ void e4_a_stop_completes_what_is_under_way(void) {
     req r = request(VBLK_T_IN, 1, 512), f = request(VBLK_T_FLUSH, 0, 0);
     vblk_engine_poll(&engine);
     kernel.ends = 50;
-    CHECK_EQ(2, vblk_queue_stop(&g.dev, 0));
+    vblk_ring ring;
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(2, ring.position);
     CHECK_EQ(VBLK_S_OK, status_of(&r));
     CHECK_EQ(VBLK_S_OK, status_of(&f));
     CHECK_EQ(2, used_count(0));

@@ -908,7 +908,8 @@ static void arm_of_another(void) {
 }
 
 static void stop_of_another(void) {
-    vblk_queue_stop(&g.dev, 2);
+    vblk_ring ring;
+    vblk_queue_stop(&g.dev, 2, &ring);
 }
 
 static void notify_of_another(void) {

@@ -553,11 +553,15 @@ void r4_a_stop_completes_what_is_under_way(void) {
     req q = request(VBLK_T_IN, 0, 512);
     CHECK_EQ(REQUEST, take(0, 0, &r).state);
     quiet.answer = -1;
-    CHECK_EQ((uint64_t)VBLK_ERR_BUSY, (uint64_t)vblk_queue_stop(&g.dev, 0));
+    vblk_ring ring = {.position = 7};
+    CHECK_EQ((uint64_t)VBLK_ERR_BUSY,
+             (uint64_t)vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(7, ring.position);
     CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY)); // nothing changed
     quiet.answer = 0;
     quiet.complete = &r;
-    CHECK_EQ(1, vblk_queue_stop(&g.dev, 0));
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(1, ring.position);
     CHECK_EQ(VBLK_S_OK, status_of(&q));
     CHECK_EQ(1, used_count(0));
 }

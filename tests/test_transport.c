@@ -90,8 +90,15 @@ void transport_moves_a_queue_to_another_device(void) {
         g.bump = g.queue[0].used + 512;
     }
     req late = request(VBLK_T_IN, 7, 512);
-    ring.position = (uint16_t)vblk_queue_stop(&g.dev, 0);
+    vblk_ring was = ring;
+    memset(&ring, 0xee, sizeof ring);
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(was.size, ring.size);
+    CHECK_EQ(was.desc, ring.desc);
+    CHECK_EQ(was.avail, ring.avail);
+    CHECK_EQ(was.used, ring.used);
     CHECK_EQ(100, ring.position);
+    CHECK_EQ(0, ring.agains);
     CHECK_EQ(EMPTY, drain(0).state);
     CHECK_EQ(0xff, status_of(&late));
 
@@ -117,7 +124,8 @@ void transport_starts_where_no_ring_can_be(void) {
     guest_negotiate(0);
     ring.used = 0x3000;
     CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
-    CHECK_EQ(7, vblk_queue_stop(&g.dev, 0));
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(7, ring.position);
     vblk_set_memory(&g.dev, later);
     ring.used = UINT64_MAX - 1;
     CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
@@ -150,7 +158,8 @@ void transport_stop_publishes(void) {
     request(VBLK_T_FLUSH, 0, 0);
     CHECK_EQ(REQUEST, take(0, 0, &r).state);
     CHECK(!vblk_complete(&g.dev, &r, 0));
-    CHECK_EQ(1, vblk_queue_stop(&g.dev, 0));
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(1, ring.position);
     CHECK_EQ(1, get16(g.queue[0].used + 2));
     CHECK_EQ(1, g.fired);
 }
@@ -312,7 +321,32 @@ void r5_what_was_under_way_is_taken_again(void) {
     }
     CHECK_EQ(6, get16(ring.used + 2));
     CHECK_EQ(6, used_count(0));
-    CHECK_EQ(6, vblk_queue_stop(&g.dev, 0));
+    CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+    CHECK_EQ(6, ring.position);
+    CHECK_EQ(0, ring.agains);
+}
+
+// R5: also over stops, and with a limit by which a head is looked at twice.
+void r5_what_a_stop_leaves_is_taken_again(void) {
+    req       r[6];
+    vblk_ring ring = crash_after_one(r);
+    g.o.limits.iops = 1;
+    g.o.limits.iops_burst = 1;
+    tracked[0] = 0;
+    for (unsigned i = 1; i <= 5; i++) {
+        bind_by_calls(~VBLK_F_EVENT_IDX);
+        vblk_set_status(&g.dev, 0xf);
+        CHECK_EQ(VBLK_OK, vblk_queue_start(&g.dev, 0, &ring));
+        drain(0);
+        CHECK_EQ(1 + i, get16(ring.used + 2));
+        CHECK_EQ(VBLK_OK, vblk_queue_stop(&g.dev, 0, &ring));
+        CHECK_EQ(i < 3 ? 3 - i : 0, ring.agains);
+        CHECK_EQ(i < 3 ? 4 : 1 + i, ring.position);
+    }
+    for (unsigned i = 0; i < 6; i++) {
+        CHECK_EQ(VBLK_S_OK, status_of(&r[i]));
+    }
+    CHECK_EQ(6, used_count(0));
 }
 
 // R5: also where a limit lets one pass at a time.

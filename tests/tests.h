@@ -433,6 +433,7 @@
     X(transport_a_broken_queue_publishes_first, GUEST)                         \
     X(transport_a_used_ring_at_an_odd_address, GUEST)                          \
     X(r5_what_was_under_way_is_taken_again, GUEST)                             \
+    X(r5_what_a_stop_leaves_is_taken_again, GUEST)                             \
     X(r5_what_was_under_way_waits_for_a_limit, GUEST)                          \
     X(r5_a_head_that_cannot_be, GUEST)                                         \
     X(v_events_say_what_was_wrong, STRICT)                                     \

@@ -22,7 +22,8 @@ typedef struct ring {
     uint32_t  size;
     bool      sized;             // what was said of it; size may be 0 still
     uint16_t  base;              // position, while it does not run
-    uint16_t  left;              // the same; of `under_way`, to take again
+    uint16_t  left;              // the same; to be taken before that
+    const uint16_t *again;       // their heads, of `under_way`
     uint16_t  measured;          // so far in the used ring latency is
     bool      placed, enabled;
     bool      running, broken;
@@ -93,22 +94,16 @@ static bool find_used(const ring *r, uint64_t *gpa, uint8_t **host) {
 
 // False: what is under way there does not end, and the ring runs on.
 static bool stop_ring(ring *r) {
-    unsigned        index = (unsigned)(r - rings);
-    const vblk_run *run = &queues[index].run; // is private elsewhere
-    const uint16_t *end = run->again ? run->again + run->agains : NULL;
-    uint16_t        left = (uint16_t)(run->again_end - run->avail_next);
-    left = left <= run->agains ? left : 0;
-    int position = r->running ? vblk_queue_stop(&device, index) : r->base;
-    if (position < 0) {
-        return say("the image does not answer");
-    }
+    unsigned  index = (unsigned)(r - rings);
+    vblk_ring v;
     if (r->running) {
-        r->base = (uint16_t)(position + left);
-        r->left = left;
-        for (uint16_t i = 0; i < left; i++) { // to the front
-            under_way[index][i] = end[i - left];
+        if (vblk_queue_stop(&device, index, &v)) {
+            return say("the image does not answer");
         }
-        if (!left) {
+        r->base = v.position;
+        r->left = v.agains;
+        r->again = v.again;
+        if (!r->left) {
             end_inflight(index);
         }
     }
@@ -125,13 +120,18 @@ static void break_ring(ring *r) {
 // Where an earlier one of us stopped short, if it did, or this one.
 static void go_on_from(const ring *r, const uint8_t *used, vblk_ring *v) {
     unsigned index = (unsigned)(r - rings);
-    v->again = under_way[index];
-    v->agains = r->left; // the position counts those in
     int n = r->left ? -1 : begin_inflight(index, r->size, used,
                                           under_way[index]);
+    v->again = r->again;
+    v->agains = r->left;
     if (n >= 0) {
         v->position = (uint16_t)((used[2] | used[3] << 8) + n);
+        v->again = under_way[index];
         v->agains = (uint16_t)n;
+    }
+    if (n > 0) {
+        grumble("ring %u: %d requests of the daemon before are begun again",
+                index, n);
     }
 }
 
@@ -154,10 +154,6 @@ static void start_ring(ring *r) {
     } else {
         r->running = true;
         r->left = 0;
-        if (v.agains > 0) {
-            grumble("ring %d: %u requests of the daemon before are begun again",
-                    index, v.agains);
-        }
         r->measured = (uint16_t)(host[2] | host[3] << 8);
         signal_guest(r->fd[RING_CALL]); // of what was done before a reconnect
         return;

@@ -123,6 +123,21 @@ rm "$shm/t"
 echo mine >"$shm/t"
 end "$daemon"
 check socket-that-is-not-ours-stays "$(differs "$(cat "$shm/t")" mine)"
+rm "$shm/t"
+start "$shm/t" "$serve" --socket "$shm/t" --image "$shm/image" ||
+    check third-starts "$(tail -n 1 "$shm/t.log")"
+kill -KILL "$daemon"
+ln "$shm/t" "$shm/left"
+"$serve" --socket "$shm/t" --image "$shm/image" >"$shm/t.log" 2>&1 &
+daemon=$!
+running="$running $daemon"
+for try in $(seq 100); do
+    [ "$shm/t" -ef "$shm/left" ] || break
+    sleep 0.05
+done
+check socket-that-was-left-is-replaced "$(timeout 10 "$tmp/front" "$shm/t" \
+    load --secs 0.1 --ref "$shm/image" --pid "$daemon" 2>&1 >/dev/null)"
+end "$daemon"
 
 
 # ---- Surroundings -----------------------------------------------------------

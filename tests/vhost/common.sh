@@ -60,6 +60,7 @@ build_both() { # flags of the daemon...
 start() { # socket, command...
     socket=$1
     shift
+    rm -f "$socket" # one that a killed daemon left is no sign
     "$@" >"$socket.log" 2>&1 &
     daemon=$!
     running="$running $daemon"

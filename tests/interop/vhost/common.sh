@@ -102,6 +102,7 @@ build() { # output, flags...
 start() { # name, program, options...; its socket is $tmp/name.sock, or false
     name=$1
     shift
+    rm -f "$tmp/$name.sock" # one that a killed daemon left is no sign
     # shellcheck disable=SC2086
     "$@" ${AIO:+--aio $AIO} --socket "$tmp/$name.sock" >"$tmp/$name.out" \
         2>"$tmp/$name.err" &

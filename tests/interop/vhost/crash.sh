@@ -45,7 +45,6 @@ begun_again() { # name
 # A supervisor starts it until it stays.
 come_back() { # name, options...
     for attempt in 1 2 3 4 5 6 7 8; do
-        rm -f "$tmp/$1.sock"
         quietly=1 start "$@" && return
     done
     check "$1-comes-back" "$(cat "$tmp/$1.err")" "a socket"
