@@ -247,6 +247,48 @@ void e1_several_queues(void) {
     engine_down();
 }
 
+// One call moves 4 MiB, as it may copy before it returns; after 64 MiB nothing
+// more is begun; and no queue has all of that.
+void e1_large_requests_take_turns(void) {
+    enum { PIECES = 20, PIECE = 0x40000, REQUESTS = 20 }; // of 5 MiB
+    uint64_t status[2][REQUESTS], data;
+    part     p[PIECES + 2];
+    g.o.queues = 2;
+    g.o.capacity = 8 << 11;
+    engine_up(0);
+    data = alloc(PIECE, 512);
+    for (unsigned i = 0; i < 2 * REQUESTS; i++) {
+        p[0] = (part){put_header(VBLK_T_IN, 0), 16, 0};
+        for (unsigned k = 1; k <= PIECES; k++) {
+            p[k] = (part){data, PIECE, WRITE};
+        }
+        status[i / REQUESTS][i % REQUESTS] = alloc(1, 1);
+        p[PIECES + 1] = (part){status[i / REQUESTS][i % REQUESTS], 1, WRITE};
+        part whole = {put_table(p, PIECES + 2), 16 * (PIECES + 2), INDIRECT};
+        submit(i / REQUESTS, &whole, 1);
+    }
+    kernel.hold = 1000;
+    wr(VBLK_REG_QUEUE_NOTIFY, 0);
+    wr(VBLK_REG_QUEUE_NOTIFY, 1);
+    poll_all();
+    if (g.mapped) {
+        CHECK_EQ(4 << 20, kernel.largest);
+        CHECK_EQ(13, kernel.under_way); // 12 would be 60 MiB
+        CHECK(g.dev.queue[0].run.under_way >= 6);
+        CHECK(g.dev.queue[1].run.under_way >= 6);
+    }
+    kernel.let_go = 1;
+    kernel.hold = 0;
+    CHECK_EQ(VBLK_OK, vblk_engine_quiesce(&engine, 0, 1000));
+    poll_all();
+    CHECK_EQ(REQUESTS, used_count(0));
+    CHECK_EQ(REQUESTS, used_count(1));
+    for (unsigned i = 0; i < 2 * REQUESTS; i++) {
+        CHECK_EQ(VBLK_S_OK, *at(status[i / REQUESTS][i % REQUESTS]));
+    }
+    engine_down();
+}
+
 static bool is_idle(const req *r) {
     return status_of(r) == 0xff;
 }

@@ -308,6 +308,7 @@
     X(e1_all_of_it_by_the_kernel, GUEST)                                       \
     X(e1_many_at_once_by_the_backend, GUEST)                                   \
     X(e1_many_at_once_by_the_kernel, GUEST)                                    \
+    X(e1_large_requests_take_turns, GUEST)                                     \
     X(e1_several_queues, GUEST)                                                \
     X(e2_one_sync_for_many, GUEST)                                             \
     X(e2_a_flush_covers_what_was_completed, GUEST)                             \

@@ -183,6 +183,11 @@ static void take(const struct io_uring_sqe *s) {
         __atomic_fetch_add(&kernel.transfers, 1, __ATOMIC_RELEASE);
         o->held = kernel.hold > 0;
         kernel.hold -= kernel.hold > 0;
+        uint64_t bytes = vector ? 0 : s->len;
+        for (unsigned i = 0; vector && i < s->len; i++) {
+            bytes += o->iov[i].iov_len;
+        }
+        kernel.largest = bytes > kernel.largest ? bytes : kernel.largest;
     } else if (s->opcode == IORING_OP_FSYNC) {
         kernel.syncs++;
         o->held = kernel.hold_syncs;

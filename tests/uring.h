@@ -36,6 +36,7 @@ typedef struct fake_kernel {
     int      error;      // of the next transfer
     int      sync_error; // of each fdatasync
     unsigned under_way, calls, transfers, syncs, cancelled;
+    uint64_t largest; // transfer, in bytes
 } fake_kernel;
 
 extern fake_kernel kernel;

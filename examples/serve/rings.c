@@ -176,7 +176,8 @@ void start_what_is_ready(void) {
 }
 
 // An eventfd or a pipe: whatever else might keep whoever writes to it, or
-// closes it, waiting.
+// closes it, waiting. User-Mode Linux sends pipes; who has another end of one
+// can keep us in write(2) there as long as they live, by a fault within theirs.
 static bool is_event_fd(int fd) {
     char        path[32], name[32];
     struct stat st;

@@ -310,7 +310,8 @@ static unsigned ring_size_2m(void) {
     ring_place p = usual_place();
     unsigned   answer = share_memory();
     answer = answer == ACCEPTED ? start_ring(&p) : answer;
-    return answer == ACCEPTED && set_pair(GET_VRING_BASE, 0, 0) != CLOSED &&
+    uint16_t   position;
+    return answer == ACCEPTED && stop_ring(&position) == ACCEPTED &&
                    set_pair(SET_VRING_NUM, 0, 1 << 21) == ACCEPTED &&
                    set_fd(SET_VRING_KICK, m.kick) == ACCEPTED
                ? await(0)
@@ -417,11 +418,102 @@ static unsigned give_inflight(uint8_t *p, uint64_t bytes, uint16_t rings,
     return message(SET_INFLIGHT_FD, &t, sizeof t, &inflight_fd, 1);
 }
 
+// A used ring whose end is in nobody's memory, where the in-flight region says
+// that all of it is to be read.
+static unsigned used_at_the_end(void) {
+    const region other = {BIT(28), LOW_BYTES, BIT(28), m.high_bytes};
+    const region low = {LOW, LOW_BYTES, (uintptr_t)at(LOW), m.high_bytes};
+    ring_place   p = usual_place();
+    uint16_t    *end = at(LOW + LOW_BYTES - 4);
+    uint8_t     *under_way = inflight(0);
+    p.used = (uintptr_t)end;
+    end[1] = m.size;
+    unsigned answer = give_inflight(under_way, 4096, 1, m.size);
+    close(inflight_fd);
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, other) : answer;
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, low) : answer;
+    answer = answer == ACCEPTED ? put_slot(REM_MEM_REG, other) : answer;
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    return answer == ACCEPTED ? await(0) : answer;
+}
+
+// One side by side for the front end, and not elsewhere.
+static unsigned used_in_two_regions(void) {
+    const uint64_t half = LOW_BYTES / 2;
+    const region   low = {LOW, half, (uintptr_t)at(LOW), m.high_bytes};
+    const region   next = {LOW + half, half, (uintptr_t)at(LOW + half),
+                           m.high_bytes + half};
+    ring_place     p = usual_place();
+    p.used = (uintptr_t)at(LOW + half - 8);
+    m.used = at(LOW + half - 8);
+    unsigned answer = put_slot(ADD_MEM_REG, next);
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, low) : answer;
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    return answer == ACCEPTED ? good_read(0) : answer;
+}
+
+static pid_t server;
+
+static unsigned wait_until_closed(int ms) {
+    for (int i = 0; i < ms && !hung_up(); i++) {
+        usleep(1000);
+    }
+    return hung_up() ? CLOSED : SILENT;
+}
+
+// Data goes while a thread copies, then the region of the ring.
+static unsigned memory_goes_twice(void) {
+    const uint64_t user = (uintptr_t)at(LOW), file = m.high_bytes;
+    const uint64_t there = 0x180000, gone = 0x40000;
+    const region   high = {HIGH, m.high_bytes, (uintptr_t)m.memory, 0};
+    const region   low = {LOW, there, user, file};
+    const region   gone1 = {LOW + there, gone, user + there, file + there};
+    const region   gone2 = {LOW + there + gone, gone, user + there + gone,
+                            file + there + gone};
+    ring_place     p = usual_place();
+    unsigned       answer = put_slot(ADD_MEM_REG, low);
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, high) : answer;
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, gone1) : answer;
+    answer = answer == ACCEPTED ? put_slot(ADD_MEM_REG, gone2) : answer;
+    answer = answer == ACCEPTED ? start_ring(&p) : answer;
+    if (answer != ACCEPTED || ftruncate(m.memory_fd, (off_t)(file + there))) {
+        return answer;
+    }
+    struct vring_desc *table = at(TABLE);
+    const unsigned     pieces = 1000;
+    table[0] = describe(CONTROL(0), 16, NEXT, 1);
+    for (unsigned i = 1; i <= pieces; i++) {
+        table[i] = i <= 110
+                       ? describe(DATA, 2 << 20, W | NEXT, i + 1)
+                       : describe(gone2.gpa - 512, 1024, W | NEXT, i + 1);
+    }
+    table[pieces + 1] = describe(CONTROL(0) + STATUS, 1, W, 0);
+    m.desc[0] = describe(TABLE, 16 * (pieces + 2), INDIRECTLY, 0);
+    ask(0, IN, 0);
+    offer(0);
+    publish();
+    usleep(5000);
+    answer = put_slot(REM_MEM_REG, low);
+    return answer == ACCEPTED ? wait_until_closed(3000) : answer;
+}
+
 static unsigned start_with_inflight(uint8_t *p) {
     ring_place place = usual_place();
     unsigned   answer = give_inflight(p, 4096, 1, m.size);
     answer = answer == ACCEPTED ? share_memory() : answer;
     return answer == ACCEPTED ? start_ring(&place) : answer;
+}
+
+// Descriptor `i` is a read of as much.
+static void lay_out_252_mib(unsigned i) {
+    struct vring_desc *table = at(TABLE);
+    const unsigned     pieces = 126;
+    table[0] = describe(CONTROL(0), 16, NEXT, 1);
+    for (unsigned k = 1; k <= pieces; k++) {
+        table[k] = describe(DATA, 2 << 20, W | NEXT, k + 1);
+    }
+    table[pieces + 1] = describe(CONTROL(0) + STATUS, 1, W, 0);
+    m.desc[i] = describe(TABLE, 16 * (pieces + 2), INDIRECTLY, 0);
 }
 
 // A chain that is nowhere in the ring is served, as it was taken before; then
@@ -439,6 +531,40 @@ static unsigned inflight_is_taken_again(void) {
     close(inflight_fd);
     return answer == DONE && in_file(at(DATA), 7, SECTOR) ? good_read(1)
                                                           : answer;
+}
+
+// Six large chains of a daemon before; a stop leaves some of them, which are
+// taken when the ring starts again, each of them once.
+static unsigned inflight_over_stops(void) {
+    ring_place place = usual_place();
+    uint8_t   *p = inflight(0);
+    unsigned   seen = 0, starts = 1;
+    uint16_t   position;
+    for (unsigned i = 0; i < 6; i++) {
+        p[16 + 16 * i] = 1;
+        p[24 + 16 * i] = (uint8_t)(6 - i); // the last one came first
+        lay_out_252_mib(i);
+        m.avail->ring[i] = (uint16_t)(5 - i);
+    }
+    ask(0, IN, 0);
+    m.avail->idx = m.avail_idx = m.kicked_idx = 6;
+    unsigned answer = start_with_inflight(p);
+    close(inflight_fd);
+    for (; answer == ACCEPTED && seen != 0x3f && starts < 20; starts++) {
+        usleep(30000);
+        answer = stop_ring(&position);
+        while (any_used()) {
+            uint32_t head = take_used();
+            if (head > 5 || seen & 1u << head) {
+                return UNJUDGED;
+            }
+            seen |= 1u << head;
+        }
+        if (answer == ACCEPTED) {
+            answer = start_ring_at(&place, position);
+        }
+    }
+    return answer != ACCEPTED ? answer : seen != 0x3f ? SILENT : good_read(1);
 }
 
 static unsigned inflight_of_nonsense(void) {
@@ -520,15 +646,6 @@ static unsigned call_is_full(void) {
     answer = answer == DONE ? good_read(1) : answer;
     close(fd);
     return answer;
-}
-
-static pid_t server;
-
-static unsigned wait_until_closed(int ms) {
-    for (int i = 0; i < ms && !hung_up(); i++) {
-        usleep(1000);
-    }
-    return hung_up() ? CLOSED : SILENT;
 }
 
 // The daemon made it not block; the front end has the same descriptor.
@@ -617,14 +734,8 @@ static unsigned call_after_a_reconnect(void) {
 
 // 128 reads of 252 MiB each: a second or ten before all are done.
 static unsigned held_for_long(void) {
-    struct vring_desc *table = at(TABLE);
-    const unsigned     pieces = 126;
-    table[0] = describe(CONTROL(0), 16, NEXT, 1);
-    for (unsigned i = 1; i <= pieces; i++) {
-        table[i] = describe(DATA, 2 << 20, W | NEXT, i + 1);
-    }
-    table[pieces + 1] = describe(CONTROL(0) + STATUS, 1, W, 0);
-    m.desc[0] = describe(TABLE, 16 * (pieces + 2), INDIRECTLY, 0);
+    uint16_t position;
+    lay_out_252_mib(0);
     ask(0, IN, 0);
     for (unsigned i = 0; i < m.size; i++) {
         offer(0);
@@ -632,8 +743,36 @@ static unsigned held_for_long(void) {
     publish();
     usleep(20000);
     uint64_t start = now_ns();
-    set_pair(GET_VRING_BASE, 0, 0); // answered with a position
+    stop_ring(&position);
     return now_ns() - start < 500000000u ? DONE : SILENT;
+}
+
+// The same by one in each of 64 rings; whoever comes next does not wait.
+static unsigned held_by_all_rings(void) {
+    const uint64_t features = FEATURES | BIT(VIRTIO_BLK_F_MQ);
+    unsigned answer = message(SET_FEATURES, &features, 8, NULL, 0);
+    answer = answer == ACCEPTED ? share_memory() : answer;
+    lay_out_252_mib(0);
+    ask(0, IN, 0);
+    m.avail->idx = 1;
+    for (uint32_t i = 0; i < 64 && answer == ACCEPTED; i++) {
+        ring_place p = usual_place();
+        uint64_t   index = i;
+        p.index = i;
+        p.used = (uintptr_t)at(LOW + 0x150000 + 0x800 * i);
+        bool ok = set_pair(SET_VRING_NUM, i, m.size) == ACCEPTED &&
+                  message(SET_VRING_ADDR, &p, sizeof p, NULL, 0) == ACCEPTED &&
+                  message(SET_VRING_KICK, &index, 8, &m.kick, 1) == ACCEPTED &&
+                  set_pair(SET_VRING_ENABLE, i, 1) == ACCEPTED;
+        answer = ok ? ACCEPTED : REFUSED;
+    }
+    eventfd_write(m.kick, 1);
+    usleep(20000);
+    close(m.socket);
+    uint64_t start = now_ns();
+    bool     ok = boot(false);
+    return answer != ACCEPTED                         ? answer
+         : ok && now_ns() - start < UINT64_C(1000000000) ? DONE : SILENT;
 }
 
 static unsigned half_a_message(void) {
@@ -721,10 +860,14 @@ static const struct {
     {"ring-1-without-mq", 0, ring_without_mq, STOPPED},
     {"chain-of-515", 0, chain_of_515, DONE},
     {"inflight-is-taken-again", 1, inflight_is_taken_again, DONE},
+    {"inflight-over-stops", 1, inflight_over_stops, DONE},
     {"inflight-of-nonsense", 1, inflight_of_nonsense, DONE | STOPPED | SILENT},
     {"inflight-of-no-rings", 1, inflight_of_no_rings, NO},
     {"inflight-too-small", 1, inflight_too_small, NO},
     {"inflight-truncated", 1, inflight_truncated, CLOSED},
+    {"used-ring-at-the-end", 1, used_at_the_end, STOPPED},
+    {"used-ring-in-two-regions", 1, used_in_two_regions, STOPPED},
+    {"memory-goes-twice", 1, memory_goes_twice, CLOSED},
     {"memory-by-slots", 1, memory_by_slots, DONE},
     {"slot-too-many", 1, slot_too_many, REFUSED},
     {"slot-that-is-none", 0, slot_that_is_none, NO},
@@ -744,6 +887,7 @@ static const struct {
     {"call-comes-late", 1, call_comes_late, DONE},
     {"call-after-a-reconnect", 0, call_after_a_reconnect, DONE},
     {"held-for-long", 0, held_for_long, DONE},
+    {"held-by-all-rings", 1, held_by_all_rings, DONE},
     {"half-a-message", 0, half_a_message, CLOSED},
     {"region-of-5-GiB", 1, region_of_5_gib, LARGE},
 };
@@ -823,9 +967,24 @@ static int open_descriptors(pid_t pid) {
     return n;
 }
 
+// Of files that a front end sent.
+static int mapped(pid_t pid) {
+    char  line[512];
+    int   n = 0;
+    snprintf(line, sizeof line, "/proc/%d/maps", (int)pid);
+    FILE *f = fopen(line, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        n += strstr(line, "/memfd:") != NULL;
+    }
+    if (f) {
+        fclose(f);
+    }
+    return n;
+}
+
 int run_abuse(pid_t pid) {
     server = pid;
-    int before = open_descriptors(pid), after = 0;
+    int before = open_descriptors(pid), after = 0, maps = -1;
     judge("a-good-read", fresh_read(0), why);
     for (size_t k = 0; k < COUNT(message_cases); k++) {
         try_case(message_cases[k].name, message_cases[k].early, message_case,
@@ -843,13 +1002,16 @@ int run_abuse(pid_t pid) {
                  chain_cases[k].allowed);
     }
     // It may not have seen the last connection end.
-    for (int i = 0; i < 1000 && after != before; i++) {
+    for (int i = 0; i < 1000 && (after != before || maps != 0); i++) {
         usleep(1000);
         after = open_descriptors(pid);
+        maps = mapped(pid);
     }
     char seen[64];
     snprintf(seen, sizeof seen, "%d, before %d", after, before);
     judge("the-process-lives", after > 2, "it has no descriptors");
     judge("no-descriptor-leaks", after == before, seen);
+    snprintf(seen, sizeof seen, "%d mappings", maps);
+    judge("no-memory-of-guests-stays", maps == 0, seen);
     return failures > 0;
 }

@@ -249,6 +249,17 @@ unsigned set_fd(uint32_t request, int fd) {
     return message(request, &index, sizeof index, &fd, 1);
 }
 
+unsigned stop_ring(uint16_t *position) {
+    uint32_t pair[] = {0, 0};
+    header   h = {GET_VRING_BASE, VERSION, sizeof pair};
+    if (!send_message(&h, pair, NULL, 0) ||
+        receive(GET_VRING_BASE, pair, sizeof pair) != sizeof pair) {
+        return hung_up() ? CLOSED : SILENT;
+    }
+    *position = (uint16_t)pair[1];
+    return ACCEPTED;
+}
+
 unsigned get_config(uint32_t offset, uint32_t bytes, void *data) {
     config c = {.offset = offset, .bytes = bytes};
     header h = {GET_CONFIG, VERSION, offsetof(config, data) + 8};

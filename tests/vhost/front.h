@@ -117,11 +117,12 @@ void *at(uint64_t gpa);
 bool send_message(const header *h, const void *payload, const int *fds,
                   unsigned nfds);
 
-// The first six return an answer.
+// The first seven return an answer.
 unsigned   message(uint32_t request, const void *payload, size_t bytes,
                    const int *fds, unsigned nfds);
 unsigned   set_pair(uint32_t request, uint32_t index, uint32_t num);
 unsigned   set_fd(uint32_t request, int fd);
+unsigned   stop_ring(uint16_t *position);
 unsigned   share_memory(void);
 unsigned   start_ring(const ring_place *place);
 unsigned   start_ring_at(const ring_place *place, uint16_t position);
