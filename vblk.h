@@ -187,10 +187,10 @@
     are free.
 
     A register call may overlap draining calls, except where it takes queues
-    away: a Status of 0, QueueReady of 0 while live, vblk_queue_stop(). These
-    call options.quiesce first, and from then on until they return the
-    draining threads of that queue, or, of a reset or with a limit, of all,
-    must be outside. So they must around vblk_set_memory().
+    away: a Status of 0, QueueReset, QueueReady of 0 while live,
+    vblk_queue_stop(). These call options.quiesce first, and from then on until
+    they return the draining threads of that queue, or, of a reset or with a
+    limit, of all, must be outside. So they must around vblk_set_memory().
     A vCPU's store to QueueNotify or InterruptACK may overlap anything, so do
     not take the lock of the register calls for it, or it waits for a reset.
     Distinct devices share nothing.
@@ -260,8 +260,8 @@
     LIMITS
 
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
-    65535 queues. IN, OUT, FLUSH, GET_ID. Not done: packed rings, DISCARD,
-    WRITE_ZEROES, zoned disks, the legacy interface.
+    65535 queues, queue reset. IN, OUT, FLUSH, GET_ID. Not done: packed rings,
+    DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
 
     A drain takes 4 KB of stack beside what your functions take, 8 KB without
     map; with VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 1 and 1.6 KB.
@@ -279,9 +279,9 @@
 
         VBLK_MAX_SEGS          largest seg_max; default 128
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
-        VBLK_SINGLE_THREADED   no atomics: one thread, guest included; else
-                               some 32-bit targets need -latomic, and
-                               compilers but gcc and clang those of C11
+        VBLK_SINGLE_THREADED   no atomics: one thread, guest included; for
+                               compilers but gcc and clang. Without it some
+                               32-bit targets need -latomic
         VBLK_ASSERT(x)         default assert
         VBLK_MEMCPY(d, s, n), VBLK_MEMSET(d, c, n)  default string.h; both
 
@@ -355,6 +355,7 @@ extern "C" {
 #define VBLK_F_INDIRECT_DESC (UINT64_C(1) << 28)
 #define VBLK_F_EVENT_IDX     (UINT64_C(1) << 29)
 #define VBLK_F_VERSION_1     (UINT64_C(1) << 32)
+#define VBLK_F_RING_RESET    (UINT64_C(1) << 40)
 
 // Device status [2.1].
 #define VBLK_STATUS_ACKNOWLEDGE 0x01u
@@ -407,6 +408,7 @@ extern "C" {
 #define VBLK_REG_SHM_LEN_HIGH        0x0b4u
 #define VBLK_REG_SHM_BASE_LOW        0x0b8u
 #define VBLK_REG_SHM_BASE_HIGH       0x0bcu
+#define VBLK_REG_QUEUE_RESET         0x0c0u
 #define VBLK_REG_CONFIG_GENERATION   0x0fcu
 #define VBLK_REG_CONFIG              0x100u // config space from here on
 
@@ -1072,8 +1074,8 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
 
 // Stop it, after quiesce(). VBLK_OK: `ring` starts it again where it was. Or
 // VBLK_ERR_BUSY: quiesce() could not, and nothing changed. Without quiesce(),
-// what is under way is lost. Thread: as register calls; the queue's drainer
-// must be outside.
+// what is under way is lost. A PCI host's queue_reset is this. Thread: as
+// register calls; the queue's drainer must be outside.
 VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring);
 
 
@@ -1484,34 +1486,8 @@ typedef uint16_t vblk__shared16;
 // What was copied from the guest before this stays copied: the compiler may
 // not fetch it again.
 #define VBLK__ONCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
-#elif defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L &&              \
-    (!defined(__STDC_NO_ATOMICS__) || /* tcc has them and denies it */         \
-     (defined(__TINYC__) && __TINYC__ >= 928))
-#include <stdatomic.h>
-#define VBLK__AS(type, p) (_Atomic type *)(uintptr_t)(p)
-#define VBLK__ATOMIC(p)                                                        \
-    _Generic((p), bool *: VBLK__AS(bool, p), const bool *: VBLK__AS(bool, p),  \
-             uint16_t *: VBLK__AS(uint16_t, p),                                \
-             const uint16_t *: VBLK__AS(uint16_t, p),                          \
-             uint32_t *: VBLK__AS(uint32_t, p),                                \
-             const uint32_t *: VBLK__AS(uint32_t, p),                          \
-             uint64_t *: VBLK__AS(uint64_t, p),                                \
-             const uint64_t *: VBLK__AS(uint64_t, p))
-#define VBLK__GET(p, order)                                                    \
-    atomic_load_explicit(VBLK__ATOMIC(p), memory_order_##order)
-#define VBLK__SET(p, v, order)                                                 \
-    atomic_store_explicit(VBLK__ATOMIC(p), v, memory_order_##order)
-#define VBLK__WORD vblk__shared16
-#define VBLK__OR(p, v)                                                         \
-    ((void)atomic_fetch_or_explicit(VBLK__ATOMIC(p), v, memory_order_acq_rel))
-#define VBLK__CAS(p, old, new)                                                 \
-    atomic_compare_exchange_strong_explicit(VBLK__ATOMIC(p), &(old), new,      \
-                                            memory_order_acq_rel,              \
-                                            memory_order_acquire)
-#define VBLK__FENCE() atomic_thread_fence(memory_order_seq_cst)
-#define VBLK__ONCE()  atomic_signal_fence(memory_order_seq_cst)
 #else
-#error "vblk.h: no atomics: define VBLK_SINGLE_THREADED, or compile as C11"
+#error "vblk.h: VBLK_SINGLE_THREADED, or a compiler with gcc's atomics"
 #endif
 #define VBLK__LOAD(p)             VBLK__GET(p, relaxed)
 #define VBLK__STORE(p, v)         VBLK__SET(p, v, relaxed)
@@ -3769,7 +3745,7 @@ static bool vblk__would_change(vblk_queue *q, uint64_t offset,
     }
 }
 
-// What stands against a write to a register of `q` (M7, P8).
+// What stands against a write to a register of `q` (M7, M13, P8).
 static vblk_event_code vblk__check_window(const vblk_dev *dev,
                                           const vblk_queue *q,
                                           uint64_t offset, uint32_t value) {
@@ -3778,32 +3754,46 @@ static vblk_event_code vblk__check_window(const vblk_dev *dev,
                                                   : VBLK_STATUS_DRIVER; // P13
     if (!(status & from)) return VBLK_EV_REG_QUEUE_WINDOW;
     if (!(status & VBLK_STATUS_DRIVER_OK)) return VBLK_EV_NONE;
-    if (offset == VBLK_REG_QUEUE_READY) {
-        return !dev->strict ? VBLK_EV_NONE
-               : value == 0 ? VBLK_EV_REG_QUEUE_FROZEN
-                            : VBLK_EV_REG_QUEUE_WINDOW;
+    if (offset == VBLK_REG_QUEUE_READY && value != 1) {
+        return dev->strict ? VBLK_EV_REG_QUEUE_FROZEN : VBLK_EV_NONE;
     }
-    return !dev->strict && !q->ready ? VBLK_EV_NONE
-                                     : VBLK_EV_REG_QUEUE_WINDOW;
+    bool may = !dev->strict || dev->accepted & VBLK_F_RING_RESET;
+    return may && !q->ready ? VBLK_EV_NONE : VBLK_EV_REG_QUEUE_WINDOW;
 }
 
 static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
     return size > 0 && size <= dev->queue_size && !(size & (size - 1));
 }
 
+// Whether `q` can stop on a live device (R4).
+static bool vblk__stops(vblk_dev *dev, vblk_queue *q) {
+    if (!q->ready || vblk__quiet(dev, q->number)) return true;
+    vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
+    vblk__set_needs_reset(dev);
+    return false;
+}
+
 // P8: on a live device, after the window was checked.
 static void vblk__write_live_ready(vblk_dev *dev, vblk_queue *q,
                                    uint32_t value) {
-    int index = q->number;
     if (value == 1 && !q->ready) {
         VBLK__STORE_RELEASE(&q->ready, true);
-        vblk_notify(dev, index);
-    } else if (value != 1 && q->ready && vblk__quiet(dev, index)) {
+        vblk_notify(dev, q->number);
+    } else if (value != 1 && q->ready && vblk__stops(dev, q)) {
         vblk__stop_queue(dev, q);
-    } else if (value != 1 && q->ready) {
-        vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
-        vblk__set_needs_reset(dev);
     }
+}
+
+// M13: done at once, so that it never reads 1 [2.6.1].
+static void vblk__write_queue_reset(vblk_dev *dev, uint32_t value) {
+    bool resets = dev->accepted & VBLK_F_RING_RESET &&
+                  vblk__has_status(dev, VBLK_STATUS_DRIVER_OK);
+    if (value != 1 || !resets || !vblk__selected(dev)) return;
+    vblk_queue *q = &dev->queue[dev->queue_sel];
+    bool broken = VBLK__LOAD(&q->broken); // until the device is reset
+    if (!vblk__stops(dev, q)) return;
+    vblk__forget_queue(dev, q);
+    VBLK__STORE(&q->broken, broken);
 }
 
 static void vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
@@ -3878,6 +3868,7 @@ VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_INTERRUPT_ACK:   vblk_interrupt_ack(dev, v);      break;
     case VBLK_REG_QUEUE_NOTIFY:    vblk__write_notify(dev, v);      break;
     case VBLK_REG_STATUS:          vblk_set_status(dev, v);         break;
+    case VBLK_REG_QUEUE_RESET:     vblk__write_queue_reset(dev, v); break;
     case VBLK_REG_QUEUE_NUM: case VBLK_REG_QUEUE_READY:
     case VBLK_REG_QUEUE_DESC_LOW: case VBLK_REG_QUEUE_DESC_HIGH:
     case VBLK_REG_QUEUE_DRIVER_LOW: case VBLK_REG_QUEUE_DRIVER_HIGH:
@@ -4011,7 +4002,7 @@ static int vblk__check_options(const vblk_options *o) {
 
 static uint64_t vblk__offer(const vblk_options *o) {
     uint64_t f = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
-                 VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+                 VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC | VBLK_F_RING_RESET;
     f |= o->backend.write ? 0 : VBLK_F_RO;
     f |= o->queues > 1 ? VBLK_F_MQ : 0;
     f |= o->profile == VBLK_STRICT || o->size_max ? VBLK_F_SIZE_MAX : 0; // P12

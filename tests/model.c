@@ -109,7 +109,8 @@ void model_init(model *m, const vblk_options *o) {
     m->size_max = o->size_max || m->standard ? o->size_max : 1u << 20;
     m->vendor = o->vendor_id || !m->standard ? o->vendor_id : 0x554d4551;
     m->offered = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
-                 VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+                 VBLK_F_SIZE_MAX | VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
+                 VBLK_F_RING_RESET;
     if (m->can_flush || m->read_only) { // nothing to flush
         m->offered |= VBLK_F_FLUSH;
     }
@@ -350,6 +351,26 @@ static void set_half(uint64_t *address, bool high, uint32_t value) { // M8
     }
 }
 
+// The queue whose turn it is now, if that was not so before.
+static int new_turn(const model *m, const model_queue *before) {
+    return m->turn && m->turn != before ? (int)(m->turn - m->queue)
+                                        : VBLK_NO_QUEUE;
+}
+
+static int reset_queue(model *m, uint32_t value) { // M13
+    if (value != 1 || !(m->accepted & VBLK_F_RING_RESET) ||
+        !(m->status & VBLK_STATUS_DRIVER_OK) ||
+        m->queue_sel >= queues_there_are(m)) {
+        return VBLK_NO_QUEUE;
+    }
+    model_queue       *q = &m->queue[m->queue_sel];
+    const model_queue *turn = m->turn;
+    bool               poisoned = q->poisoned;
+    forget(m, q);
+    q->poisoned = poisoned;
+    return new_turn(m, turn);
+}
+
 static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
     uint32_t from = m->standard ? VBLK_STATUS_DRIVER // P13
                                 : VBLK_STATUS_FEATURES_OK;
@@ -358,15 +379,16 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
     }
     model_queue *q = &m->queue[m->queue_sel];
     bool live = m->status & VBLK_STATUS_DRIVER_OK;
-    if (live && !m->standard) {
+    if (live && !m->standard &&
+        (!(m->accepted & VBLK_F_RING_RESET) || // M13
+         (offset == VBLK_REG_QUEUE_READY && value != 1))) {
         return VBLK_NO_QUEUE;
     }
     if (live && offset == VBLK_REG_QUEUE_READY && value != 1) { // P8
         const model_queue *turn = m->turn;
         start_over(m, q);
         q->ready = false;
-        return m->turn && m->turn != turn ? (int)(m->turn - m->queue)
-                                          : VBLK_NO_QUEUE;
+        return new_turn(m, turn);
     }
     if (live && q->ready) {
         return VBLK_NO_QUEUE;
@@ -427,6 +449,8 @@ static int write_register(model *m, uint64_t offset, unsigned bytes,
         break;
     case VBLK_REG_STATUS:
         return write_status(m, value);
+    case VBLK_REG_QUEUE_RESET:
+        return reset_queue(m, value);
     case VBLK_REG_QUEUE_NUM:
     case VBLK_REG_QUEUE_READY:
     case VBLK_REG_QUEUE_DESC_LOW:

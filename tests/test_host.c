@@ -385,6 +385,18 @@ void p8_a_queue_that_cannot_be_stopped(void) {
     CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
 }
 
+// M13: the same by QueueReset.
+void m13_a_queue_that_cannot_be_reset(void) {
+    with_quiesce();
+    quiet.answer = -1;
+    wr(VBLK_REG_QUEUE_RESET, 1);
+    CHECK_EQ(1, quiet.calls);
+    CHECK_EQ(0, quiet.queue);
+    CHECK_EQ(1, g.events[VBLK_EV_NOT_QUIET]);
+    CHECK_EQ(0x4f, rd(VBLK_REG_STATUS));
+    CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+}
+
 // A queue that is stopped already has nothing to be asked for.
 void p8_a_queue_that_is_stopped_twice(void) {
     with_quiesce();

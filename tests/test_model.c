@@ -1269,7 +1269,9 @@ static void step_register(void) {
     switch (test_below(8)) {
     case 0: offset = VBLK_REG_STATUS; break;
     case 1: offset = VBLK_REG_QUEUE_NOTIFY; break;
-    case 2: offset = VBLK_REG_QUEUE_READY; break;
+    case 2:
+        offset = one_in(3) ? VBLK_REG_QUEUE_RESET : VBLK_REG_QUEUE_READY;
+        break;
     case 3:
         offset = test_below(0x210);
         bytes = 1 + test_below(8);
@@ -1287,7 +1289,8 @@ static void step_register(void) {
     if (offset == VBLK_REG_STATUS && value == 0 && !one_in(8)) {
         value = 1;
     }
-    if (offset == VBLK_REG_QUEUE_READY && m.queue_sel < m.queues) {
+    if ((offset == VBLK_REG_QUEUE_READY || offset == VBLK_REG_QUEUE_RESET) &&
+        m.queue_sel < m.queues) {
         d.ring[m.queue_sel].muddled = true; // may begin at an older position
     }
     int queue = write_both(offset, bytes, value);
@@ -1330,11 +1333,15 @@ static void step_disk(void) {
         d.disk.bad_flush, d.disk.backing, (int64_t)d.most);
 }
 
-// P8: a queue is stopped, and comes up again somewhere else.
+// P8, M13: a queue is stopped, and comes up again somewhere else.
 static void step_restart(void) {
     unsigned queue = test_below(m.queues);
     set(VBLK_REG_QUEUE_SEL, queue);
-    set(VBLK_REG_QUEUE_READY, 0);
+    if (one_in(2)) {
+        set(VBLK_REG_QUEUE_READY, 0);
+    } else {
+        set(VBLK_REG_QUEUE_RESET, 1);
+    }
     if (!m.queue[queue].ready && !pending()) {
         d.takens = d.fixed; // the old rings stay taken
         plain_count = 0;

@@ -100,7 +100,7 @@ void m4_device_features_by_page(void) {
     const uint64_t want = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE |
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                           VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
-                          VBLK_F_FLUSH;
+                          VBLK_F_FLUSH | VBLK_F_RING_RESET;
     CHECK_EQ((uint32_t)want, rd(VBLK_REG_DEVICE_FEATURES));
     wr(VBLK_REG_DRIVER_FEATURES_SEL, 1); // the two selectors are apart
     CHECK_EQ((uint32_t)want, rd(VBLK_REG_DEVICE_FEATURES));
@@ -433,7 +433,8 @@ void f1_features_follow_from_the_options(void) {
     g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     const uint64_t base = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE |
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
-                          VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC;
+                          VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
+                          VBLK_F_RING_RESET;
     CHECK_EQ(base | VBLK_F_FLUSH, offered());
     g.o.backend.flush = NULL;
     CHECK_EQ(base, offered());
@@ -539,7 +540,7 @@ void f3_features_ok_needs_version_1_and_a_subset(void) {
     g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     const uint64_t all = VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                          VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
-                         VBLK_F_FLUSH;
+                         VBLK_F_FLUSH | VBLK_F_RING_RESET;
     guest_make();
     for (unsigned bit = 0; bit < 64; bit++) { // one bit that was not offered
         uint64_t f = UINT64_C(1) << bit;
@@ -557,9 +558,9 @@ void f3_features_ok_needs_version_1_and_a_subset(void) {
         ROW("bit %u", bit);
     }
     CHECK(g.events[VBLK_EV_FEATURES_UNOFFERED] > 50);
-    for (unsigned set = 0; set < 64; set++) { // any subset will do
+    for (unsigned set = 0; set < 128; set++) { // any subset will do
         uint64_t f = VBLK_F_VERSION_1, left = all;
-        for (unsigned bit = 0; bit < 6; bit++, left &= left - 1) {
+        for (unsigned bit = 0; bit < 7; bit++, left &= left - 1) {
             f |= set >> bit & 1 ? left & (~left + 1) : 0;
         }
         guest_negotiate(~f);
@@ -753,6 +754,98 @@ void p8_a_stopped_queue_keeps_what_it_was_told(void) {
     wr(VBLK_REG_QUEUE_READY, 0);
     int queue = wr(VBLK_REG_QUEUE_READY, 1);
     CHECK_EQ(BROKEN, drain_at(queue, 0).state);
+}
+
+// M13: what is under way goes stale; the queue is as new, other queues go on,
+// and it may come up with another size and other rings.
+static void reset_a_queue(vblk_profile profile) {
+    uint32_t id, len;
+    g.o.profile = profile;
+    g.o.queues = 2;
+    guest_up();
+    for (int i = 0; i < 5; i++) {
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    }
+    vblk_request under_way;
+    request(VBLK_T_IN, 0, 512);
+    CHECK_EQ(REQUEST, take(0, 0, &under_way).state);
+    req pending = request(VBLK_T_OUT, 0, 512);
+    wr(VBLK_REG_QUEUE_SEL, 0);
+    for (uint32_t i = 0; i < 4; i++) {
+        static const uint32_t others[] = {0, 2, 3, UINT32_MAX};
+        wr(VBLK_REG_QUEUE_RESET, others[i]);
+        CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+    }
+
+    wr(VBLK_REG_QUEUE_RESET, 1);
+    CHECK_EQ(0, rd(VBLK_REG_QUEUE_RESET));
+    CHECK_EQ(0, rd(VBLK_REG_QUEUE_READY));
+    CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+    CHECK_EQ(0, g.dev.queue[0].size);
+    CHECK_EQ(0, g.dev.queue[0].used_gpa);
+    wr(VBLK_REG_INTERRUPT_ACK, 1);
+    unsigned traced = g.traced;
+    CHECK(vblk_complete(&g.dev, &under_way, 512));
+    vblk_publish(&g.dev, 0);
+    CHECK_EQ(VBLK_NO_QUEUE, wr(VBLK_REG_QUEUE_NOTIFY, 0));
+    CHECK_EQ(EMPTY, drain(0).state);
+    CHECK_EQ(traced, g.traced);
+    CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+    CHECK_EQ(0xff, status_of(&pending));
+    req other = prepare(VBLK_T_IN, 0, 512);
+    send(1, &other);
+    kick(1);
+    CHECK_EQ(VBLK_S_OK, status_of(&other));
+
+    guest_queue_up(0, 8);
+    CHECK_EQ(0, rd(VBLK_REG_QUEUE_RESET));
+    CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+    req r = request(VBLK_T_IN, 0, 512);
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    CHECK(used_next(0, &id, &len));
+    CHECK_EQ(0, id);
+    CHECK_EQ(1, get16(g.queue[0].used + 2));
+    CHECK_EQ(0, g.events[VBLK_EV_REG_QUEUE_WINDOW]);
+    wr(VBLK_REG_QUEUE_NUM, 16); // while it is ready
+    CHECK_EQ(8, g.dev.queue[0].size);
+
+    CHECK_EQ(1, drain(0).state == EMPTY); // a broken one stays that
+    put16(g.queue[0].avail + 2, 5000);
+    CHECK_EQ(BROKEN, kick(0).state);
+    wr(VBLK_REG_QUEUE_RESET, 1);
+    CHECK(vblk_queue_broken(&g.dev, 0));
+    wr(VBLK_REG_STATUS, 0);
+    CHECK_EQ(0, rd(VBLK_REG_QUEUE_RESET));
+    CHECK(!vblk_queue_broken(&g.dev, 0));
+}
+
+void m13_a_queue_is_reset_alone(void) {
+    reset_a_queue(VBLK_STRICT);
+    guest_init();
+    reset_a_queue(VBLK_STANDARD);
+}
+
+void m13_counts_only_if_accepted_and_live(void) {
+    for (unsigned profile = 0; profile < 2; profile++) {
+        guest_init();
+        g.o.profile = (vblk_profile)profile;
+        guest_up_without(VBLK_F_RING_RESET);
+        wr(VBLK_REG_QUEUE_RESET, 1);
+        CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+        guest_init();
+        g.o.profile = (vblk_profile)profile;
+        guest_make();
+        guest_negotiate(0);
+        guest_queue_up(0, 16);
+        wr(VBLK_REG_QUEUE_RESET, 1);
+        CHECK_EQ(1, rd(VBLK_REG_QUEUE_READY));
+        wr(VBLK_REG_QUEUE_SEL, 1); // there is none
+        wr(VBLK_REG_STATUS, 0xf);
+        wr(VBLK_REG_QUEUE_RESET, 1);
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+    }
 }
 
 void p8_a_ready_queue_is_not_reconfigured_live(void) {

@@ -42,6 +42,8 @@
     X(p8_queue_ready_0_stops_a_queue_and_it_starts_over, GUEST)                \
     X(p8_a_stopped_queue_keeps_what_it_was_told, GUEST)                        \
     X(p8_a_ready_queue_is_not_reconfigured_live, GUEST)                        \
+    X(m13_a_queue_is_reset_alone, GUEST)                                       \
+    X(m13_counts_only_if_accepted_and_live, GUEST)                             \
     X(p8_enabling_a_live_queue_names_it, GUEST)                                \
     X(p8_enabling_a_queue_that_runs_is_nothing, GUEST)                         \
     X(r1_reset_clears_what_belongs_to_the_driver, GUEST)                       \
@@ -246,6 +248,7 @@
     X(r4_a_reset_waits_for_the_host, GUEST)                                    \
     X(r4_a_host_that_cannot_let_go, GUEST)                                     \
     X(p8_a_queue_that_cannot_be_stopped, GUEST)                                \
+    X(m13_a_queue_that_cannot_be_reset, GUEST)                                 \
     X(r4_a_stop_completes_what_is_under_way, GUEST)                            \
     X(race_of_copies_and_the_drainer, GUEST)                                   \
     X(race_of_notifications_and_poll, GUEST)                                   \

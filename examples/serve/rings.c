@@ -391,8 +391,10 @@ vblk_counts device_counts(void) {
     return vblk_counters(&device);
 }
 
+// The protocol has no word for the reset of a queue: QEMU would do it behind
+// our back.
 uint64_t device_features(void) {
-    return serve_features(vblk_device_features(&device));
+    return serve_features(vblk_device_features(&device)) & ~VBLK_F_RING_RESET;
 }
 
 // There is no device status in vhost-user, so it runs its course here. Rings
