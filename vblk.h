@@ -1314,8 +1314,6 @@ typedef struct vblk_worker {
     bool                pause, hold; // the host asks, the library asks
     unsigned            placed;      // counts the changes of `cpu_set`
     unsigned char       cpu_set[128];
-    int                 parked_fd;   // to signal, or -1
-    bool                parked_told; // it was, for this pause
     uint32_t            running;     // threads that have not ended
     uint32_t            uring_told;  // atomic; it is not to be had
     uint32_t            awake;       // atomic; those that do not rest
@@ -1362,9 +1360,6 @@ VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue);
 // of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. Any thread.
 VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
                                  unsigned count);
-
-// An eventfd to signal when a pause has taken effect, or -1. Any thread.
-VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd);
 
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0 (and
@@ -5404,15 +5399,6 @@ VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
            !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
 }
 
-// With `parking` held: something of what others wait for.
-static void vblk__tell(vblk_worker *w) {
-    if (w->pause && !w->parked_told && vblk_worker_paused(w)) {
-        w->parked_told = true;
-        if (w->parked_fd >= 0) vblk__signal(w->parked_fd);
-    }
-    pthread_cond_broadcast(&w->changed);
-}
-
 // With `parking` held. Release: whoever sees that none is awake sees all that
 // the threads wrote.
 static void vblk__set_resting(struct vblk__thread *t, bool yes) {
@@ -5442,7 +5428,7 @@ static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
             continue;
         }
         vblk__set_resting(t, true);
-        vblk__tell(w);
+        pthread_cond_broadcast(&w->changed);
         pthread_cond_wait(&w->changed, &w->parking);
     }
     bool go_on = !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE);
@@ -5514,7 +5500,7 @@ static void vblk__come_back(struct vblk__thread *t) {
     pthread_mutex_lock(&w->parking);
     __atomic_store_n(&t->state, VBLK__GONE, __ATOMIC_RELEASE);
     __atomic_fetch_sub(&w->left, 1, __ATOMIC_RELEASE);
-    vblk__tell(w);
+    pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
     pthread_mutex_unlock(&w->registers);
     if (orphaned) free(t);
@@ -5542,7 +5528,8 @@ static void *vblk__thread_main(void *arg) {
     w->running--;
     bool ended = vblk__move_state(t, VBLK__AWAY, VBLK__ENDED) ||
                  vblk__move_state(t, VBLK__WORKING, VBLK__ENDED);
-    if (ended) vblk__tell(w); // the stopper joins, then frees t
+    // Who hears of it joins, and then frees t.
+    if (ended) pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
     if (!ended) vblk__come_back(t);
     return NULL;
@@ -5587,7 +5574,7 @@ static bool vblk__start_thread(vblk_worker *w, unsigned number) {
         t->next = w->thread;
         w->thread = t;
     }
-    vblk__tell(w);
+    pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
     if (!err) return true;
     free(t);
@@ -5658,7 +5645,7 @@ static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t,
     VBLK__STORE(&w->dev.yield, VBLK__HALT);
     __atomic_fetch_add(&w->left, 1, __ATOMIC_RELEASE);
     vblk__set_resting(t, true);
-    vblk__tell(w);
+    pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->parking);
     t->next = w->left_behind; // which needs `registers` to come back
     w->left_behind = t;
@@ -5757,11 +5744,7 @@ static int vblk__worker_quiesce(void *user, int queue) {
 VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms) {
     struct timespec at = vblk__deadline(ms);
     pthread_mutex_lock(&w->parking);
-    if (!w->pause) {
-        w->pause = true;
-        w->parked_told = false;
-        vblk__tell(w);
-    }
+    w->pause = true;
     if (!__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) { // which is to HALT
         VBLK__STORE(&w->dev.yield, VBLK__YIELD);
     }
@@ -5779,12 +5762,6 @@ VBLKDEF void vblk_worker_resume(vblk_worker *w) {
     pthread_mutex_lock(&w->parking);
     w->pause = false;
     pthread_cond_broadcast(&w->changed);
-    pthread_mutex_unlock(&w->parking);
-}
-
-VBLKDEF void vblk_worker_set_parked_fd(vblk_worker *w, int fd) {
-    pthread_mutex_lock(&w->parking);
-    w->parked_fd = fd;
     pthread_mutex_unlock(&w->parking);
 }
 
@@ -5903,7 +5880,6 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     w->interrupt = o->interrupt;
     w->event = o->event;
     w->user = o->user;
-    w->parked_fd = -1;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
     vblk_bucket_init(&w->lines, 10, 50);
     vblk_options mine = *o;

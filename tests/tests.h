@@ -353,7 +353,7 @@
     X(w_a_backend_that_uses_another_device, ONCE)                              \
     X(w5_pause_and_resume, ONCE)                                               \
     X(w5_pause_in_every_state, ONCE)                                           \
-    X(w5_the_parked_eventfd, ONCE)                                             \
+    X(w5_no_cycle_is_lost, ONCE)                                               \
     X(w5_all_writes_are_visible_when_paused, ONCE)                             \
     X(w7_w8_reset_of_a_stuck_worker, ONCE)                                     \
     X(w7_end_of_a_stuck_worker, ONCE)                                          \
@@ -399,7 +399,7 @@
     X(w_flush_in_the_thread, ONCE)                                             \
     X(w_events_go_to_the_hosts_hook, ONCE)                                     \
     X(w_registers_of_other_widths, ONCE)                                       \
-    X(w_pause_before_the_start_signals_once, ONCE)                             \
+    X(w_pause_before_the_start, ONCE)                                          \
     X(w_without_descriptors, ONCE)                                             \
     X(w_without_a_thread, ONCE)                                                \
     X(w_lines_left_out_are_counted, ONCE)                                      \
