@@ -30,9 +30,7 @@
         static vblk_dev           dev;
 
         static void interrupt(void *user, int queue, bool fire) {
-            if (fire) {
-                inject_irq(user);
-            }
+            if (fire) inject_irq(user);
         }
 
         vblk_options o = {0};
@@ -40,12 +38,9 @@
         o.backend   = vblk_ramdisk_backend(&image);
         o.interrupt = interrupt;
         int err = vblk_init(&dev, &o);
-        if (err) {
-            fprintf(stderr, "disk: %s\n", vblk_strerror(err));
-        }
+        if (err) fprintf(stderr, "disk: %s\n", vblk_strerror(err));
 
-    Where the guest loads from the 0x200-byte register window, and where it
-    stores to it:
+    Where the guest loads from and stores to the 0x200-byte register window:
 
         value = vblk_mmio_read(&dev, offset, bytes);
         vblk_mmio_write(&dev, offset, bytes, value);
@@ -103,14 +98,12 @@
     TIME
 
     now_ns is any clock that does not go backwards, in nanoseconds, and never
-    comes to VBLK_NEVER. Nothing looks at it unless a limit is set; without
-    one pass 0.
+    comes to VBLK_NEVER. Without a limit nothing looks at it: pass 0.
 
     With a limit, a request may have to wait. It stays in the ring, unseen by
     the guest, and nothing passes it; at the time that was returned it goes,
     a nanosecond earlier it does not. The guest will not notify again for it,
-    so the call is yours to make. With several queues, the one that stalled
-    first goes first.
+    so the call is yours to make. Of several queues, the first to stall goes.
 
     OTHER HOSTS
 
@@ -171,7 +164,7 @@
 
         registers   vblk_mmio_write, vblk_set_memory, vblk_set_status,
                     vblk_set_driver_features, vblk_queue_start,
-                    vblk_queue_stop
+                    vblk_queue_stop, vblk_resize
         draining    vblk_poll, vblk_drain, vblk_next, vblk_complete,
                     vblk_publish, vblk_arm, vblk_set_limits
         any time    vblk_mmio_read, vblk_notify, vblk_interrupt_ack,
@@ -183,8 +176,7 @@
     a limit is set: then one at a time for the device. vblk_poll() and
     vblk_set_limits() are of every queue. An engine's calls drain its queues,
     all from the thread that opened it; with a limit, engines share a lock.
-    A worker's threads, also one for each queue, see to all this: its calls
-    are free.
+    A worker's threads see to all this: its calls are free.
 
     A register call may overlap draining calls, except where it takes queues
     away: a Status of 0, QueueReset, QueueReady of 0 while live,
@@ -222,8 +214,7 @@
     UNSUPP. Q4, a ring that cannot be, is NEEDS_RESET. All else, V3 to V16 of
     the request and X2 to X5 of its data and the backend, is IOERR. Each but V11
     and Q4 counts one io_error; Q4 counts one broken_queues. Other letters are
-    M registers, F features and status, B backends, W the host; Q3 a queue's
-    notifications.
+    M registers, F features and status, B backends, W the host, Q3 a switch.
 
     PROFILES
 
@@ -268,8 +259,7 @@
 
     COMPILE-TIME OPTIONS
 
-    None of them changes a type: units that only call may differ in all but the
-    first two.
+    None changes a type: units that only call may differ in all but these two.
 
         VBLK_STATIC            all functions static; with VBLK_IMPLEMENTATION
                                in each unit that uses them
@@ -723,8 +713,7 @@ typedef enum vblk_profile { VBLK_STANDARD, VBLK_STRICT } vblk_profile;
 // What the guest may use in the long run. A request costs an operation and the
 // bytes of its data; one that is refused or empty, or a FLUSH of a read-only
 // disk, costs nothing. A rate of 0 is no limit. A burst is how much can be
-// saved up while idle: at least one second's worth, which is also its default;
-// at most 2^63 - 1.
+// saved up while idle: a second's worth, its default, to 2^63 - 1.
 typedef struct vblk_limits {
     uint64_t iops, iops_burst; // operations a second; operations
     uint64_t bps, bps_burst;   // bytes a second; bytes
@@ -749,9 +738,8 @@ typedef struct vblk_options {
     uint32_t     vendor_id;  // default 0x554d4551, QEMU's; strict: 0
     uint64_t     features_off; // of those offered, bits not to offer
     vblk_limits  limits;       // default none
-    // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of the device's
-    // configuration or status. Or: InterruptStatus went to 0 (false).
-    // NULL: poll it.
+    // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of configuration or
+    // status. Or: InterruptStatus went to 0 (false). NULL: poll it.
     void (*interrupt)(void *user, int queue, bool fire);
     void (*event)(void *user, const vblk_event *event); // NULL: silent
     // `queue`, or VBLK_ALL_QUEUES, has work: wake its thread, which is to call
@@ -876,7 +864,6 @@ typedef struct vblk_dev {
     vblk_queue  *queue;
     uint32_t     queues;
     uint32_t     queue_size, seg_max, size_max, vendor_id;
-    uint64_t     capacity;
     uint64_t     offered;
     uint8_t      id[VBLK_ID_BYTES];
     bool         strict;
@@ -894,6 +881,8 @@ typedef struct vblk_dev {
     uint32_t     generation;
     // All drainers.
     uint64_t     backing VBLK__ATOMIC64; // atomic; bytes known to be there
+    uint64_t     disk VBLK__ATOMIC64; // atomic; sectors, and in the upper 10
+                                      // bits how often that changed
     vblk_bucket  ops, bytes;
     uint64_t     again_ns; // vblk_poll(): when a stalled queue may go on
     uint64_t     clock_ns; // as a limited device last saw it
@@ -935,17 +924,15 @@ VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory);
 VBLKDEF const char *vblk_strerror(int err);
 
 // `event` as one line of text, without a newline, into `buf` of `n` bytes, cut
-// to fit: queue, head, the sentence, and the fields that are set. Returns
-// `buf`.
+// to fit: queue, head, the sentence, the fields that are set. Returns `buf`.
 VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
                                     size_t n);
 
 
 // ---- Registers [4.2.2] -----------------------------------------------------
 
-// What the guest loads from `bytes` bytes (1 to 8) at byte `offset` of the
-// register window, as a little-endian number. Any offset and width is safe.
-// Any thread.
+// What the guest loads from `bytes` bytes (1 to 8) at `offset` of the register
+// window, as a little-endian number. Any offset and width is safe. Any thread.
 VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
                                 unsigned bytes);
 
@@ -965,6 +952,12 @@ VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits);
 // device is live, the configuration interrupt fires [2.1.2]. For a host that
 // lost its disk. Any thread.
 VBLKDEF void vblk_needs_reset(vblk_dev *dev);
+
+// The disk has another size from here on: so many sectors, or what the backend
+// says if 0. The driver is interrupted [5.2.6.2], and never sees half of it. An
+// image grows before this; it is cut with nothing under way, before this too.
+// VBLK_OK; VBLK_ERR_CAPACITY, and nothing changed. Thread: as register calls.
+VBLKDEF int vblk_resize(vblk_dev *dev, uint64_t sectors);
 
 
 // ---- Requests --------------------------------------------------------------
@@ -1030,8 +1023,7 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
 // together they are no snapshot while a queue is drained. Any thread.
 VBLKDEF vblk_counts vblk_counters(const vblk_dev *dev);
 
-// Data segments in a request at most, as options.seg_max or its default. Any
-// thread.
+// Most data segments in a request: options.seg_max or its default. Any thread.
 VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev);
 
 // Whether `queue` broke (Q4) and needs a reset. Any thread.
@@ -1178,8 +1170,7 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, unsigned flags);
 // The same for a descriptor that is open, such as a memfd or one that another
 // process passed; vblk_file_close() closes it. On failure it stays yours.
 // It may have O_DIRECT. errno may be EACCES: not open for reading, or, unless
-// `read_only`, for writing; EINVAL: O_APPEND; EISDIR; ENOTBLK: neither a file
-// nor a block device.
+// `read_only`, for writing; EINVAL: O_APPEND; EISDIR; ENOTBLK: what is no disk.
 VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only);
 VBLKDEF void vblk_file_close(vblk_file *file);
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
@@ -1284,8 +1275,7 @@ typedef struct vblk_worker_options {
     void *user; // its argument
 } vblk_worker_options;
 
-// A device with a thread that serves it, or one for each queue. Of any storage;
-// must not move.
+// A device and a thread to serve it, or one for each queue. Must not move.
 typedef struct vblk_worker {
     int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
     int      kick_fd; // eventfd that wakes it; good as a KVM ioeventfd
@@ -1387,8 +1377,9 @@ VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms);
 VBLKDEF void vblk_worker_resume(vblk_worker *w);
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w);
 
-// vblk_set_memory() and vblk_set_limits() with the thread at rest: their codes,
-// or VBLK_ERR_BUSY. Any thread.
+// vblk_resize(), for whose shrinking you pause; vblk_set_memory() and
+// vblk_set_limits(), with the thread at rest, or VBLK_ERR_BUSY. Any thread.
+VBLKDEF int vblk_worker_resize(vblk_worker *w, uint64_t sectors);
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory);
 VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 
@@ -1478,8 +1469,7 @@ typedef uint16_t vblk__shared16;
     __atomic_compare_exchange_n(p, &(old), new, false, __ATOMIC_ACQ_REL,       \
                                 __ATOMIC_ACQUIRE)
 #define VBLK__FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-// What was copied from the guest before this stays copied: the compiler may
-// not fetch it again.
+// What was copied from the guest before this is not fetched again.
 #define VBLK__ONCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 #else
 #error "vblk.h: VBLK_SINGLE_THREADED, or a compiler with gcc's atomics"
@@ -1717,8 +1707,7 @@ static int vblk__regions_across(void *user, bool in, uint64_t gpa,
 
 static inline int vblk__regions_copy(void *user, bool in, uint64_t gpa,
                                      uint8_t *host, uint64_t n) {
-    const vblk_region *r =
-        vblk__find_region((const vblk_regions *)user, gpa);
+    const vblk_region *r = vblk__find_region((const vblk_regions *)user, gpa);
     uint8_t *p = vblk__in_region(r, gpa, n, !in);
     if (!p) return vblk__regions_across(user, in, gpa, host, n);
     if (host) vblk__copy_piece(p, host, n, in);
@@ -1767,14 +1756,8 @@ static unsigned vblk__queue_count(const vblk_dev *dev) {
 // Which fields of an event its two numbers are, and its level. From `address`
 // on they stand in this order.
 enum {
-    VBLK__IS_NONE,
-    VBLK__IS_ADDRESS,
-    VBLK__IS_BYTES,
-    VBLK__IS_SECTOR,
-    VBLK__IS_INDEX,
-    VBLK__IS_VALUE,
-    VBLK__IS_AGAINST,
-    VBLK__IS_ERROR
+    VBLK__IS_NONE, VBLK__IS_ADDRESS, VBLK__IS_BYTES, VBLK__IS_SECTOR,
+    VBLK__IS_INDEX, VBLK__IS_VALUE, VBLK__IS_AGAINST, VBLK__IS_ERROR
 };
 
 static const struct vblk__event_shape {
@@ -1855,12 +1838,13 @@ static void vblk__raise(vblk_dev *dev, int queue, bool fire) {
     if (fire && dev->interrupt) dev->interrupt(dev->user, queue, true);
 }
 
-// Status and, on a live device, the configuration interrupt, in one step. A
-// DRIVER_OK that comes later is refused.
-static void vblk__set_needs_reset(vblk_dev *dev) {
+// Bits of Status, if any, and, on a live device, the configuration interrupt,
+// in one step after what they announce. Written in any case: a driver that
+// acknowledges an earlier one just now looks at the configuration after that.
+static void vblk__announce(vblk_dev *dev, uint32_t status) {
     uint32_t old = VBLK__LOAD(&dev->state), set;
     do {
-        set = VBLK_STATUS_NEEDS_RESET;
+        set = status;
         if (old & VBLK_STATUS_DRIVER_OK) {
             set |= VBLK__INTERRUPT(VBLK_INTERRUPT_CONFIG) | VBLK__LINE;
         }
@@ -2154,7 +2138,7 @@ VBLK__RARE void vblk__poison(vblk_dev *dev, vblk_queue *q, vblk_event_code code,
     vblk__forget_stall(dev, q);
     vblk__count(&q->counts.broken_queues, 1);
     vblk__say_queue(dev, q, code, a, b);
-    vblk__set_needs_reset(dev);
+    vblk__announce(dev, VBLK_STATUS_NEEDS_RESET);
 }
 
 // One of the three areas of a queue: where it is, or that it cannot be there.
@@ -2265,9 +2249,8 @@ VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
     }
 }
 
-// Notifications on for whatever comes after avail_seen. avail.idx must be
-// looked at again after it: either the driver sees the switch, or the device
-// sees its entry.
+// Notifications on for whatever comes after avail_seen. Then look at avail.idx
+// again: either the driver sees the switch, or the device sees its entry.
 VBLK__FLAT bool vblk__notify_on(vblk_dev *dev, vblk_queue *q) {
     bool ok = true;
     if (q->run.notify_off) {
@@ -2689,18 +2672,24 @@ static void vblk__keep(vblk__chain *c, uint32_t bytes) {
     c->end = d + 1;
 }
 
+#define VBLK__CAPACITY (UINT64_MAX >> 10) // of dev->disk
+
+static inline uint64_t vblk__capacity(const vblk_dev *dev) {
+    return VBLK__LOAD(&dev->disk) & VBLK__CAPACITY;
+}
+
 // As many sectors of the disk, from `sector` on (V7 to V9, V13).
 static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
                               vblk_request *r, uint64_t sector) {
     bool out = r->kind->data == VBLK__DATA_OUT;
+    const uint64_t capacity = vblk__capacity(dev);
     if (r->bytes % VBLK_SECTOR) {
         return vblk__refuse(c, VBLK_EV_DATA_RAGGED, r->bytes, 0);
     }
     if (out && !dev->backend.write) {
         return vblk__refuse(c, VBLK_EV_READ_ONLY, sector, 0);
     }
-    if (sector > dev->capacity ||
-        r->bytes / VBLK_SECTOR > dev->capacity - sector) {
+    if (sector > capacity || r->bytes / VBLK_SECTOR > capacity - sector) {
         return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector, r->bytes);
     }
     if (r->bytes >= UINT32_MAX) {
@@ -2711,8 +2700,7 @@ static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
 }
 
 // The id, as far as there is space (V16).
-static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c,
-                         vblk_request *r) {
+static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c, vblk_request *r) {
     if (dev->strict && c->list->n < VBLK_ID_BYTES) {
         return vblk__refuse(c, VBLK_EV_ID_SHORT, c->list->n, 0);
     }
@@ -2948,8 +2936,7 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 // ---- Serve: the chain at the head ------------------------------------------
 
 // The chain of `r` is done, `data` bytes were written: status byte, then used
-// element [2.7.8.2]. Counts the error, if it is one. False: there is no status
-// byte any more.
+// element [2.7.8.2]. Counts an error. False: the status byte has gone.
 VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
                                    const vblk_request *r, uint8_t status,
                                    uint32_t data) {
@@ -2977,8 +2964,7 @@ static bool vblk__return_early(vblk_dev *dev, vblk_queue *q,
     return !vblk__halted(dev) && vblk__return_chain(dev, q, r, status, data);
 }
 
-VBLK__FLAT void vblk__count_success(vblk_queue *q,
-                                    const struct vblk__kind *k,
+VBLK__FLAT void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
                                     uint64_t bytes) {
     uint64_t *counts = (uint64_t *)(void *)&q->counts;
     vblk__count(&counts[k->counter], 1);
@@ -2986,8 +2972,7 @@ VBLK__FLAT void vblk__count_success(vblk_queue *q,
 }
 
 // Where the status goes (V17).
-static bool vblk__place_status(vblk_dev *dev, vblk_request *r,
-                               vblk__chain *c) {
+static bool vblk__place_status(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     r->space = dev->strict ? 0 : c->in_bytes;
     r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], r->status_gpa, 1,
                                 true);
@@ -3019,8 +3004,7 @@ static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     }
 }
 
-// A chain to a request, or to its end: dropped, refused, answered. STALLED: it
-// waits at the head.
+// A chain to a request, or to its end. STALLED: it waits at the head.
 static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
                                vblk__chain *c, uint64_t now_ns) {
     if (!vblk__walk(dev, q, r->head, c) || !vblk__cut_status(dev, r, c)) {
@@ -3336,8 +3320,7 @@ static vblk__state vblk__work(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
 }
 
-// The queue if it may be drained now, else NULL: what was completed before it
-// broke is published.
+// The queue if it may be drained, else NULL, and what it completed is shown.
 VBLK__FLAT vblk_queue *vblk__prepare(vblk_dev *dev, unsigned queue) {
     if (!(vblk_status(dev) & VBLK_STATUS_DRIVER_OK) ||
         queue >= vblk__queue_count(dev)) {
@@ -3648,7 +3631,7 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
                               size_t n) {
     uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
-    vblk__put_le(b, dev->capacity, 8);
+    vblk__put_le(b, vblk__capacity(dev), 8);
     vblk__put_le(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
     vblk__put_le(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
     vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE
@@ -3700,7 +3683,9 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     case VBLK_REG_STATUS:            return vblk_status(dev);
     case VBLK_REG_SHM_LEN_LOW: case VBLK_REG_SHM_LEN_HIGH: // no region [2.10]
     case VBLK_REG_SHM_BASE_LOW: case VBLK_REG_SHM_BASE_HIGH: return UINT32_MAX;
-    case VBLK_REG_CONFIG_GENERATION: return VBLK__LOAD(&dev->generation);
+    case VBLK_REG_CONFIG_GENERATION: // of one word with the capacity
+        return VBLK__LOAD(&dev->generation) +
+               (uint32_t)(VBLK__LOAD(&dev->disk) / (VBLK__CAPACITY + 1));
     default:                         return 0;
     }
 }
@@ -3730,8 +3715,7 @@ static uint64_t *vblk__half(vblk_queue *q, uint64_t offset, uint32_t value,
 }
 
 // Linux clears QueueReady after its reset; that is no mistake.
-static bool vblk__would_change(vblk_queue *q, uint64_t offset,
-                               uint32_t value) {
+static bool vblk__would_change(vblk_queue *q, uint64_t offset, uint32_t value) {
     uint64_t address;
     switch (offset) {
     case VBLK_REG_QUEUE_NUM:   return value != q->size;
@@ -3764,7 +3748,7 @@ static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
 static bool vblk__stops(vblk_dev *dev, vblk_queue *q) {
     if (!q->ready || vblk__quiet(dev, q->number)) return true;
     vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
-    vblk__set_needs_reset(dev);
+    vblk__announce(dev, VBLK_STATUS_NEEDS_RESET);
     return false;
 }
 
@@ -3927,7 +3911,7 @@ VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev) {
 
 VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
     vblk__say(dev, VBLK_EV_HOST_RESET, 0, 0);
-    vblk__set_needs_reset(dev);
+    vblk__announce(dev, VBLK_STATUS_NEEDS_RESET);
 }
 
 
@@ -3971,10 +3955,6 @@ static int vblk__check_options(const vblk_options *o) {
         (block && block < VBLK_SECTOR)) {
         return VBLK_ERR_BACKEND;
     }
-    if ((!o->capacity && !o->backend.size) ||
-        o->capacity > INT64_MAX / VBLK_SECTOR) {
-        return VBLK_ERR_CAPACITY;
-    }
     if ((unsigned)o->profile > VBLK_STRICT) return VBLK_ERR_PROFILE;
     if (o->queues > 65535 || (o->queues > 1 && !o->queue)) {
         return VBLK_ERR_QUEUES;
@@ -3993,6 +3973,30 @@ static int vblk__check_options(const vblk_options *o) {
     if (o->size_max && o->size_max < 4096) return VBLK_ERR_SIZE_MAX;
     if (o->features_off & ~may_be_off) return VBLK_ERR_FEATURES;
     return vblk__check_limits(&o->limits);
+}
+
+// The sectors, as many as the backend says if 0, and the bytes that there are.
+static int vblk__measure(const vblk_backend *b, uint64_t *capacity,
+                         uint64_t *bytes) {
+    if (*capacity > INT64_MAX / VBLK_SECTOR || (!*capacity && !b->size)) {
+        return VBLK_ERR_CAPACITY;
+    }
+    *bytes = b->size ? b->size(b->user) : *capacity * VBLK_SECTOR;
+    if (!*capacity && *bytes > INT64_MAX) return VBLK_ERR_CAPACITY;
+    *capacity = *capacity ? *capacity : *bytes / VBLK_SECTOR;
+    return VBLK_OK;
+}
+
+static void vblk__say_capacity(const vblk_dev *dev, uint64_t asked,
+                               uint64_t bytes) {
+    uint64_t capacity = vblk__capacity(dev);
+    if (capacity > bytes / VBLK_SECTOR) {
+        vblk__say(dev, VBLK_EV_CAPACITY_LARGE, bytes, capacity * VBLK_SECTOR);
+    }
+    if (!asked && capacity > 0 && bytes % VBLK_SECTOR) {
+        vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED, bytes % VBLK_SECTOR, 0);
+    }
+    if (capacity == 0) vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
 }
 
 static uint64_t vblk__offer(const vblk_options *o) {
@@ -4035,7 +4039,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->quiesce = o->quiesce;
     dev->track = o->track;
     dev->user = o->user;
-    dev->capacity = capacity;
+    dev->disk = capacity;
     dev->backing = backing;
     dev->offered = vblk__offer(o);
     dev->queues = o->queues ? o->queues : 1;
@@ -4066,24 +4070,25 @@ VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
     if (version / 100 != VBLK_VERSION / 100 || size != sizeof *dev) {
         return VBLK_ERR_LAYOUT;
     }
+    uint64_t capacity = o->capacity, bytes;
     int err = vblk__check_options(o);
-    uint64_t bytes = 0;
-    uint64_t capacity = o->capacity;
+    err = err ? err : vblk__measure(&o->backend, &capacity, &bytes);
     if (err) return err;
-    if (o->backend.size) bytes = o->backend.size(o->backend.user);
-    if (!capacity) {
-        capacity = bytes / VBLK_SECTOR;
-        if (bytes > INT64_MAX) return VBLK_ERR_CAPACITY;
-    }
-    vblk__set_up(dev, o, capacity,
-                 o->backend.size ? bytes : capacity * VBLK_SECTOR);
-    if (o->backend.size && capacity > bytes / VBLK_SECTOR) {
-        vblk__say(dev, VBLK_EV_CAPACITY_LARGE, bytes, capacity * VBLK_SECTOR);
-    }
-    if (!o->capacity && capacity > 0 && bytes % VBLK_SECTOR) {
-        vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED, bytes % VBLK_SECTOR, 0);
-    }
-    if (capacity == 0) vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
+    vblk__set_up(dev, o, capacity, bytes);
+    vblk__say_capacity(dev, o->capacity, bytes);
+    return VBLK_OK;
+}
+
+VBLKDEF int vblk_resize(vblk_dev *dev, uint64_t sectors) {
+    uint64_t capacity = sectors, bytes, was = VBLK__LOAD(&dev->disk);
+    int err = vblk__measure(&dev->backend, &capacity, &bytes);
+    if (err) return err;
+    VBLK__STORE(&dev->backing, bytes);
+    if (capacity == (was & VBLK__CAPACITY)) return VBLK_OK;
+    VBLK__STORE(&dev->disk, capacity + (was & ~VBLK__CAPACITY) +
+                                VBLK__CAPACITY + 1);
+    vblk__announce(dev, 0);
+    vblk__say_capacity(dev, sectors, bytes);
     return VBLK_OK;
 }
 
@@ -4548,13 +4553,15 @@ static off_t vblk__file_end(vblk_file *f) {
     do {
         end = lseek(f->fd, 0, SEEK_END);
     } while (end < 0 && errno == EINTR);
-    vblk__raise_to(&f->end, end < 0 ? 0 : (uint64_t)end);
     return end;
 }
 
+// Asked where it may have another size, a smaller one too.
 static uint64_t vblk__file_size(void *user) {
-    off_t end = vblk__file_end((vblk_file *)user);
-    return end < 0 ? 0 : (uint64_t)end;
+    vblk_file *f = (vblk_file *)user;
+    off_t end = vblk__file_end(f);
+    VBLK__STORE(&f->end, end < 0 ? 0 : (uint64_t)end);
+    return VBLK__LOAD(&f->end);
 }
 
 // With the mutex held: what fdatasync() came to; the file was `end` long.
@@ -4741,8 +4748,7 @@ static void vblk__sync(vblk_engine *e) {
     }
 }
 
-// Queue the rest of a transfer, or as much as there are vectors for. False:
-// there are none.
+// Queue the rest of a transfer, or what there are vectors for. False: none.
 static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
     const vblk_request *r = &s->req;
     const bool in = r->kind->data == VBLK__DATA_IN;
@@ -5399,8 +5405,7 @@ VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
            !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
 }
 
-// With `parking` held. Release: whoever sees that none is awake sees all that
-// the threads wrote.
+// With `parking` held. Whoever sees none awake sees all that they wrote.
 static void vblk__set_resting(struct vblk__thread *t, bool yes) {
     if (t->resting != yes) {
         t->resting = yes;
@@ -5449,7 +5454,7 @@ static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
 // What the thread cannot work without is broken.
 static void vblk__give_up(vblk_worker *w, vblk_event_code code, int err) {
     vblk__say(&w->dev, code, (uint64_t)err, 0);
-    vblk__set_needs_reset(&w->dev);
+    vblk__announce(&w->dev, VBLK_STATUS_NEEDS_RESET);
 }
 
 static void vblk__serve_until_stopped(vblk_worker *w, struct vblk__thread *t) {
@@ -5619,9 +5624,7 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
         if (vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)) {
             return VBLK_EV_WORKER_LEFT;
         }
-        if (vblk__end_within(w, 1)) {
-            return VBLK_EV_NONE;
-        }
+        if (vblk__end_within(w, 1)) return VBLK_EV_NONE;
     }
     return vblk__move_state(t, VBLK__WORKING, VBLK__LEFT) ? VBLK_EV_WORKER_STUCK
            : vblk__move_state(t, VBLK__AWAY, VBLK__LEFT)  ? VBLK_EV_WORKER_LEFT
@@ -5705,9 +5708,8 @@ static void vblk__let_go(vblk_worker *w) {
     pthread_mutex_unlock(&w->parking);
 }
 
-// Bring the thread to rest for a change that the library makes, until
-// vblk__let_go(). False: it does not come to rest in time. With `registers`
-// held.
+// With `registers` held: the threads are to rest for a change of the library's,
+// until vblk__let_go(). False: one does not in time.
 static bool vblk__hold_still(vblk_worker *w) {
     struct timespec at = vblk__deadline(w->wo.stop_ms);
     if (__atomic_load_n(&w->left, __ATOMIC_ACQUIRE)) {
@@ -5750,8 +5752,7 @@ VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms) {
     }
     vblk_worker_kick(w);
     while (w->pause && w->awake &&
-           pthread_cond_timedwait(&w->changed, &w->parking, &at) !=
-               ETIMEDOUT) {
+           pthread_cond_timedwait(&w->changed, &w->parking, &at) != ETIMEDOUT) {
     }
     bool parked = w->pause && vblk_worker_paused(w);
     pthread_mutex_unlock(&w->parking);
@@ -5794,6 +5795,13 @@ VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
     bool busy = w->refused || (w->left_behind && !vblk__join_returned(w));
     pthread_mutex_unlock(&w->registers);
     return busy ? VBLK_ERR_BUSY : VBLK_OK;
+}
+
+VBLKDEF int vblk_worker_resize(vblk_worker *w, uint64_t sectors) {
+    pthread_mutex_lock(&w->registers);
+    int err = vblk_resize(&w->dev, sectors);
+    pthread_mutex_unlock(&w->registers);
+    return err;
 }
 
 VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
@@ -5867,9 +5875,7 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     if (version / 100 != VBLK_VERSION / 100 || bytes != sizeof *w) {
         return VBLK_ERR_LAYOUT;
     }
-    if (o->notify || o->quiesce) {
-        return VBLK_ERR_HOOKS;
-    }
+    if (o->notify || o->quiesce) return VBLK_ERR_HOOKS;
     if (wo && wo->stop_ms > INT_MAX) return VBLK_ERR_STOP_MS;
     memset(w, 0, sizeof *w);
     if (wo) w->wo = *wo;

@@ -184,7 +184,7 @@ static bool call_fails(char what, uint64_t offset, const vblk_seg *seg,
         op->bytes += seg[i].n;
         g.broken_rule |= seg[i].n == 0 || !seg[i].ptr;
     }
-    uint64_t end = g.dev.capacity * 512;
+    uint64_t end = (g.dev.disk & UINT64_MAX >> 10) * 512;
     g.broken_rule |= offset > end || op->bytes > end - offset;
     g.broken_rule |= what != 'f' && op->bytes == 0;
     if (g.fail_call > 0 && --g.fail_call == 0) {
@@ -249,7 +249,7 @@ static void on_interrupt(void *user, int queue, bool fire) {
     (void)user;
     g.fired_queue = queue;
     CHECK(!fire || queue != VBLK_NO_QUEUE ||
-          vblk_status(&g.dev) & VBLK_STATUS_NEEDS_RESET);
+          vblk_status(&g.dev) & VBLK_STATUS_DRIVER_OK);
     g.fired += fire;
     g.lowered += !fire;
 }

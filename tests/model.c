@@ -157,6 +157,18 @@ void model_needs_reset(model *m) {
     }
 }
 
+void model_resize(model *m, uint64_t sectors, uint64_t backing) { // B7
+    uint64_t capacity = sectors ? sectors : backing / 512;
+    m->reach = backing;
+    if (capacity != m->capacity) {
+        m->capacity = capacity;
+        m->resizes++;
+        if (m->status & VBLK_STATUS_DRIVER_OK) {
+            interrupt(m, VBLK_INTERRUPT_CONFIG, true);
+        }
+    }
+}
+
 static void poison(model *m, model_queue *q) { // Q4
     q->poisoned = true;
     q->session++;
@@ -228,7 +240,7 @@ uint64_t model_read(model *m, uint64_t offset, unsigned bytes) {
     case VBLK_REG_SHM_LEN_HIGH:
     case VBLK_REG_SHM_BASE_LOW:
     case VBLK_REG_SHM_BASE_HIGH:     return 0xffffffff;
-    case VBLK_REG_CONFIG_GENERATION: return m->resets;
+    case VBLK_REG_CONFIG_GENERATION: return m->resets + m->resizes;
     default:                         return 0;
     }
 }

@@ -117,7 +117,7 @@ typedef struct model {
 
     // Registers.
     uint32_t    device_sel, driver_sel, queue_sel;
-    uint32_t    status, interrupt, resets;
+    uint32_t    status, interrupt, resets, resizes;
     uint64_t    accepted;
     const model_queue *turn; // stalled first; NULL: none did
     uint64_t      turn_bytes, asked_bytes;
@@ -163,6 +163,7 @@ uint64_t     model_arm(model *m, unsigned queue, uint64_t now_ns);
 int          model_stop(model *m, unsigned queue);
 int          model_start(model *m, unsigned queue, const vblk_ring *ring);
 void         model_needs_reset(model *m);
+void         model_resize(model *m, uint64_t sectors, uint64_t backing);
 void         model_set_limits(model *m, const vblk_limits *limits,
                               uint64_t now_ns);
 

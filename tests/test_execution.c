@@ -1062,6 +1062,122 @@ void b4_the_rest_of_an_image_is_told(void) {
     CHECK_EQ(1, g.events[VBLK_EV_CAPACITY_ROUNDED]);
 }
 
+// B7: the driver hears of it, and new requests go by it.
+void b7_resize(void) {
+    g.o.capacity = 64;
+    guest_make();
+    guest_negotiate(0);
+    guest_queue_up(0, 16);
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 32)); // nobody is to be told
+    CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+    guest_go();
+    CHECK_EQ(32, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 31, 1024));
+    wr(VBLK_REG_INTERRUPT_ACK, 3);
+    uint32_t was = rd(VBLK_REG_CONFIG_GENERATION);
+    uint64_t fired = g.fired;
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 33));
+    CHECK_EQ(33, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(was + 1, rd(VBLK_REG_CONFIG_GENERATION));
+    CHECK_EQ(VBLK_INTERRUPT_CONFIG, rd(VBLK_REG_INTERRUPT_STATUS));
+    CHECK_EQ(fired + 1, g.fired);
+    CHECK_EQ((uint64_t)VBLK_NO_QUEUE, (uint64_t)g.fired_queue);
+    CHECK(vblk_interrupt_line(&g.dev));
+    CHECK_EQ(0xf, rd(VBLK_REG_STATUS));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 31, 1024));
+    wr(VBLK_REG_INTERRUPT_ACK, 3);
+
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 33)); // is no change
+    CHECK_EQ((uint64_t)VBLK_ERR_CAPACITY,
+             (uint64_t)vblk_resize(&g.dev, (UINT64_C(1) << 54)));
+    CHECK_EQ(33, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(was + 1, rd(VBLK_REG_CONFIG_GENERATION));
+    CHECK_EQ(0, rd(VBLK_REG_INTERRUPT_STATUS));
+
+    g.backing = 40 * 512 + 7; // as the backend says
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 0));
+    CHECK_EQ(40, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(1, g.events[VBLK_EV_CAPACITY_ROUNDED]);
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 39, 512));
+    for (unsigned cut = 0; cut < 2; cut++) { // X2: zeroes, where it was told
+        vblk_request r;
+        req          q = request(VBLK_T_IN, 39, 512);
+        CHECK_EQ(REQUEST, take(0, 0, &r).state);
+        CHECK(!vblk_complete(&g.dev, &r, 0));
+        vblk_publish(&g.dev, 0);
+        CHECK_EQ(cut ? VBLK_S_OK : VBLK_S_IOERR, status_of(&q));
+        g.backing = 10 * 512;
+        CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 40));
+    }
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, (UINT64_C(1) << 54) - 1));
+    CHECK_EQ((UINT64_C(1) << 54) - 1, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 40, 512)); // zeroes
+    for (uint32_t i = 1; i <= 3000; i++) {
+        was = rd(VBLK_REG_CONFIG_GENERATION);
+        CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 50 + (i & 1)));
+        CHECK(was != rd(VBLK_REG_CONFIG_GENERATION));
+        CHECK_EQ(50 + (i & 1), vblk_mmio_read(&g.dev, 0x100, 8));
+    }
+    wr(VBLK_REG_STATUS, 0); // stays
+    CHECK_EQ(50, vblk_mmio_read(&g.dev, 0x100, 8));
+}
+
+void b7_a_backend_that_cannot_say(void) {
+    g.o.capacity = 64;
+    g.o.backend.size = NULL;
+    guest_up();
+    CHECK_EQ((uint64_t)VBLK_ERR_CAPACITY, (uint64_t)vblk_resize(&g.dev, 0));
+    CHECK_EQ(64, vblk_mmio_read(&g.dev, 0x100, 8));
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 65));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 64, 512));
+}
+
+// B7: what was taken ends by the capacity of then; what waits goes by the new.
+void b7_requests_under_way(void) {
+    vblk_request under_way;
+    g.o.capacity = 64;
+    g.o.limits.iops = 1;
+    guest_up();
+    req taken = request(VBLK_T_IN, 63, 512);
+    req waits = request(VBLK_T_IN, 62, 512);
+    CHECK_EQ(REQUEST, take(0, 0, &under_way).state);
+    drain_at(0, 1);
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 10));
+    CHECK(!vblk_put(&g.dev, &under_way, 0, g.disk + 63 * 512, 512));
+    CHECK(!vblk_complete(&g.dev, &under_way, 512));
+    drain_at(0, 2 * SECOND);
+    CHECK_EQ(VBLK_S_OK, status_of(&taken));
+    CHECK_EQ(VBLK_S_IOERR, status_of(&waits));
+}
+
+// B7: a file grows before the call, and is cut before it with nothing under
+// way: then its flush does not fail for what was there.
+void b7_file(void) {
+    char path[64];
+    vblk_file file;
+    make_file(path, 64 * 512);
+    CHECK_EQ(VBLK_OK, vblk_file_open(&file, path, false));
+    guest_init();
+    g.o.backend = vblk_file_backend(&file);
+    guest_up();
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 64, 512));
+    CHECK_EQ(0, ftruncate(file.fd, 100 * 512));
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 0));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 99, 512));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ(0, ftruncate(file.fd, 20 * 512));
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 0));
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 20, 512));
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0));
+    CHECK_EQ(0, ftruncate(file.fd, 30 * 512));
+    CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, 0));
+    req r = request(VBLK_T_IN, 20, 5120); // never was there
+    kick(0);
+    CHECK_EQ(VBLK_S_OK, status_of(&r));
+    vblk_file_close(&file);
+    unlink(path);
+}
+
 void b2_b5_file(void) {
     char path[64];
     vblk_file file;

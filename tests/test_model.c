@@ -68,7 +68,7 @@ static struct {
     vblk_memory memory;
     uint64_t now, wait; // what the last stall said
     uint64_t session, step, requests;
-    uint32_t generation, resets; // as last compared
+    uint32_t generation, moves; // as last compared: the device's, the model's
     unsigned fired, lowered;
     bool     line;
     char     said[3000];
@@ -264,13 +264,13 @@ static void compare_registers(void) {
     for (uint32_t offset = 0; offset < 0x200; offset += 4) {
         uint64_t want = model_read(&m, offset, 4);
         uint64_t got = vblk_mmio_read(&g.dev, offset, 4);
-        if (offset == VBLK_REG_CONFIG_GENERATION) { // moves on a reset alone
+        if (offset == VBLK_REG_CONFIG_GENERATION) { // begins anywhere
             bool moved = got != d.generation;
-            if (moved != (m.resets != d.resets)) {
+            if (moved != (want != d.moves)) {
                 differ("ConfigGeneration moved", offset, !moved, moved);
             }
             d.generation = (uint32_t)got;
-            d.resets = m.resets;
+            d.moves = (uint32_t)want;
         } else if (want != got) {
             differ("register", offset, want, got);
         }
@@ -1183,7 +1183,7 @@ static void begin_anew(void) {
     }
     d.line = false;
     d.generation = (uint32_t)rd(VBLK_REG_CONFIG_GENERATION);
-    d.resets = m.resets;
+    d.moves = m.resets + m.resizes;
     d.takens = d.fixed = d.writables = 0;
     memset(d.ring, 0, sizeof d.ring);
 }
@@ -1331,6 +1331,15 @@ static void step_disk(void) {
     say(" disk: bad %" PRId64 ", stuck %" PRId64 ", flush %d, backing %" PRIu64
         ", most %" PRId64, (int64_t)d.disk.bad, (int64_t)d.disk.stuck,
         d.disk.bad_flush, d.disk.backing, (int64_t)d.most);
+}
+
+static void step_resize(void) {
+    uint64_t sectors = d.disk.backing % 7 * (MODEL_SECTORS / 7);
+    say(" resize(%" PRIu64 ")", sectors);
+    model_resize(&m, sectors, d.disk.backing);
+    if (vblk_resize(&g.dev, sectors)) {
+        differ("resize refused, to", sectors, 0, 1);
+    }
 }
 
 // P8, M13: a queue is stopped, and comes up again somewhere else.
@@ -1637,7 +1646,12 @@ static void step(void) {
     case 2: step_read(); break;
     case 3: step_selectors(); break;
     case 4: set(VBLK_REG_INTERRUPT_ACK, test_below(8)); break;
-    case 5: step_disk(); break;
+    case 5:
+        step_disk();
+        if (d.disk.bad_flush) {
+            step_resize();
+        }
+        break;
     case 6:
     case 7: step_suppression(); break;
     case 8: drain_both((int)test_below(m.queues)); break;

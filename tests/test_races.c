@@ -217,6 +217,42 @@ void race_of_a_polling_driver(void) {
     }
 }
 
+static const uint64_t sizes[] = {UINT32_MAX, UINT64_C(0x100000000)};
+
+static void *resize(void *arg) {
+    (void)arg;
+    for (unsigned i = 0; !get(&over); i++) {
+        CHECK_EQ(VBLK_OK, vblk_resize(&g.dev, sizes[i & 1]));
+    }
+    return NULL;
+}
+
+// B7, MMIO-22: a driver that finds the same generation before and after it read
+// the capacity has one that was.
+void race_of_a_resize_and_a_driver(void) {
+    guest_init();
+    g.o.capacity = sizes[1];
+    g.o.backend.size = NULL;
+    g.o.event = NULL;
+    guest_up();
+    pthread_t thread = start(resize);
+    unsigned  sames = 0, moves = 0;
+    for (unsigned i = 0; more(i, 300000); i++) {
+        uint32_t before = rd(VBLK_REG_CONFIG_GENERATION);
+        uint64_t low = rd(VBLK_REG_CONFIG), high = rd(VBLK_REG_CONFIG + 4);
+        if (before == rd(VBLK_REG_CONFIG_GENERATION)) {
+            uint64_t capacity = high << 32 | low;
+            CHECK(capacity == sizes[0] || capacity == sizes[1]);
+            sames++;
+        } else {
+            moves++;
+        }
+        wr(VBLK_REG_INTERRUPT_ACK, 2);
+    }
+    stop(thread);
+    CHECK(sames > 0 && moves > 0);
+}
+
 static vblk_file growing;
 
 static void *grow(void *arg) {

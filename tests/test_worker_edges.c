@@ -82,6 +82,26 @@ void w_events_go_to_the_hosts_hook(void) {
     CHECK(!vblk_worker_close(&w));
 }
 
+// B7: the driver is interrupted, also while the threads rest.
+void w_resize(void) {
+    uint64_t n;
+    worker_options();
+    make_worker();
+    bind_driver();
+    for (uint64_t sectors = 3; sectors < 5; sectors++) {
+        CHECK(read(w.irq_fd, &n, sizeof n) < 0);
+        CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_resize(&w, sectors));
+        CHECK_EQ(8, read(w.irq_fd, &n, sizeof n));
+        CHECK_EQ(VBLK_INTERRUPT_CONFIG, load(VBLK_REG_INTERRUPT_STATUS));
+        CHECK_EQ(sectors, load(VBLK_REG_CONFIG));
+        store(VBLK_REG_INTERRUPT_ACK, 2);
+        CHECK(!vblk_worker_pause(&w, 1000));
+    }
+    CHECK_EQ((uint64_t)VBLK_ERR_CAPACITY,
+             (uint64_t)vblk_worker_resize(&w, UINT64_MAX));
+    CHECK(!vblk_worker_close(&w));
+}
+
 void w_registers_of_other_widths(void) {
     worker_options();
     o.event = count_event;

@@ -181,6 +181,10 @@
     X(x2_x3_results_of_a_host, GUEST)                                          \
     X(a_device_made_again_knows_no_old_request, GUEST)                         \
     X(b4_the_rest_of_an_image_is_told, GUEST)                                  \
+    X(b7_resize, GUEST)                                                        \
+    X(b7_a_backend_that_cannot_say, GUEST)                                     \
+    X(b7_requests_under_way, GUEST)                                            \
+    X(b7_file, GUEST)                                                          \
     X(b2_b5_file, GUEST)                                                       \
     X(b2_a_file_that_cannot_be_opened, GUEST)                                  \
     X(x2_a_file_that_became_shorter, GUEST)                                    \
@@ -276,6 +280,7 @@
     X(race_of_needs_reset_and_status, ONCE)                                    \
     X(race_of_needs_reset_and_a_reset, ONCE)                                   \
     X(race_of_a_polling_driver, ONCE)                                          \
+    X(race_of_a_resize_and_a_driver, ONCE)                                     \
     X(race_of_a_file_that_grows, ONCE)                                         \
     X(race_on_one_word, ONCE)                                                  \
     X(race_for_an_interrupt, ONCE)                                             \
@@ -399,6 +404,7 @@
     X(w_flush_in_the_thread, ONCE)                                             \
     X(w_events_go_to_the_hosts_hook, ONCE)                                     \
     X(w_registers_of_other_widths, ONCE)                                       \
+    X(w_resize, ONCE)                                                          \
     X(w_pause_before_the_start, ONCE)                                          \
     X(w_without_descriptors, ONCE)                                             \
     X(w_without_a_thread, ONCE)                                                \
