@@ -251,8 +251,8 @@
     LIMITS
 
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
-    65535 queues, queue reset. IN, OUT, FLUSH, GET_ID. Not done: packed rings,
-    DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
+    65535 queues, their reset; IN, OUT, FLUSH, GET_ID, CONFIG_WCE. Not done:
+    packed rings, DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
 
     A drain takes 4 KB of stack beside what your functions take, 8 KB without
     map; with VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 1 and 1.6 KB.
@@ -341,6 +341,7 @@ extern "C" {
 #define VBLK_F_RO            (UINT64_C(1) << 5)
 #define VBLK_F_BLK_SIZE      (UINT64_C(1) << 6)
 #define VBLK_F_FLUSH         (UINT64_C(1) << 9)
+#define VBLK_F_CONFIG_WCE    (UINT64_C(1) << 11)
 #define VBLK_F_MQ            (UINT64_C(1) << 12)
 #define VBLK_F_INDIRECT_DESC (UINT64_C(1) << 28)
 #define VBLK_F_EVENT_IDX     (UINT64_C(1) << 29)
@@ -868,7 +869,8 @@ typedef struct vblk_dev {
     uint8_t      id[VBLK_ID_BYTES];
     bool         strict;
     // The driver's session.
-    bool         event_idx, indirect, write_through; // from FEATURES_OK on
+    bool         event_idx, indirect; // from FEATURES_OK on
+    bool         write_through;       // the same; atomic
     bool         no_memory_said, legacy_said;
     // All drainers: what is small.
     bool         limited;  // one of the buckets has a rate
@@ -1045,8 +1047,11 @@ VBLKDEF uint32_t vblk_status(const vblk_dev *dev);
 VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t status);
 
 // Copy `n` bytes of config space from byte `offset` on; past its end, zeroes.
+// The driver's stores there: one counts, `writeback` [5.2.5]. Any thread.
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
                               size_t n);
+VBLKDEF void vblk_write_config(vblk_dev *dev, uint64_t offset, const void *src,
+                               size_t n);
 
 // A virtqueue to start: size and guest addresses as the driver gave them, and
 // the position in the available ring to go on from, 0 for a new one.
@@ -1508,6 +1513,7 @@ typedef uint16_t vblk__shared16;
 #define VBLK__USED_BYTES    8u
 #define VBLK__HEADER_BYTES  16u
 #define VBLK__CONFIG_BYTES  36u
+#define VBLK__WRITEBACK     32u // in it
 #define VBLK__NO_NOTIFY     1u
 #define VBLK__NO_INTERRUPT  1u
 
@@ -2845,7 +2851,7 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     r->seg = c->list;
     r->segs = 0;
     r->direct = true;
-    r->durable = data == VBLK__DATA_OUT && dev->write_through;
+    r->durable = data == VBLK__DATA_OUT && VBLK__LOAD(&dev->write_through);
     return data == VBLK__NO_DATA ||
            vblk__map_data(dev, r, c, data == VBLK__DATA_IN);
 }
@@ -3495,7 +3501,8 @@ static void vblk__reset_device(vblk_dev *dev) {
         vblk__forget_queue(dev, &dev->queue[i]);
     }
     VBLK__STORE(&dev->accepted, 0);
-    dev->event_idx = dev->indirect = dev->write_through = false;
+    dev->event_idx = dev->indirect = false;
+    VBLK__STORE(&dev->write_through, false);
     VBLK__STORE(&dev->no_memory_said, false);
     dev->legacy_said = false;
     VBLK__STORE(&dev->device_features_sel, 0);
@@ -3610,8 +3617,8 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
         if (add & VBLK_STATUS_FEATURES_OK) {
             dev->event_idx = dev->accepted & VBLK_F_EVENT_IDX;
             dev->indirect = dev->accepted & VBLK_F_INDIRECT_DESC;
-            dev->write_through =
-                dev->offered & ~dev->accepted & VBLK_F_FLUSH; // X4
+            VBLK__STORE(&dev->write_through, // X4
+                        (dev->offered & ~dev->accepted & VBLK_F_FLUSH) != 0);
         }
         if (VBLK__CAS(&dev->state, state, (state & ~VBLK__STATUS) | value)) {
             if (add & VBLK_STATUS_FAILED) {
@@ -3636,10 +3643,22 @@ VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
     vblk__put_le(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
     vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE
                              ? dev->backend.block_size : 0, 4);
+    b[VBLK__WRITEBACK] = dev->offered & VBLK_F_CONFIG_WCE &&
+                         !VBLK__LOAD(&dev->write_through);
     vblk__put_le(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
     for (size_t i = 0; i < n; i++) {
         bool there = offset < sizeof b && i < sizeof b - offset;
         ((uint8_t *)dst)[i] = there ? b[offset + i] : 0;
+    }
+}
+
+VBLKDEF void vblk_write_config(vblk_dev *dev, uint64_t offset, const void *src,
+                               size_t n) {
+    if (VBLK__LOAD(&dev->accepted) & VBLK_F_CONFIG_WCE &&
+        vblk__has_status(dev, VBLK_STATUS_FEATURES_OK) &&
+        offset <= VBLK__WRITEBACK && n > VBLK__WRITEBACK - offset) {
+        VBLK__STORE(&dev->write_through,
+                    !((const uint8_t *)src)[VBLK__WRITEBACK - offset]);
     }
 }
 
@@ -3830,7 +3849,13 @@ static void vblk__write_notify(vblk_dev *dev, uint32_t queue) {
 VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
                              uint64_t value) {
     uint32_t v = (uint32_t)value;
-    if (offset >= VBLK_REG_CONFIG) return;
+    if (offset >= VBLK_REG_CONFIG) {
+        uint8_t b[8];
+        vblk__put_le(b, value, 8);
+        vblk_write_config(dev, offset - VBLK_REG_CONFIG, b,
+                          bytes <= 8 ? bytes : 0);
+        return;
+    }
     if (bytes != 4) { // M2
         vblk__say(dev, VBLK_EV_REG_WIDTH, offset, bytes);
         return;
@@ -4007,6 +4032,7 @@ static uint64_t vblk__offer(const vblk_options *o) {
     f |= o->profile == VBLK_STRICT || o->size_max ? VBLK_F_SIZE_MAX : 0; // P12
     // Nothing to flush on a read-only disk, so it can be offered (V10).
     f |= o->backend.flush || !o->backend.write ? VBLK_F_FLUSH : 0;
+    f |= o->backend.flush && o->backend.write ? VBLK_F_CONFIG_WCE : 0;
     return f & ~o->features_off;
 }
 

@@ -118,6 +118,7 @@ void model_init(model *m, const vblk_options *o) {
         m->offered &= ~VBLK_F_SIZE_MAX;
     }
     m->offered |= m->read_only ? VBLK_F_RO : 0;
+    m->offered |= m->can_flush && !m->read_only ? VBLK_F_CONFIG_WCE : 0;
     m->offered |= m->queues > 1 ? VBLK_F_MQ : 0;
     m->offered &= ~o->features_off;
     for (size_t i = 0; o->id && i < 20 && o->id[i]; i++) {
@@ -201,6 +202,7 @@ static uint64_t config(const model *m, uint64_t at) {
             space[20 + i] = (uint8_t)(512 >> 8 * i);
         }
     }
+    space[32] = m->offered & VBLK_F_CONFIG_WCE && !m->write_through;
     if (m->offered & VBLK_F_MQ) {
         space[34] = (uint8_t)m->queues;
     }
@@ -284,6 +286,7 @@ static void forget(model *m, model_queue *q) {
 static void reset_all(model *m) { // R1
     m->device_sel = m->driver_sel = m->queue_sel = 0;
     m->accepted = 0;
+    m->write_through = false;
     m->status = 0;
     acknowledge(m, 3);
     m->resets++;
@@ -351,6 +354,9 @@ static int write_status(model *m, uint32_t value) {
     }
     uint32_t old = m->status;
     m->status = status_after(m, value);
+    if (m->status & ~old & VBLK_STATUS_FEATURES_OK) {
+        m->write_through = m->can_flush && !(m->accepted & VBLK_F_FLUSH);
+    }
     return m->status & ~old & VBLK_STATUS_DRIVER_OK ? VBLK_ALL_QUEUES
                                                     : VBLK_NO_QUEUE;
 }
@@ -437,7 +443,15 @@ static int write_queue(model *m, uint64_t offset, uint32_t value) { // M7, P8
 static int write_register(model *m, uint64_t offset, unsigned bytes,
                           uint64_t wide) {
     uint32_t value = (uint32_t)wide;
-    if (offset >= VBLK_REG_CONFIG || bytes != 4) {
+    if (offset >= VBLK_REG_CONFIG) {
+        uint64_t writeback = VBLK_REG_CONFIG + 32 - offset;
+        if (writeback < bytes && m->accepted & VBLK_F_CONFIG_WCE &&
+            m->status & VBLK_STATUS_FEATURES_OK) { // M3
+            m->write_through = (wide >> 8 * writeback & 0xff) == 0;
+        }
+        return VBLK_NO_QUEUE;
+    }
+    if (bytes != 4) {
         return VBLK_NO_QUEUE;
     }
     switch (offset) {
@@ -847,7 +861,7 @@ static uint8_t write_data(model *m, const model_chain *c) { // X3, X4
             model_note(&m->effects, 'w', at, 1);
         }
     }
-    bool declined = m->can_flush && !(m->accepted & VBLK_F_FLUSH);
+    bool declined = m->write_through;
     if (declined && flush_disk(m) != VBLK_S_OK) {
         return VBLK_S_IOERR;
     }

@@ -118,6 +118,7 @@ typedef struct model {
     // Registers.
     uint32_t    device_sel, driver_sel, queue_sel;
     uint32_t    status, interrupt, resets, resizes;
+    bool        write_through;
     uint64_t    accepted;
     const model_queue *turn; // stalled first; NULL: none did
     uint64_t      turn_bytes, asked_bytes;

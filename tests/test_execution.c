@@ -355,6 +355,33 @@ void x4_write_through_when_flush_is_declined(void) {
     CHECK_EQ(0, g.flushes);
 }
 
+// BDUR-03: the driver turned the cache off, and on again.
+void x4_write_through_when_writeback_is_0(void) {
+    guest_up();
+    for (unsigned i = 0; i < 6; i++) {
+        bool through = i & 1;
+        vblk_request r;
+        vblk_mmio_write(&g.dev, VBLK_REG_CONFIG + 32, 1, !through);
+        g.calls = 0;
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_OUT, 0, 512));
+        CHECK_EQ(through ? 2 : 1, g.calls);
+        CHECK_EQ('w', g.op[0].what);
+        CHECK(!through || g.op[1].what == 'f');
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 0, 512));
+        CHECK_EQ(VBLK_S_OK, run(VBLK_T_FLUSH, 0, 0)); // goes on to work
+        request(VBLK_T_OUT, 0, 512);
+        CHECK_EQ(REQUEST, take(0, 0, &r).state);
+        CHECK_EQ(through, r.durable); // as it was when the request was taken
+        vblk_mmio_write(&g.dev, VBLK_REG_CONFIG + 32, 1, through);
+        CHECK_EQ(through, r.durable);
+        CHECK(!vblk_complete(&g.dev, &r, 512));
+        vblk_publish(&g.dev, 0);
+    }
+    vblk_mmio_write(&g.dev, VBLK_REG_CONFIG + 32, 1, 0);
+    g.fail_call = 2;
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_OUT, 8, 512));
+}
+
 void b3_unsafe_never_flushes(void) {
     g.o.backend.flush = NULL;
     guest_up();

@@ -1416,7 +1416,7 @@ static void step_next(unsigned queue) {
         } else if (got) {
             const model_chain *c = &s->want.c;
             bool flush = c->type == VBLK_T_FLUSH;
-            bool through = m.can_flush && !(m.accepted & VBLK_F_FLUSH);
+            bool through = m.write_through;
             bool same = s->req.type == c->type && s->req.queue == queue &&
                         s->req.head == s->want.head &&
                         s->req.bytes == (flush ? 0 : c->bytes) &&

@@ -52,6 +52,7 @@ void m3_config_any_width_and_alignment(void) {
     want[8] = 0x45, want[9] = 0x23, want[10] = 1;
     want[12] = 77;
     want[21] = 2;
+    want[32] = 1;
     want[34] = 3;
 
     for (unsigned bytes = 1; bytes <= 8; bytes++) {
@@ -65,7 +66,7 @@ void m3_config_any_width_and_alignment(void) {
             ROW("offset %u, width %u", i, bytes);
         }
     }
-    CHECK_EQ(0, vblk_mmio_read(&g.dev, 0x100 + 30, 4)); // partly past
+    CHECK_EQ(0, vblk_mmio_read(&g.dev, 0x100 + 35, 4)); // partly past
     CHECK_EQ(0, vblk_mmio_read(&g.dev, 0x1000, 4));
     CHECK_EQ(0, vblk_mmio_read(&g.dev, UINT64_MAX, 8));
 }
@@ -89,9 +90,59 @@ void m3_config_is_not_writable(void) {
     CHECK_EQ(0, g.events[VBLK_EV_REG_WIDTH]); // any width is right there
     CHECK_EQ(SECTORS, vblk_mmio_read(&g.dev, 0x100, 8));
     CHECK_EQ(512, vblk_mmio_read(&g.dev, 0x114, 4));
-    for (uint64_t i = 24; i < 96; i++) {
-        CHECK_EQ(0, vblk_mmio_read(&g.dev, 0x100 + i, 1));
+    for (uint64_t i = 24; i < 96; i++) { // but for `writeback`
+        CHECK_EQ(i == 32, vblk_mmio_read(&g.dev, 0x100 + i, 1));
     }
+}
+
+static uint64_t writeback(void) {
+    return vblk_mmio_read(&g.dev, VBLK_REG_CONFIG + 32, 1);
+}
+
+static void set_writeback(uint64_t offset, unsigned bytes, uint64_t value) {
+    vblk_mmio_write(&g.dev, VBLK_REG_CONFIG + offset, bytes, value);
+}
+
+// By any width that covers it; whatever is not 0 is 1.
+void m3_writeback(void) {
+    guest_make();
+    set_writeback(32, 1, 0); // not yet accepted
+    CHECK_EQ(1, writeback());
+    guest_up();
+    CHECK_EQ(1, writeback()); // FLUSH was accepted
+    for (unsigned bytes = 1; bytes <= 8; bytes++) {
+        for (unsigned at_ = 24; at_ < 36; at_++) {
+            bool hits = at_ <= 32 && at_ + bytes > 32;
+            ROW_BEGIN();
+            set_writeback(32, 1, 1);
+            set_writeback(at_, bytes, 0);
+            CHECK_EQ(!hits, writeback());
+            set_writeback(at_, bytes, UINT64_MAX);
+            CHECK_EQ(1, writeback());
+            ROW("offset %u, width %u", at_, bytes);
+        }
+    }
+    set_writeback(32, 0, 0);
+    set_writeback(32, 9, 0); // no such access
+    set_writeback(UINT64_MAX - 31, 8, 0);
+    CHECK_EQ(1, writeback());
+    CHECK_EQ(0, vblk_mmio_read(&g.dev, VBLK_REG_CONFIG + 33, 1));
+    set_writeback(32, 1, 2);
+    CHECK_EQ(1, writeback());
+    set_writeback(32, 1, 0);
+    wr(VBLK_REG_STATUS, 0);
+    CHECK_EQ(1, writeback());
+
+    guest_up_without(VBLK_F_FLUSH);
+    CHECK_EQ(0, writeback());
+    set_writeback(32, 1, 1);
+    CHECK_EQ(1, writeback());
+    guest_up_without(VBLK_F_CONFIG_WCE);
+    set_writeback(32, 1, 0);
+    CHECK_EQ(1, writeback());
+    guest_up_without(VBLK_F_CONFIG_WCE | VBLK_F_FLUSH);
+    set_writeback(32, 1, 1);
+    CHECK_EQ(0, writeback());
 }
 
 void m4_device_features_by_page(void) {
@@ -100,7 +151,7 @@ void m4_device_features_by_page(void) {
     const uint64_t want = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE |
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                           VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
-                          VBLK_F_FLUSH | VBLK_F_RING_RESET;
+                          VBLK_F_FLUSH | VBLK_F_CONFIG_WCE | VBLK_F_RING_RESET;
     CHECK_EQ((uint32_t)want, rd(VBLK_REG_DEVICE_FEATURES));
     wr(VBLK_REG_DRIVER_FEATURES_SEL, 1); // the two selectors are apart
     CHECK_EQ((uint32_t)want, rd(VBLK_REG_DEVICE_FEATURES));
@@ -435,7 +486,8 @@ void f1_features_follow_from_the_options(void) {
                           VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                           VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
                           VBLK_F_RING_RESET;
-    CHECK_EQ(base | VBLK_F_FLUSH, offered());
+    const uint64_t cache = VBLK_F_FLUSH | VBLK_F_CONFIG_WCE;
+    CHECK_EQ(base | cache, offered());
     g.o.backend.flush = NULL;
     CHECK_EQ(base, offered());
     g.o.backend = whole;
@@ -446,10 +498,10 @@ void f1_features_follow_from_the_options(void) {
     CHECK_EQ(base, offered());
     g.o.backend = whole;
     g.o.queues = 2;
-    CHECK_EQ(base | VBLK_F_FLUSH | VBLK_F_MQ, offered());
+    CHECK_EQ(base | cache | VBLK_F_MQ, offered());
     g.o.queues = 1;
     g.o.features_off = VBLK_F_INDIRECT_DESC | VBLK_F_SIZE_MAX;
-    CHECK_EQ((base | VBLK_F_FLUSH) & ~g.o.features_off, offered());
+    CHECK_EQ((base | cache) & ~g.o.features_off, offered());
 }
 
 // Every (old, written) pair against the rule.
@@ -540,7 +592,7 @@ void f3_features_ok_needs_version_1_and_a_subset(void) {
     g.o.size_max = 1 << 20; // so that standard offers it too (P12)
     const uint64_t all = VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX | VBLK_F_SIZE_MAX |
                          VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC |
-                         VBLK_F_FLUSH | VBLK_F_RING_RESET;
+                         VBLK_F_FLUSH | VBLK_F_CONFIG_WCE | VBLK_F_RING_RESET;
     guest_make();
     for (unsigned bit = 0; bit < 64; bit++) { // one bit that was not offered
         uint64_t f = UINT64_C(1) << bit;
@@ -558,9 +610,9 @@ void f3_features_ok_needs_version_1_and_a_subset(void) {
         ROW("bit %u", bit);
     }
     CHECK(g.events[VBLK_EV_FEATURES_UNOFFERED] > 50);
-    for (unsigned set = 0; set < 128; set++) { // any subset will do
+    for (unsigned set = 0; set < 256; set++) { // any subset will do
         uint64_t f = VBLK_F_VERSION_1, left = all;
-        for (unsigned bit = 0; bit < 7; bit++, left &= left - 1) {
+        for (unsigned bit = 0; bit < 8; bit++, left &= left - 1) {
             f |= set >> bit & 1 ? left & (~left + 1) : 0;
         }
         guest_negotiate(~f);

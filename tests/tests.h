@@ -11,6 +11,7 @@
     X(m3_config_any_width_and_alignment, GUEST)                                \
     X(m3_config_of_large_numbers, GUEST)                                       \
     X(m3_config_is_not_writable, GUEST)                                        \
+    X(m3_writeback, GUEST)                                                     \
     X(m4_device_features_by_page, GUEST)                                       \
     X(m5_driver_features_window, GUEST)                                        \
     X(m6_queues_that_do_not_exist, GUEST)                                      \
@@ -161,6 +162,7 @@
     X(x4_flush, GUEST)                                                         \
     X(x4_flush_covers_all_queues, GUEST)                                       \
     X(x4_write_through_when_flush_is_declined, GUEST)                          \
+    X(x4_write_through_when_writeback_is_0, GUEST)                             \
     X(b3_unsafe_never_flushes, GUEST)                                          \
     X(x5_one_bad_segment_among_good_ones, GUEST)                               \
     X(x5_memory_that_changes_its_mind, GUEST)                                  \
