@@ -14,6 +14,8 @@ typedef struct chain {
     uint64_t counter; // order in which they were taken
 } chain;
 
+#define CACHE_OFF UINT64_C(1) // of the first ring's features; else they are 0
+
 typedef struct part {
     uint64_t features;
     uint16_t version; // 0: nothing is in it
@@ -132,12 +134,25 @@ int begin_inflight(unsigned ring, uint32_t size, const uint8_t *used,
             heads[i] = found[i].head;
         }
     } else {
-        memset(p, 0, part_bytes);
+        memset(p->of, 0, part_bytes - sizeof *p);
         p->entries = (uint16_t)size;
     }
     p->used_idx = used_idx;
     __atomic_store_n(&p->version, 1, __ATOMIC_RELEASE);
     return n;
+}
+
+// What the driver last said of the write cache, which QEMU does not repeat.
+void keep_cache_off(bool off) {
+    part *p = part_of(0);
+    if (p) {
+        p->features = off ? CACHE_OFF : 0;
+    }
+}
+
+bool cache_was_off(void) {
+    const part *p = part_of(0);
+    return p && p->features & CACHE_OFF;
 }
 
 // It ended well.

@@ -177,6 +177,20 @@ static void on_time(void) {
     }
 }
 
+static void on_signal(void) {
+    struct signalfd_siginfo s;
+    bool ends = read(signal_fd, &s, sizeof s) != sizeof s ||
+                s.ssi_signo != SIGHUP;
+    stopping |= ends;
+    if (!ends) {
+        hold();
+        if (resize() && connection >= 0) {
+            tell_of_config();
+        }
+        go_on();
+    }
+}
+
 // In guest memory, which may be gone: what follows is thrown away then.
 static void turn(void) {
     uint64_t next = sooner(sooner(tick_ns, accept_ns), message_due_ns());
@@ -186,7 +200,7 @@ static void turn(void) {
     for (int i = 0; i < n; i++) {
         switch (ready[i].data.u32) {
         case TAG_LISTEN: connect_next();  break;
-        case TAG_SIGNAL: stopping = true; break;
+        case TAG_SIGNAL: on_signal();     break;
         case TAG_CONNECTION:
             hold();
             if (memory_gone() ? !refuse("its guest's memory is gone")
@@ -214,15 +228,16 @@ static void turn(void) {
 }
 
 void run(const char *socket_path, bool stats, int attention) {
-    sigset_t ends;
-    sigemptyset(&ends);
-    sigaddset(&ends, SIGINT);
-    sigaddset(&ends, SIGTERM);
-    sigprocmask(SIG_BLOCK, &ends, NULL);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGHUP); // the image has grown
+    sigprocmask(SIG_BLOCK, &set, NULL);
     make_watchdog();
     listen_at(socket_path);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    signal_fd = signalfd(-1, &ends, SFD_CLOEXEC);
+    signal_fd = signalfd(-1, &set, SFD_CLOEXEC);
     if (!watch(listen_fd, EPOLLIN, TAG_LISTEN) ||
         !watch(signal_fd, EPOLLIN, TAG_SIGNAL) ||
         (attention >= 0 && !watch(attention, EPOLLIN, TAG_ATTENTION))) {

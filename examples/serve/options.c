@@ -24,7 +24,7 @@ static const char usage[] =
     "  --stats         a line every second; how long requests take, too\n"
     "  --no-lock       do not ask whether others use FILE\n"
     "Sizes and rates take K, M, G or T for powers of 1024. SIGINT or SIGTERM\n"
-    "end it.\n";
+    "end it; SIGHUP tells it, and it the guest, that FILE has grown.\n";
 
 static uint64_t number(const char *name, const char *text) {
     static const char units[] = "KMGT";

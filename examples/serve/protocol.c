@@ -58,6 +58,8 @@ enum request { REQUESTS(X) };
 #define FLAGS_REPLY      4u
 #define FLAGS_NEED_REPLY 8u
 
+#define BACKEND_CONFIG_CHANGE 2u // from us, on the channel for that
+
 #define CONFIG_SPACE  256u
 #define CONFIG_HEADER 12u    // bytes in front of the data
 #define NO_FD         0x100u // in the index of SET_VRING_KICK, CALL and ERR
@@ -154,6 +156,18 @@ static bool get_config(int fd) {
     return reply(fd, CONFIG_HEADER + size);
 }
 
+static bool set_config(void) {
+    uint32_t offset = body.config.offset;
+    uint32_t size = body.config.size;
+    if (offset > CONFIG_SPACE || size > CONFIG_SPACE - offset ||
+        head.size < CONFIG_HEADER + size) {
+        return refuse("%u bytes of config space at %u in a message of %u", size,
+                      offset, head.size);
+    }
+    write_config(offset, body.config.data, size);
+    return true;
+}
+
 static bool get_inflight(int fd) {
     unsigned n = body.inflight.rings, size = body.inflight.size;
     if (n == 0 || n > MAX_QUEUES || size == 0 || size > 32768) {
@@ -237,10 +251,7 @@ static bool act(int fd, bool *replied) {
     case GET_QUEUE_NUM:         return reply_u64(fd, ring_count());
     case SET_MEM_TABLE:         return pass_memory_table();
     case GET_CONFIG:            return get_config(fd);
-    case SET_CONFIG:
-        grumble("a write to config space at %u is ignored: it is read-only",
-                body.config.offset);
-        return true;
+    case SET_CONFIG:            return set_config();
     case GET_MAX_MEM_SLOTS:     return reply_u64(fd, MAX_REGIONS);
     case ADD_MEM_REG:
         return add_memory(&body.slot.region, fds, nfds);
@@ -255,7 +266,7 @@ static bool act(int fd, bool *replied) {
     case RESET_DEVICE:
         reset_device();
         return true;
-    case SET_BACKEND_REQ_FD: // nothing is sent there
+    case SET_BACKEND_REQ_FD:
         if (nfds != 1) {
             return refuse("a back-end channel without a descriptor");
         }
@@ -264,6 +275,15 @@ static bool act(int fd, bool *replied) {
         return true;
     default:
         return act_on_ring(fd, replied);
+    }
+}
+
+// It asks for it then. Without such a channel the guest does not hear of it.
+void tell_of_config(void) {
+    const header h = {BACKEND_CONFIG_CHANGE, 1, 0};
+    if (backend_req < 0 || send(backend_req, &h, sizeof h,
+                                MSG_DONTWAIT | MSG_NOSIGNAL) != sizeof h) {
+        say("the front end takes no word of it; its next one will know");
     }
 }
 

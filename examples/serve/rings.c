@@ -15,6 +15,8 @@
 #define serve_features(offered) (offered)
 #endif
 
+#define WRITEBACK 32 // in config space
+
 // A ring runs from when it is enabled and has a size, addresses and a kick
 // descriptor. GET_VRING_BASE takes the kick descriptor away. It is broken by
 // what the guest does there, or said of it, and then does not run.
@@ -36,6 +38,7 @@ static vblk_queue  queues[MAX_QUEUES];
 static ring        rings[MAX_QUEUES];
 static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
+static vblk_file  *image;
 static bool        measures; // latency, for --stats
 static bool        blocks; // atomic; the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
@@ -327,6 +330,7 @@ static int on_quiesce(void *user, int queue) {
 
 int make_device(const options *o, vblk_file *file) {
     vblk_options v = {0};
+    image = file;
     v.backend = serve_backend(file);
     v.id = o->id;
     v.backend.flush = o->unsafe ? NULL : v.backend.flush;
@@ -397,9 +401,24 @@ uint64_t device_features(void) {
     return serve_features(vblk_device_features(&device)) & ~VBLK_F_RING_RESET;
 }
 
+// By a driver that can turn it on: not by a boot loader that has no flush.
+static bool cache_is_off(void) {
+    uint8_t on = 1;
+    if (vblk_driver_features(&device) & VBLK_F_CONFIG_WCE) {
+        vblk_read_config(&device, WRITEBACK, &on, 1);
+    }
+    return !on;
+}
+
+void write_config(uint32_t offset, const uint8_t *data, uint32_t bytes) {
+    vblk_write_config(&device, offset, data, bytes);
+    keep_cache_off(cache_is_off());
+}
+
 // There is no device status in vhost-user, so it runs its course here. Rings
 // that run go on with the new features.
 bool set_features(uint64_t features) {
+    bool was_off = cache_is_off() || cache_was_off();
     const uint32_t ok = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER |
                         VBLK_STATUS_FEATURES_OK | VBLK_STATUS_DRIVER_OK;
     stop_device();
@@ -409,6 +428,9 @@ bool set_features(uint64_t features) {
     vblk_set_status(&device, ok & ~VBLK_STATUS_DRIVER_OK);
     if (vblk_status(&device) & VBLK_STATUS_FEATURES_OK) {
         vblk_set_status(&device, ok);
+    }
+    if (was_off) {
+        write_config(WRITEBACK, &(uint8_t){0}, 1);
     }
     for (unsigned i = 0; i < count; i++) {
         rings[i].enabled |= !(features & F_PROTOCOL_FEATURES);
@@ -431,6 +453,29 @@ void read_config(uint8_t *space, size_t bytes) {
     space[12] = (uint8_t)(entries - 2);
     space[13] = (uint8_t)((entries - 2) >> 8);
     space[14] = space[15] = 0;
+}
+
+static uint64_t capacity(void) {
+    uint8_t b[8];
+    uint64_t sectors = 0;
+    vblk_read_config(&device, 0, b, sizeof b);
+    for (unsigned i = 8; i-- > 0;) {
+        sectors = sectors << 8 | b[i];
+    }
+    return sectors;
+}
+
+// An image that was cut has lost data: whoever cuts it ends us first.
+bool resize(void) {
+    uint64_t was = capacity();
+    off_t    end = lseek(image->fd, 0, SEEK_END);
+    uint64_t now = end < 0 ? 0 : (uint64_t)end / VBLK_SECTOR;
+    if (now <= was || vblk_resize(&device, 0)) {
+        return say("the image has %" PRIu64 " sectors, it had %" PRIu64 ": it "
+                   "can only grow", now, was);
+    }
+    say("the image has grown to %" PRIu64 " sectors", now);
+    return true;
 }
 
 void look_at_ring(unsigned index) {

@@ -70,6 +70,8 @@ vblk_counts device_counts(void);
 uint64_t device_features(void);
 bool set_features(uint64_t features);
 void read_config(uint8_t *space, size_t bytes);
+void write_config(uint32_t offset, const uint8_t *data, uint32_t bytes);
+bool resize(void); // the image has grown; false: that is not so
 void reset_device(void);
 void drop_device(void); // the front end is gone
 bool memory_changed(const vblk_regions *now);
@@ -110,6 +112,8 @@ bool in_inflight(uintptr_t at);
 int  begin_inflight(unsigned ring, uint32_t size, const uint8_t *used,
                     uint16_t *heads);
 void end_inflight(unsigned ring);
+void keep_cache_off(bool off); // for the next of us
+bool cache_was_off(void);
 void track_taken(unsigned ring, unsigned head);
 void track_shown(unsigned ring, uint32_t size, const uint8_t *used);
 
@@ -124,6 +128,7 @@ bool receive(int connection);
 bool message_in_time(uint64_t now);
 uint64_t message_due_ns(void); // 0: none is arriving
 void forget_messages(void);    // the front end is gone
+void tell_of_config(void);     // the front end, that it changed
 
 // loop.c
 void run(const char *socket_path, bool stats, int attention);

@@ -48,6 +48,8 @@ static const struct {
     {"memory-table-cut-off", 0, SET_MEM_TABLE, 8, {1, 0}, 1, NO},
     {"features-not-offered", 1, SET_FEATURES, 8, {0, 1u << 31}, 0, NO},
     {"config-write", 0, SET_CONFIG, 12, {0, 0}, 0, ACCEPTED},
+    {"config-write-of-nothing-there", 0, SET_CONFIG, 12, {0, 1}, 0, NO},
+    {"config-write-too-far", 0, SET_CONFIG, 12, {257, 0}, 0, NO},
 };
 
 static unsigned message_case(size_t k) {
@@ -567,6 +569,48 @@ static unsigned inflight_over_stops(void) {
     return answer != ACCEPTED ? answer : seen != 0x3f ? SILENT : good_read(1);
 }
 
+// The driver turned its cache off: the daemon that comes next finds it so, and
+// one that follows another driver does not.
+static unsigned cache_stays_off(void) {
+    const uint64_t features = FEATURES | BIT(VIRTIO_BLK_F_CONFIG_WCE);
+    const config   off = {.offset = 32, .bytes = 1};
+    uint8_t       *p = inflight(0), seen[3][8];
+    unsigned       answer = ACCEPTED;
+    for (unsigned i = 0; i < 3 && answer == ACCEPTED; i++) {
+        if (i > 0) {
+            close(m.socket);
+            answer = boot(false) ? ACCEPTED : CLOSED;
+        }
+        if (i < 2 && answer == ACCEPTED) {
+            uint8_t *again = i ? mmap(NULL, 4096, PROT_READ, MAP_SHARED,
+                                      inflight_fd, 0) : p;
+            answer = give_inflight(again, 4096, 1, m.size);
+        }
+        if (answer == ACCEPTED) {
+            answer = message(SET_FEATURES, &features, 8, NULL, 0);
+        }
+        if (i == 0 && answer == ACCEPTED) {
+            answer = message(SET_CONFIG, &off, 13, NULL, 0);
+        }
+        if (answer == ACCEPTED) { // also where features are set once more
+            answer = message(SET_FEATURES, &features, 8, NULL, 0);
+        }
+        if (answer == ACCEPTED) {
+            answer = get_config(32, 8, seen[i]);
+        }
+    }
+    close(inflight_fd);
+    bool ok = !seen[0][0] && !seen[1][0] && seen[2][0] == 1;
+    // A driver that has neither that nor FLUSH leaves nothing to the next.
+    const uint64_t none = features & ~(BIT(VIRTIO_BLK_F_CONFIG_WCE) |
+                                       BIT(VIRTIO_BLK_F_FLUSH));
+    ok = ok && message(SET_FEATURES, &none, 8, NULL, 0) == ACCEPTED &&
+         get_config(32, 8, seen[0]) == ACCEPTED && !seen[0][0] &&
+         message(SET_FEATURES, &features, 8, NULL, 0) == ACCEPTED &&
+         get_config(32, 8, seen[0]) == ACCEPTED && seen[0][0] == 1;
+    return answer != ACCEPTED ? answer : ok ? DONE : UNJUDGED;
+}
+
 static unsigned inflight_of_nonsense(void) {
     uint8_t *p = inflight(0x1234);
     fill_random(p + 16, 4080);
@@ -861,6 +905,7 @@ static const struct {
     {"chain-of-515", 0, chain_of_515, DONE},
     {"inflight-is-taken-again", 1, inflight_is_taken_again, DONE},
     {"inflight-over-stops", 1, inflight_over_stops, DONE},
+    {"cache-stays-off", 1, cache_stays_off, DONE},
     {"inflight-of-nonsense", 1, inflight_of_nonsense, DONE | STOPPED | SILENT},
     {"inflight-of-no-rings", 1, inflight_of_no_rings, NO},
     {"inflight-too-small", 1, inflight_too_small, NO},

@@ -8,7 +8,7 @@ test=qemu
 packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/../vhost/common.sh"
 
-need_tools busybox mkfs.ext4 e2fsck debugfs
+need_tools busybox mkfs.ext4 e2fsck debugfs resize2fs
 need_qemu
 build "$tmp/serve"
 [ -z "$SANITIZE" ] || build "$tmp/serve-sanitized" $SANITIZE
@@ -342,6 +342,66 @@ kill_and_come_back() { # name, options of the daemon
 kill_and_come_back killed --aio sync
 # shellcheck disable=SC2086
 kill_and_come_back killed-threads --aio auto --threads $direct
+
+
+
+# ---- The image grows under a mounted file system ------------------------------
+
+mkdir "$tmp/root/tools" || exit 1
+for file in "$(command -v resize2fs)" $(ldd "$(command -v resize2fs)" |
+    sed -n 's/.*[ 	]\(\/[^ ]*\) (.*/\1/p'); do
+    cp "$file" "$tmp/root/tools/" || exit 1
+done
+truncate -s 16M "$tmp/grown.img"
+mkfs.ext4 -q -F "$tmp/grown.img" || exit 1
+job <<'JOB'
+mount -t ext4 /dev/vda /mnt
+echo mine >/mnt/file
+say before $(cat /sys/block/vda/size)
+read go
+i=0
+while [ $(cat /sys/block/vda/size) = 32768 ] && [ $i -lt 100 ]; do
+    sleep 0.1
+    i=$((i + 1))
+done
+say after $(cat /sys/block/vda/size)
+/tools/ld-linux-x86-64.so.2 --library-path /tools /tools/resize2fs /dev/vda \
+    >/log 2>&1
+say resized $?
+dd if=/dev/zero of=/mnt/large bs=1M count=24 conv=fsync 2>/dev/null
+say large $?
+say file $(cat /mnt/file)
+umount /mnt
+JOB
+grow() { # name, options of the daemon
+    name=$1
+    cp "$tmp/grown.img" "$tmp/$name.img"
+    shift
+    start $name "$tmp/serve" --image "$tmp/$name.img" "$@"
+    start_guest "$tmp/$name.console" "$tmp/$name.sock"
+    for try in $(seq $((LIMIT * 10))); do
+        grep -q "^guest before" "$tmp/$name.console" && break
+        sleep 0.1
+    done
+    kill -HUP $daemon # it has not grown
+    truncate -s 48M "$tmp/$name.img"
+    sleep 0.2
+    kill -HUP $daemon
+    tell_guest go
+    wait_guest
+    end TERM
+    check $name-finished "$(grep -c "^guest done" "$tmp/$name.console")" 1
+    check $name-seen "$(says $name before) $(says $name after)" "32768 98304"
+    check $name-file-system "$(says $name resized) $(says $name large)" "0 0"
+    check $name-file "$(says $name file)" mine
+    check $name-e2fsck "$(status_of e2fsck -fn "$tmp/$name.img")" 0
+    check $name-says-so "$(sed -n 's/^vblk-serve: the image has //p' \
+        "$tmp/$name.err" | cut -d ';' -f 1 | tr '\n' ',')" \
+"32768 sectors, it had 32768: it can only grow,grown to 98304 sectors,"
+}
+grow grown-sync --aio sync
+# shellcheck disable=SC2086
+grow grown-threads --aio auto --threads $direct
 
 explain
 [ $failures -eq 0 ]

@@ -38,6 +38,7 @@ echo "seed $SEED guest $GUEST"
 # something else dirties the file system and syncs nothing.
 job_write() {
     cat <<'JOB'
+[ ! -e /cache_off ] || echo "write through" >/sys/block/vda/cache_type
 mount -t ext4 /dev/vda /mnt
 say cache $(cat /sys/block/vda/queue/write_cache)
 (i=0; while :; do i=$(((i + 1) % 5)); cp /bin/busybox /mnt/junk.$i; done) &
@@ -161,6 +162,12 @@ for round in $(seq "$ROUNDS"); do
     survive "writeback-$round" "write back" VOLATILE_OFFER=flush
     survive "writethrough-$round" "write through" VOLATILE_OFFER=none
 done
+# The driver turns the cache off: it flushes no more.
+touch "$tmp/root/cache_off"
+for round in $(seq "$ROUNDS"); do
+    survive "cache-off-$round" "write through" VOLATILE_OFFER=flush
+done
+rm "$tmp/root/cache_off"
 check something-was-unflushed "$(between $total_unflushed 1 1000000)" yes
 
 # The test itself: a disk that lies about flushing must be found out.

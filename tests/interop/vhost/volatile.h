@@ -177,5 +177,6 @@ static vblk_backend serve_backend(vblk_file *image) {
 
 // The device itself offers FLUSH: to it, this is a driver that declines.
 static uint64_t serve_features(uint64_t offered) {
-    return cache.offers ? offered : offered & ~VBLK_F_FLUSH;
+    return cache.offers ? offered
+                        : offered & ~(VBLK_F_FLUSH | VBLK_F_CONFIG_WCE);
 }
