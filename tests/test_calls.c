@@ -579,6 +579,52 @@ void p8_the_queue_behind_a_stopped_one(void) {
     CHECK(!vblk_worker_close(&w));
 }
 
+// M13: one queue is reset and comes up again, while the threads serve both.
+void m13_a_queue_of_a_live_worker(void) {
+    worker_options();
+    o.queues = 2;
+    wo.each_queue = true;
+    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, 0x101);
+    store(VBLK_REG_STATUS, 0xb);
+    for (unsigned i = 0; i < 300; i++) {
+        uint32_t queue = i > 0;
+        store(VBLK_REG_QUEUE_SEL, queue);
+        if (i > 1) {
+            store(VBLK_REG_QUEUE_RESET, 1);
+            CHECK_EQ(0, load(VBLK_REG_QUEUE_RESET));
+            CHECK_EQ(0, load(VBLK_REG_QUEUE_READY));
+            memset(ram + 0x2000, 0, 256); // no thread's any more
+            ram[0x3010] = 0xff;
+        }
+        store(VBLK_REG_QUEUE_NUM, 16);
+        store(VBLK_REG_QUEUE_DESC_LOW, queue ? 0 : 0x5000);
+        store(VBLK_REG_QUEUE_DRIVER_LOW, queue ? 0x1000 : 0x6000);
+        store(VBLK_REG_QUEUE_DEVICE_LOW, queue ? 0x2000 : 0x7000);
+        store(VBLK_REG_QUEUE_READY, 1);
+        if (i == 0) {
+            continue;
+        }
+        if (i == 1) {
+            put_one(VBLK_T_IN, 1, false);
+            store(VBLK_REG_STATUS, 0xf);
+        }
+        store(VBLK_REG_QUEUE_NOTIFY, 0);
+        store(VBLK_REG_QUEUE_NOTIFY, 1);
+        if (i % 2) { // else it is reset as it works
+            EVENTUALLY(used_is(1));
+            CHECK_EQ(VBLK_S_OK, ram[0x3010]);
+        }
+    }
+    CHECK_EQ(0xf, load(VBLK_REG_STATUS));
+    CHECK_EQ(0, vblk_counters(&w.dev).broken_queues);
+    CHECK(!vblk_worker_close(&w));
+}
+
 // W11: no two workers have the same number.
 void w11_numbers_differ(void) {
     static vblk_worker other;

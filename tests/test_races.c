@@ -234,6 +234,7 @@ void race_of_a_resize_and_a_driver(void) {
     g.o.capacity = sizes[1];
     g.o.backend.size = NULL;
     g.o.event = NULL;
+    g.o.interrupt = NULL;
     guest_up();
     pthread_t thread = start(resize);
     unsigned  sames = 0, moves = 0;

@@ -425,6 +425,7 @@
     X(w7_left_behind_and_gone_before_the_end, ONCE)                            \
     X(w_a_callback_inside_a_callback, ONCE)                                    \
     X(p8_the_queue_behind_a_stopped_one, ONCE)                                 \
+    X(m13_a_queue_of_a_live_worker, ONCE)                                      \
     X(w11_numbers_differ, ONCE)                                                \
     X(w1_q10_the_second_queue, ONCE)                                           \
     X(w7_w8_stuck_anywhere, ONCE)                                              \
