@@ -1071,8 +1071,8 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
 
 // Stop it, after quiesce(). VBLK_OK: `ring` starts it again where it was. Or
 // VBLK_ERR_BUSY: quiesce() could not, and nothing changed. Without quiesce(),
-// what is under way is lost. A PCI host's queue_reset is this. Thread: as
-// register calls; the queue's drainer must be outside.
+// what is under way is lost. A PCI host's queue_reset is this, if the queue is
+// not broken. Thread: as register calls; the queue's drainer must be outside.
 VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring);
 
 

@@ -184,8 +184,8 @@ static void on_signal(void) {
     stopping |= ends;
     if (!ends) {
         hold();
-        if (resize() && connection >= 0) {
-            tell_of_config();
+        if (resize() && connection >= 0 && !tell_of_config()) {
+            say("the front end takes no word of it: the guest keeps its size");
         }
         go_on();
     }

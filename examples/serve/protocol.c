@@ -2,6 +2,7 @@
 #include "serve.h"
 
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 
@@ -230,6 +231,26 @@ static bool act_on_ring(int fd, bool *replied) {
     }
 }
 
+// It asks for it then. False: it has no channel for that; User-Mode Linux has a
+// pipe, whose other ends could hold us.
+bool tell_of_config(void) {
+    const header h = {BACKEND_CONFIG_CHANGE, 1, 0};
+    return backend_req >= 0 && send(backend_req, &h, sizeof h,
+                                    MSG_DONTWAIT | MSG_NOSIGNAL) == sizeof h;
+}
+
+// Nothing else is written to: another socket may wait for who else has it.
+static bool is_channel(int fd) {
+    int         domain = 0, type = 0;
+    socklen_t   n = sizeof domain, k = sizeof type;
+    struct stat st;
+    return (fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode)) ||
+           (!getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &n) &&
+            !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &k) &&
+            domain == AF_UNIX && type == SOCK_STREAM) ||
+           refuse("a back-end channel that is no stream socket of AF_UNIX");
+}
+
 static bool act(int fd, bool *replied) {
     *replied = head.request == GET_FEATURES || head.request == GET_CONFIG ||
                head.request == GET_PROTOCOL_FEATURES ||
@@ -261,8 +282,12 @@ static bool act(int fd, bool *replied) {
         if (nfds != 1) {
             return refuse("%u descriptors of what is under way", nfds);
         }
-        return take_inflight(fds[0], body.inflight.bytes, body.inflight.offset,
-                             body.inflight.rings, body.inflight.size);
+        if (!take_inflight(fds[0], body.inflight.bytes, body.inflight.offset,
+                           body.inflight.rings, body.inflight.size)) {
+            return false;
+        }
+        use_cache_mode();
+        return true;
     case RESET_DEVICE:
         reset_device();
         return true;
@@ -270,20 +295,14 @@ static bool act(int fd, bool *replied) {
         if (nfds != 1) {
             return refuse("a back-end channel without a descriptor");
         }
+        if (!is_channel(fds[0])) {
+            return false;
+        }
         let_go(&backend_req);
         backend_req = fds[--nfds];
         return true;
     default:
         return act_on_ring(fd, replied);
-    }
-}
-
-// It asks for it then. Without such a channel the guest does not hear of it.
-void tell_of_config(void) {
-    const header h = {BACKEND_CONFIG_CHANGE, 1, 0};
-    if (backend_req < 0 || send(backend_req, &h, sizeof h,
-                                MSG_DONTWAIT | MSG_NOSIGNAL) != sizeof h) {
-        say("the front end takes no word of it; its next one will know");
     }
 }
 

@@ -39,6 +39,8 @@ static ring        rings[MAX_QUEUES];
 static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
 static vblk_file  *image;
+static bool        cache_off; // as the front end said last
+static bool        has_grown; // since we began
 static bool        measures; // latency, for --stats
 static bool        blocks; // atomic; the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
@@ -165,6 +167,7 @@ static void start_ring(ring *r) {
 }
 
 void start_what_is_ready(void) {
+    bool news = false; // a guest may know the disk by another size
     if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) ||
         !memory || !memory->count) {
         return;
@@ -174,7 +177,11 @@ void start_what_is_ready(void) {
         if (!r->running && !r->broken && r->enabled && r->sized &&
             r->placed && r->fd[RING_KICK] >= 0) {
             start_ring(r);
+            news |= r->running && (has_grown || r->measured);
         }
+    }
+    if (news) {
+        tell_of_config();
     }
 }
 
@@ -388,7 +395,7 @@ void drop_device(void) {
     }
     reset_device();
     forget_inflight();
-    blocks = false;
+    blocks = cache_off = false;
 }
 
 vblk_counts device_counts(void) {
@@ -401,24 +408,28 @@ uint64_t device_features(void) {
     return serve_features(vblk_device_features(&device)) & ~VBLK_F_RING_RESET;
 }
 
-// By a driver that can turn it on: not by a boot loader that has no flush.
-static bool cache_is_off(void) {
-    uint8_t on = 1;
-    if (vblk_driver_features(&device) & VBLK_F_CONFIG_WCE) {
-        vblk_read_config(&device, WRITEBACK, &on, 1);
+// Where the driver that there is now can turn the cache on. QEMU says once what
+// it was told of it, and keeps to that as long as it runs: whoever drives the
+// disk then, and whichever of us serves it.
+void use_cache_mode(void) {
+    cache_off |= cache_was_off();
+    keep_cache_off(cache_off);
+    if (cache_off) {
+        vblk_write_config(&device, WRITEBACK, &(uint8_t){0}, 1);
     }
-    return !on;
 }
 
 void write_config(uint32_t offset, const uint8_t *data, uint32_t bytes) {
     vblk_write_config(&device, offset, data, bytes);
-    keep_cache_off(cache_is_off());
+    if (offset <= WRITEBACK && bytes > WRITEBACK - offset) {
+        cache_off = !data[WRITEBACK - offset];
+        keep_cache_off(cache_off);
+    }
 }
 
 // There is no device status in vhost-user, so it runs its course here. Rings
 // that run go on with the new features.
 bool set_features(uint64_t features) {
-    bool was_off = cache_is_off() || cache_was_off();
     const uint32_t ok = VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER |
                         VBLK_STATUS_FEATURES_OK | VBLK_STATUS_DRIVER_OK;
     stop_device();
@@ -429,9 +440,7 @@ bool set_features(uint64_t features) {
     if (vblk_status(&device) & VBLK_STATUS_FEATURES_OK) {
         vblk_set_status(&device, ok);
     }
-    if (was_off) {
-        write_config(WRITEBACK, &(uint8_t){0}, 1);
-    }
+    use_cache_mode();
     for (unsigned i = 0; i < count; i++) {
         rings[i].enabled |= !(features & F_PROTOCOL_FEATURES);
     }
@@ -470,11 +479,13 @@ bool resize(void) {
     uint64_t was = capacity();
     off_t    end = lseek(image->fd, 0, SEEK_END);
     uint64_t now = end < 0 ? 0 : (uint64_t)end / VBLK_SECTOR;
-    if (now <= was || vblk_resize(&device, 0)) {
+    if (now < was || vblk_resize(&device, 0)) {
         return say("the image has %" PRIu64 " sectors, it had %" PRIu64 ": it "
                    "can only grow", now, was);
     }
-    say("the image has grown to %" PRIu64 " sectors", now);
+    has_grown |= now > was;
+    say("the image has %s %" PRIu64 " sectors",
+        now > was ? "grown to" : "still", now);
     return true;
 }
 

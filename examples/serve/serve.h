@@ -71,7 +71,8 @@ uint64_t device_features(void);
 bool set_features(uint64_t features);
 void read_config(uint8_t *space, size_t bytes);
 void write_config(uint32_t offset, const uint8_t *data, uint32_t bytes);
-bool resize(void); // the image has grown; false: that is not so
+void use_cache_mode(void); // of the daemon before, too
+bool resize(void); // the image may have grown; false: it has shrunk
 void reset_device(void);
 void drop_device(void); // the front end is gone
 bool memory_changed(const vblk_regions *now);
@@ -128,7 +129,7 @@ bool receive(int connection);
 bool message_in_time(uint64_t now);
 uint64_t message_due_ns(void); // 0: none is arriving
 void forget_messages(void);    // the front end is gone
-void tell_of_config(void);     // the front end, that it changed
+bool tell_of_config(void);     // the front end, that it changed
 
 // loop.c
 void run(const char *socket_path, bool stats, int attention);

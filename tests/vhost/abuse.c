@@ -49,6 +49,8 @@ static const struct {
     {"features-not-offered", 1, SET_FEATURES, 8, {0, 1u << 31}, 0, NO},
     {"config-write", 0, SET_CONFIG, 12, {0, 0}, 0, ACCEPTED},
     {"config-write-of-nothing-there", 0, SET_CONFIG, 12, {0, 1}, 0, NO},
+    {"channel-is-a-file", 0, SET_BACKEND_REQ_FD, 0, {0, 0}, 1, NO},
+    {"channel-without-descriptor", 0, SET_BACKEND_REQ_FD, 0, {0, 0}, 0, NO},
     {"config-write-too-far", 0, SET_CONFIG, 12, {257, 0}, 0, NO},
 };
 
@@ -601,14 +603,60 @@ static unsigned cache_stays_off(void) {
     }
     close(inflight_fd);
     bool ok = !seen[0][0] && !seen[1][0] && seen[2][0] == 1;
-    // A driver that has neither that nor FLUSH leaves nothing to the next.
+    return answer != ACCEPTED ? answer : ok ? DONE : UNJUDGED;
+}
+
+// QEMU says it once, and keeps it: over a driver that has neither that nor
+// FLUSH, which itself has no cache; over a reset; before any features; and
+// where a daemon hears of it by what is under way alone.
+static unsigned cache_stays_off_for_qemu(void) {
+    const uint64_t features = FEATURES | BIT(VIRTIO_BLK_F_CONFIG_WCE);
     const uint64_t none = features & ~(BIT(VIRTIO_BLK_F_CONFIG_WCE) |
                                        BIT(VIRTIO_BLK_F_FLUSH));
-    ok = ok && message(SET_FEATURES, &none, 8, NULL, 0) == ACCEPTED &&
-         get_config(32, 8, seen[0]) == ACCEPTED && !seen[0][0] &&
+    config         set = {.offset = 32, .bytes = 1};
+    uint8_t        seen[5][8] = {{9}, {9}, {9}, {9}, {9}};
+    bool ok = message(SET_FEATURES, &none, 8, NULL, 0) == ACCEPTED &&
+              message(SET_FEATURES, &features, 8, NULL, 0) == ACCEPTED &&
+              get_config(32, 8, seen[0]) == ACCEPTED && seen[0][0] == 1 &&
+              message(SET_FEATURES, &none, 8, NULL, 0) == ACCEPTED &&
+              message(SET_CONFIG, &set, 13, NULL, 0) == ACCEPTED &&
+              message(SET_FEATURES, &features, 8, NULL, 0) == ACCEPTED &&
+              get_config(32, 8, seen[1]) == ACCEPTED && !seen[1][0] &&
+              message(RESET_DEVICE, NULL, 0, NULL, 0) == ACCEPTED &&
+              message(SET_FEATURES, &features, 8, NULL, 0) == ACCEPTED &&
+              get_config(32, 8, seen[2]) == ACCEPTED && !seen[2][0];
+    set.data[0] = 1;
+    ok = ok && message(SET_CONFIG, &set, 13, NULL, 0) == ACCEPTED &&
+         message(RESET_DEVICE, NULL, 0, NULL, 0) == ACCEPTED &&
          message(SET_FEATURES, &features, 8, NULL, 0) == ACCEPTED &&
-         get_config(32, 8, seen[0]) == ACCEPTED && seen[0][0] == 1;
-    return answer != ACCEPTED ? answer : ok ? DONE : UNJUDGED;
+         get_config(32, 8, seen[3]) == ACCEPTED && seen[3][0] == 1;
+    uint8_t *p = inflight(0);
+    p[0] = 1;
+    ok = ok && give_inflight(p, 4096, 1, m.size) == ACCEPTED &&
+         get_config(32, 8, seen[4]) == ACCEPTED && !seen[4][0];
+    close(inflight_fd);
+    return ok ? DONE : UNJUDGED;
+}
+
+// A guest that ran already may know the disk by another size.
+static unsigned config_change_is_told(void) {
+    int        channel[2];
+    header     h = {0, 0, 0};
+    ring_place p = usual_place();
+    unsigned   answer = good_read(0);
+    close(m.socket);
+    if (answer != DONE || !boot(false) ||
+        socketpair(AF_UNIX, SOCK_STREAM, 0, channel)) {
+        return CLOSED;
+    }
+    answer = message(SET_BACKEND_REQ_FD, NULL, 0, &channel[1], 1);
+    answer = answer == ACCEPTED ? share_memory() : answer;
+    answer = answer == ACCEPTED ? start_ring_at(&p, m.avail_idx) : answer;
+    bool told = recv(channel[0], &h, sizeof h, MSG_DONTWAIT) == sizeof h &&
+                h.request == 2 && h.flags == VERSION && h.bytes == 0;
+    close(channel[0]);
+    close(channel[1]);
+    return answer != ACCEPTED ? answer : told ? DONE : SILENT;
 }
 
 static unsigned inflight_of_nonsense(void) {
@@ -906,6 +954,8 @@ static const struct {
     {"inflight-is-taken-again", 1, inflight_is_taken_again, DONE},
     {"inflight-over-stops", 1, inflight_over_stops, DONE},
     {"cache-stays-off", 1, cache_stays_off, DONE},
+    {"cache-stays-off-for-qemu", 1, cache_stays_off_for_qemu, DONE},
+    {"config-change-is-told", 0, config_change_is_told, DONE},
     {"inflight-of-nonsense", 1, inflight_of_nonsense, DONE | STOPPED | SILENT},
     {"inflight-of-no-rings", 1, inflight_of_no_rings, NO},
     {"inflight-too-small", 1, inflight_too_small, NO},

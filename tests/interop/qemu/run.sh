@@ -397,7 +397,7 @@ grow() { # name, options of the daemon
     check $name-e2fsck "$(status_of e2fsck -fn "$tmp/$name.img")" 0
     check $name-says-so "$(sed -n 's/^vblk-serve: the image has //p' \
         "$tmp/$name.err" | cut -d ';' -f 1 | tr '\n' ',')" \
-"32768 sectors, it had 32768: it can only grow,grown to 98304 sectors,"
+"still 32768 sectors,grown to 98304 sectors,"
 }
 grow grown-sync --aio sync
 # shellcheck disable=SC2086
