@@ -511,18 +511,22 @@ void w7_w8_stuck_anywhere(void) {
     }
 }
 
+static void accept_queues(uint64_t more) {
+    store(VBLK_REG_STATUS, 1);
+    store(VBLK_REG_STATUS, 3);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
+    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
+    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)(more >> 32));
+    store(VBLK_REG_STATUS, 0xb);
+}
+
 // W1, Q10, MMIO-14: a queue other than the first.
 void w1_q10_the_second_queue(void) {
     for (int kicked = 0; kicked < 2; kicked++) {
         worker_options();
         o.queues = 2;
         CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
-        store(VBLK_REG_STATUS, 1);
-        store(VBLK_REG_STATUS, 3);
-        store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
-        store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
-        store(VBLK_REG_DRIVER_FEATURES, 1);
-        store(VBLK_REG_STATUS, 0xb);
+        accept_queues(VBLK_F_VERSION_1);
         store(VBLK_REG_QUEUE_SEL, 1);
         store(VBLK_REG_QUEUE_NUM, 16);
         store(VBLK_REG_QUEUE_DRIVER_LOW, 0x1000);
@@ -552,12 +556,7 @@ void p8_the_queue_behind_a_stopped_one(void) {
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
     w.dev.bytes.tokens = 1024;
     w.dev.bytes.last_ns = clock_ns();
-    store(VBLK_REG_STATUS, 1);
-    store(VBLK_REG_STATUS, 3);
-    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
-    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
-    store(VBLK_REG_DRIVER_FEATURES, 1);
-    store(VBLK_REG_STATUS, 0xb);
+    accept_queues(VBLK_F_VERSION_1);
     for (uint32_t queue = 0; queue < 2; queue++) {
         store(VBLK_REG_QUEUE_SEL, queue);
         store(VBLK_REG_QUEUE_NUM, 16);
@@ -585,12 +584,7 @@ void m13_a_queue_of_a_live_worker(void) {
     o.queues = 2;
     wo.each_queue = true;
     CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_init(&w, &o, &wo));
-    store(VBLK_REG_STATUS, 1);
-    store(VBLK_REG_STATUS, 3);
-    store(VBLK_REG_DRIVER_FEATURES, (uint32_t)VBLK_F_MQ);
-    store(VBLK_REG_DRIVER_FEATURES_SEL, 1);
-    store(VBLK_REG_DRIVER_FEATURES, 0x101);
-    store(VBLK_REG_STATUS, 0xb);
+    accept_queues(VBLK_F_VERSION_1 | VBLK_F_RING_RESET);
     for (unsigned i = 0; i < 300; i++) {
         uint32_t queue = i > 0;
         store(VBLK_REG_QUEUE_SEL, queue);
