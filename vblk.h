@@ -168,7 +168,7 @@
         draining    vblk_poll, vblk_drain, vblk_next, vblk_complete,
                     vblk_publish, vblk_arm, vblk_set_limits
         any time    vblk_mmio_read, vblk_notify, vblk_interrupt_ack,
-                    vblk_needs_reset, vblk_counters, all other queries, and,
+                    vblk_write_config, vblk_needs_reset, all queries, and,
                     while their request is under way, vblk_get and vblk_put
 
     Register calls: one at a time for a device. Draining calls: one at a time
@@ -1358,8 +1358,8 @@ VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
 
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0 (and
-// QueueReady of 0 while live) waits up to stop_ms for the thread, and other
-// register calls for those. VBLK_OK; or VBLK_ERR_BUSY: the thread is stuck for
+// QueueReset, or QueueReady of 0 while live) waits up to stop_ms for threads,
+// other register calls for those. VBLK_OK; or VBLK_ERR_BUSY: one is stuck for
 // longer, and Status reads DEVICE_NEEDS_RESET. At a reset it was left behind,
 // or still is: Status reads 0 when it has ended. Any thread.
 VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,

@@ -40,7 +40,6 @@ static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
 static vblk_file  *image;
 static bool        cache_off; // as the front end said last
-static bool        has_grown; // since we began
 static bool        measures; // latency, for --stats
 static bool        blocks; // atomic; the front end made a call of ours block
 static const vblk_regions *memory; // of the guest; NULL: never had any
@@ -167,7 +166,6 @@ static void start_ring(ring *r) {
 }
 
 void start_what_is_ready(void) {
-    bool news = false; // a guest may know the disk by another size
     if (!(vblk_status(&device) & VBLK_STATUS_DRIVER_OK) ||
         !memory || !memory->count) {
         return;
@@ -177,11 +175,10 @@ void start_what_is_ready(void) {
         if (!r->running && !r->broken && r->enabled && r->sized &&
             r->placed && r->fd[RING_KICK] >= 0) {
             start_ring(r);
-            news |= r->running && (has_grown || r->measured);
+            if (i == 0 && r->running) { // it may know another size
+                tell_of_config();
+            }
         }
-    }
-    if (news) {
-        tell_of_config();
     }
 }
 
@@ -483,7 +480,6 @@ bool resize(void) {
         return say("the image has %" PRIu64 " sectors, it had %" PRIu64 ": it "
                    "can only grow", now, was);
     }
-    has_grown |= now > was;
     say("the image has %s %" PRIu64 " sectors",
         now > was ? "grown to" : "still", now);
     return true;

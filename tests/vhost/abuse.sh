@@ -139,6 +139,34 @@ check socket-that-was-left-is-replaced "$(timeout 10 "$tmp/front" "$shm/t" \
     load --secs 0.1 --ref "$shm/image" --pid "$daemon" 2>&1 >/dev/null)"
 end "$daemon"
 
+told() { # words; within a second
+    for try in $(seq 20); do
+        grep -q "$1" "$shm/t.log" && return
+        sleep 0.05
+    done
+    tail -n 1 "$shm/t.log" | grep . || echo "nothing was said"
+}
+
+# SIGHUP: the image has another size.
+start "$shm/t" "$serve" --socket "$shm/t" --image "$shm/other" ||
+    check fourth-starts "$(tail -n 1 "$shm/t.log")"
+timeout 10 "$tmp/front" "$shm/t" load --secs 1 --ref "$shm/other" \
+    --pid "$daemon" >"$tmp/load.log" 2>&1 &
+front=$!
+sleep 0.5
+truncate -s +1M "$shm/other"
+kill -HUP "$daemon"
+check grown-image-is-told "$(told 'has grown to 526336 sectors')"
+check grown-image-front-end-without-channel "$(told 'takes no word of it')"
+wait "$front"
+check grown-image-load-goes-on "$(differs $? 0)"
+truncate -s -2M "$shm/other"
+kill -HUP "$daemon"
+check shrunk-image-is-refused "$(told 'can only grow')"
+end "$daemon"
+check shrunk-image-ends-well "$(differs $? 0)"
+truncate -s +1M "$shm/other"
+
 
 # ---- Surroundings -----------------------------------------------------------
 
