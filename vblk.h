@@ -269,6 +269,8 @@
 
         VBLK_MAX_SEGS          largest seg_max; default 128
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
+        VBLK_MAX_RANGES        most in a DISCARD or the like, 16 bytes of stack
+                               each; default 64; 0: without these requests
         VBLK_SINGLE_THREADED   no atomics: one thread, guest included; for
                                compilers but gcc and clang. Without it some
                                32-bit targets need -latomic
@@ -332,7 +334,6 @@
 extern "C" {
 #endif
 
-
 // ---- Constants of the standard ---------------------------------------------
 
 // Feature bits [5.2.3, 6].
@@ -341,11 +342,17 @@ extern "C" {
 #define VBLK_F_RO            (UINT64_C(1) << 5)
 #define VBLK_F_BLK_SIZE      (UINT64_C(1) << 6)
 #define VBLK_F_FLUSH         (UINT64_C(1) << 9)
+#define VBLK_F_TOPOLOGY      (UINT64_C(1) << 10)
 #define VBLK_F_CONFIG_WCE    (UINT64_C(1) << 11)
 #define VBLK_F_MQ            (UINT64_C(1) << 12)
+#define VBLK_F_DISCARD       (UINT64_C(1) << 13)
+#define VBLK_F_WRITE_ZEROES  (UINT64_C(1) << 14)
+#define VBLK_F_LIFETIME      (UINT64_C(1) << 15)
+#define VBLK_F_SECURE_ERASE  (UINT64_C(1) << 16)
 #define VBLK_F_INDIRECT_DESC (UINT64_C(1) << 28)
 #define VBLK_F_EVENT_IDX     (UINT64_C(1) << 29)
 #define VBLK_F_VERSION_1     (UINT64_C(1) << 32)
+#define VBLK_F_ACCESS_PLATFORM (UINT64_C(1) << 33)
 #define VBLK_F_RING_RESET    (UINT64_C(1) << 40)
 
 // Device status [2.1].
@@ -361,10 +368,14 @@ extern "C" {
 #define VBLK_INTERRUPT_CONFIG 2u
 
 // Request types and status bytes [5.2.6].
-#define VBLK_T_IN     0u
-#define VBLK_T_OUT    1u
-#define VBLK_T_FLUSH  4u
-#define VBLK_T_GET_ID 8u
+#define VBLK_T_IN           0u
+#define VBLK_T_OUT          1u
+#define VBLK_T_FLUSH        4u
+#define VBLK_T_GET_ID       8u
+#define VBLK_T_GET_LIFETIME 10u
+#define VBLK_T_DISCARD      11u
+#define VBLK_T_WRITE_ZEROES 13u
+#define VBLK_T_SECURE_ERASE 14u
 #define VBLK_S_OK     0
 #define VBLK_S_IOERR  1
 #define VBLK_S_UNSUPP 2
@@ -403,7 +414,6 @@ extern "C" {
 #define VBLK_REG_CONFIG_GENERATION   0x0fcu
 #define VBLK_REG_CONFIG              0x100u // config space from here on
 
-
 // ---- Errors and events -----------------------------------------------------
 
 #define VBLK_ERRORS(X)                                                         \
@@ -412,10 +422,13 @@ extern "C" {
       "different versions of vblk.h, or lay out its structs differently")      \
     X(ERR_MEMORY, -2, "memory needs both read and write, or neither to be "    \
       "given later by vblk_set_memory()")                                      \
-    X(ERR_BACKEND, -3, "backend.read is missing, or its block_size is no "     \
-      "power of two from 512 to 65536")                                        \
+    X(ERR_BACKEND, -3, "backend.read is missing, or a size is wrong: "         \
+      "block_size a power of two from 512 to 65536, physical_size one up to "  \
+      "65536 and no less, the other three multiples of block_size, min_io "    \
+      "below 65536 blocks, align_offset below physical_size")                  \
     X(ERR_CAPACITY, -4, "capacity is 0 and the backend has no size function, " \
-      "or it is more than 2^63 bytes; it is in sectors of 512 bytes")          \
+      "or it is more than 2^63 bytes or no whole number of blocks; it is in "  \
+      "sectors of 512 bytes")                                                  \
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
     X(ERR_QUEUES, -6, "queues is more than 65535, or more than 1 without an "  \
       "array of that many in options.queue")                                   \
@@ -426,7 +439,8 @@ extern "C" {
     X(ERR_SIZE_MAX, -9, "size_max is less than 4096 bytes: no Linux since "    \
       "6.9 binds such a disk")                                                 \
     X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
-      "INDIRECT_DESC and EVENT_IDX alone; the rest follows from the options")  \
+      "TOPOLOGY, DISCARD, WRITE_ZEROES, LIFETIME, SECURE_ERASE, INDIRECT_DESC "\
+      "and EVENT_IDX alone; the rest follows from the options")                \
     X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
       "rate and may not be smaller than one second's worth of it; neither "    \
       "may be 2^63 or more")                                                   \
@@ -448,13 +462,15 @@ extern "C" {
       "it runs already, its size is no power of two within queue_size, or "    \
       "FEATURES_OK is not set")                                                \
     X(ERR_HOOKS, -21, "notify and quiesce are a worker's own: its options "    \
-      "leave them NULL")
+      "leave them NULL")                                                       \
+    X(ERR_RANGES, -22, "range_max is more than VBLK_MAX_RANGES or seg_max + "  \
+      "2, or range_sectors more than 2^21 or no whole number of blocks")
 
 typedef enum vblk_error {
 #define VBLK_X(name, value, text) VBLK_##name = (value),
     VBLK_ERRORS(VBLK_X)
 #undef VBLK_X
-    VBLK_ERROR_LAST = -21
+    VBLK_ERROR_LAST = -22
 } vblk_error;
 
 typedef enum vblk_level {
@@ -471,9 +487,9 @@ typedef enum vblk_level {
       "than the backend's bytes: what is beyond reads as zeroes, and writes "  \
       "may extend it (X2)")                                                    \
     X(CAPACITY_ROUNDED, 2, WARNING, BYTES, NONE, "the backend's last bytes "   \
-      "are no whole sector and not on the disk (B4)")                          \
+      "are no whole block and not on the disk (B4)")                           \
     X(CAPACITY_ZERO, 3, ERROR, BYTES, NONE, "the backend is smaller than one " \
-      "sector: the disk has no sectors (B4)")                                  \
+      "block: the disk has no sectors (B4)")                                   \
     /* registers: address is the offset in the window */                       \
     X(REG_WIDTH, 10, WARNING, ADDRESS, BYTES, "a register below 0x100 was "    \
       "accessed with a width other than 4 bytes (M2)")                         \
@@ -517,6 +533,9 @@ typedef enum vblk_level {
       "a driver (F3, P10)")                                                    \
     X(FEATURES_UNOFFERED, 27, WARNING, VALUE, AGAINST, "FEATURES_OK is "       \
       "refused: a feature was accepted that is not offered (F3)")              \
+    X(FEATURES_PLATFORM, 28, WARNING, VALUE, AGAINST, "FEATURES_OK is "        \
+      "refused: the driver does not know ACCESS_PLATFORM, so its addresses "   \
+      "would be wrong (F8)")                                                   \
     /* a queue is broken */                                                    \
     X(RING_SIZE, 30, WARNING, NONE, NONE, "started without a QueueNum (Q4)")   \
     X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring wraps the address "      \
@@ -590,7 +609,15 @@ typedef enum vblk_level {
     X(READ_ONLY, 73, WARNING, SECTOR, NONE, "write to a read-only disk (V9)")  \
     X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "beyond the disk's end (V13)") \
     X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID with less than 20 bytes in " \
-      "its first buffer; the standard profile copies what fits (V16, P4)")     \
+      "its first buffer, or GET_LIFETIME with less than 6; the standard "      \
+      "profile copies what fits (V16, P4)")                                    \
+    X(BLOCK_RAGGED, 76, WARNING, SECTOR, BYTES, "no whole blocks of the "      \
+      "backend's block_size, of which the driver knows by BLK_SIZE (V19)")     \
+    X(RANGES_COUNT, 77, WARNING, BYTES, AGAINST, "ranges of no positive "      \
+      "multiple of 16 bytes, or of more than, against (V20)")                  \
+    X(RANGE_FLAGS, 78, WARNING, VALUE, NONE, "a range with an unknown flag, "  \
+      "or UNMAP where it may not stand (V21)")                                 \
+    X(RANGE_LONG, 79, WARNING, BYTES, AGAINST, "a range longer than (V20)")    \
     /* the backend */                                                          \
     X(READ_SHORT, 80, WARNING, SECTOR, BYTES, "a read got less than asked, "   \
       "and the backing does not end there; bytes: what is missing (X2)")       \
@@ -600,6 +627,8 @@ typedef enum vblk_level {
       "asked and stopped there; bytes: what is left (X3)")                     \
     X(FLUSH_FAILED, 84, ERROR, SECTOR, ERROR, "the backend failed to make "    \
       "writes durable; sector: the one behind the write, 0 of a FLUSH (X3)")   \
+    X(DISCARD_FAILED, 85, ERROR, SECTOR, ERROR, "backend failed to discard, "  \
+      "write zeroes or erase, in the range at (X3)")                           \
     /* the host */                                                             \
     X(NO_MEMORY, 90, NOTE, NONE, NONE, "a queue has work but guest memory "    \
       "was not given yet; the work waits for vblk_set_memory() (W9)")          \
@@ -652,7 +681,6 @@ typedef struct vblk_event {
     int64_t         error;   // the backend's or the system's, above 0
 } vblk_event;
 
-
 // ---- Types you fill in -----------------------------------------------------
 
 // Access to guest memory. The first two return 0, or anything else when a
@@ -696,9 +724,24 @@ typedef struct vblk_backend {
     // forgets. NULL: a guest that may write is not offered FLUSH.
     int (*flush)(void *user);
     uint64_t (*size)(void *user); // bytes; NULL if options.capacity is set
+    // Of a range of whole blocks; 0 or a negative error number. What is there
+    // is not needed any more. It reads as zeroes from now on, and only with
+    // `unmap` its space may be given back. Nobody can have it back: secure
+    // erase. NULL, or without write: not offered.
+    int (*discard)(void *user, uint64_t offset, uint64_t bytes, bool unmap);
+    int (*write_zeroes)(void *user, uint64_t offset, uint64_t bytes,
+                        bool unmap);
+    int (*secure_erase)(void *user, uint64_t offset, uint64_t bytes,
+                        bool unmap);
+    bool     unmaps;     // write_zeroes gives space back with `unmap`
+    const uint16_t *lifetime; // pre_eol_info and two estimates [5.2.6], which
+                              // the host may change; NULL: there are none
     void    *user;       // first argument of each
-    uint32_t block_size; // the driver hears that multiples of it do best, in
-                         // bytes; default 512
+    // Bytes. What is no whole number of blocks is refused. The rest are hints
+    // for the driver, TOPOLOGY; 0: none.
+    uint32_t block_size;    // logical; default 512
+    uint32_t physical_size; // a range is best a multiple; default block_size
+    uint32_t align_offset, min_io, opt_io;
 } vblk_backend;
 
 // What is done for a request: a call of the backend, or none. Private.
@@ -706,6 +749,9 @@ typedef enum vblk__does {
     VBLK__DO_READ,
     VBLK__DO_WRITE,
     VBLK__DO_FLUSH,
+    VBLK__DO_DISCARD,
+    VBLK__DO_ZEROES,
+    VBLK__DO_ERASE,
     VBLK__DO_ANSWER
 } vblk__does;
 
@@ -714,7 +760,8 @@ typedef enum vblk_profile { VBLK_STANDARD, VBLK_STRICT } vblk_profile;
 // What the guest may use in the long run. A request costs an operation and the
 // bytes of its data; one that is refused or empty, or a FLUSH of a read-only
 // disk, costs nothing. A rate of 0 is no limit. A burst is how much can be
-// saved up while idle: a second's worth, its default, to 2^63 - 1.
+// saved up while idle: a second's worth, its default, to 2^63 - 1. Of ranges,
+// each costs an operation, and those of WRITE_ZEROES their bytes.
 typedef struct vblk_limits {
     uint64_t iops, iops_burst; // operations a second; operations
     uint64_t bps, bps_burst;   // bytes a second; bytes
@@ -736,7 +783,11 @@ typedef struct vblk_options {
                              // - 2, at least 1 and at most VBLK_MAX_SEGS
     uint32_t     size_max;   // bytes in a segment, at least 4096; default no
                              // limit; strict: 1 MiB
+    uint32_t     range_max;  // in a DISCARD or the like; default as many as
+                             // VBLK_MAX_RANGES and seg_max + 2 allow
+    uint32_t     range_sectors; // in each; default 65536, 32 MiB
     uint32_t     vendor_id;  // default 0x554d4551, QEMU's; strict: 0
+    bool         access_platform; // addresses are not physical; see THREADS
     uint64_t     features_off; // of those offered, bits not to offer
     vblk_limits  limits;       // default none
     // Fire (true), because of `queue` or, if VBLK_NO_QUEUE, of configuration or
@@ -760,7 +811,6 @@ typedef struct vblk_options {
     void *user; // first argument of these five
 } vblk_options;
 
-
 // ---- Types you hold --------------------------------------------------------
 
 #define VBLK_NEVER UINT64_MAX // as a time to call again: until notified
@@ -768,11 +818,11 @@ typedef struct vblk_options {
 // A validated request. Read-only to the host; may be copied, and a copy points
 // to the same segments.
 typedef struct vblk_request {
-    uint32_t  type;    // VBLK_T_IN, VBLK_T_OUT, VBLK_T_FLUSH
+    uint32_t  type;    // VBLK_T_, but for those that only ask
     uint16_t  queue, head;
-    bool      durable; // OUT: must be durable before it is completed
+    bool      durable; // must be so before it is completed; FLUSH: false
     bool      direct;  // every segment has a pointer
-    unsigned  segs;
+    unsigned  segs;    // or ranges: vblk_range_of()
     vblk_seg *seg;     // in the array that vblk_next() was given
     uint64_t  offset;  // of an IN or OUT, in bytes from the start of the disk
     uint64_t  bytes;   // in all segments, which is what an IN or OUT moves
@@ -792,7 +842,8 @@ typedef struct vblk_request {
 #endif
 
 typedef struct VBLK__ATOMIC64 vblk_counts {
-    uint64_t reads, writes, flushes; // completed with success
+    uint64_t reads, writes, flushes; // completed with success, as these
+    uint64_t discards, write_zeroes, secure_erases;
     uint64_t bytes_read;             // from the backing, padding not counted
     uint64_t bytes_written;
     uint64_t io_errors;
@@ -828,7 +879,7 @@ typedef struct vblk_run {
     uint8_t *desc, *avail, *used; // NULL: through the accessors
     const struct vblk_region *near[3]; // where the last lookups ended
     uint64_t stalled_ns;   // when the stall began
-    uint64_t stalled_bytes; // what the request costs
+    uint64_t stalled_bytes, stalled_ops; // what the request costs
     const uint16_t *again; // heads in place of those before `again_end`
     uint16_t agains, again_end;
 } vblk_run;
@@ -865,6 +916,7 @@ typedef struct vblk_dev {
     vblk_queue  *queue;
     uint32_t     queues;
     uint32_t     queue_size, seg_max, size_max, vendor_id;
+    uint32_t     range_max, range_sectors;
     uint64_t     offered;
     uint8_t      id[VBLK_ID_BYTES];
     bool         strict;
@@ -896,7 +948,6 @@ typedef struct vblk_dev {
     uint32_t     state; // Status, InterruptStatus and VBLK__LINE in one
     vblk_queue   built_in;
 } vblk_dev;
-
 
 // ---- Set-up ----------------------------------------------------------------
 
@@ -930,7 +981,6 @@ VBLKDEF const char *vblk_strerror(int err);
 VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
                                     size_t n);
 
-
 // ---- Registers [4.2.2] -----------------------------------------------------
 
 // What the guest loads from `bytes` bytes (1 to 8) at `offset` of the register
@@ -960,7 +1010,6 @@ VBLKDEF void vblk_needs_reset(vblk_dev *dev);
 // image grows before this; it is cut with nothing under way, before this too.
 // VBLK_OK; VBLK_ERR_CAPACITY, and nothing changed. Thread: as register calls.
 VBLKDEF int vblk_resize(vblk_dev *dev, uint64_t sectors);
-
 
 // ---- Requests --------------------------------------------------------------
 
@@ -1010,6 +1059,15 @@ VBLKDEF int vblk_get(vblk_dev *dev, const vblk_request *req, uint64_t at,
 VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
                      const void *src, size_t n);
 
+// Range `i` of a DISCARD, WRITE_ZEROES or SECURE_ERASE, in bytes of the disk.
+// To complete, all of them are to have succeeded, and the result is 0.
+typedef struct vblk_range {
+    uint64_t offset, bytes;
+    bool     unmap;
+} vblk_range;
+
+VBLKDEF vblk_range vblk_range_of(const vblk_request *req, unsigned i);
+
 // `queue`, or VBLK_ALL_QUEUES, has work: what QueueNotify does, for another
 // transport. Any thread.
 VBLKDEF void vblk_notify(vblk_dev *dev, int queue);
@@ -1030,7 +1088,6 @@ VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev);
 
 // Whether `queue` broke (Q4) and needs a reset. Any thread.
 VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue);
-
 
 // ---- Other transports: what PCI and vhost-user hosts need instead ----------
 
@@ -1075,7 +1132,6 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
 // not broken. Thread: as register calls; the queue's drainer must be outside.
 VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring);
 
-
 // ---- Token bucket ----------------------------------------------------------
 
 // Pure functions: state and time in, answer out. Any number below 2^63 is
@@ -1098,7 +1154,6 @@ VBLKDEF bool vblk_bucket_can_take(const vblk_bucket *b, uint64_t n);
 VBLKDEF void vblk_bucket_take(vblk_bucket *b, uint64_t n);
 VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
                                   uint64_t now_ns);
-
 
 // ---- Memory and backends ---------------------------------------------------
 
@@ -1145,7 +1200,6 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk);
 extern "C" {
 #endif
 
-
 // ---- Files (POSIX) ---------------------------------------------------------
 
 // An image file or a block device by positioned I/O and fdatasync(). Safe from
@@ -1157,7 +1211,6 @@ typedef struct vblk_file {
     bool            read_only;
     uint32_t        block, align; // of O_DIRECT, else 0: offsets and lengths
                                   // are multiples of it, and addresses
-    int             buffered_fd;  // for those of which the first are not
     int             flush_error; // after one failed fdatasync, all fail: the
                                  // kernel forgets which pages are not written
     uint64_t end VBLK__ATOMIC64; // atomic; so long it was, at its longest
@@ -1166,7 +1219,8 @@ typedef struct vblk_file {
 
 #define VBLK_FILE_READ_ONLY 1u
 #define VBLK_FILE_DIRECT    2u // Linux: O_DIRECT, around the page cache; copies
-                               // what is not aligned, by 36 KiB of stack
+                               // what is not aligned, by 36 KiB of stack. The
+                               // backend's block_size is what it needs
 
 // Open `path`. VBLK_OK or VBLK_ERR_FILE, with errno set; EOPNOTSUPP: no
 // O_DIRECT. vblk_file_close() after the device's last use.
@@ -1192,7 +1246,6 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 extern "C" {
 #endif
 
-
 // ---- Engine (Linux) --------------------------------------------------------
 
 // Serves a device in place of vblk_poll(), with up to 250 requests under way,
@@ -1215,7 +1268,7 @@ typedef struct vblk_engine {
     uint32_t     under_way, in_kernel; // requests; calls of io_uring for them
     bool         polling, woken;  // `fd` of vblk_engine_wait(), by io_uring
     bool         dropping;        // what ends is forgotten
-    bool         reads, writes;   // io_uring does them
+    bool         reads, writes, clears; // io_uring does them
     uint32_t     free, to_sync, in_sync; // lists of slots
     uint64_t     sync_end, bytes; // of the file, before it was synced; moving
     struct vblk__slot *slot;
@@ -1264,7 +1317,6 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms);
 // After it was quiesced; VBLK_ERR_BUSY if not: nothing is freed then.
 VBLKDEF int vblk_engine_close(vblk_engine *e);
 
-
 // ---- Worker (Linux) --------------------------------------------------------
 
 typedef struct vblk_worker_options {
@@ -1272,6 +1324,8 @@ typedef struct vblk_worker_options {
     bool     no_uring;   // else its engine does what it can by io_uring
     bool     each_queue; // has a thread of its own
     unsigned look_on_us; // for new requests, before a thread sleeps; default 50
+    const int *cpus;     // to run on, `cpu_count` numbers; NULL: on those that
+    unsigned cpu_count;  // the caller of vblk_worker_init() runs on
     // All that were left behind, as a call of yours was told, have ended: all
     // they used is out of their hands, and the device has been reset. From here
     // any call of the worker may be made, unless vblk_worker_close() has begun,
@@ -1301,14 +1355,12 @@ typedef struct vblk_worker {
     bool                held;         // the same; vblk__hold_still() holds
     bool                refused;      // the same; it could not
     bool                orphaned;     // the same; the last left behind disposes
-    unsigned char       any_cpu[128]; // where vblk_worker_init() ran; cpu_set_t
+    unsigned char       cpu_set[128]; // a cpu_set_t
     pthread_mutex_t     limits;       // a turn of a thread's, where there are
     // Under `parking`. `awake` and `left` are also read without.
     pthread_mutex_t     parking;
     pthread_cond_t      changed;
     bool                pause, hold; // the host asks, the library asks
-    unsigned            placed;      // counts the changes of `cpu_set`
-    unsigned char       cpu_set[128];
     uint32_t            running;     // threads that have not ended
     uint32_t            uring_told;  // atomic; it is not to be had
     uint32_t            awake;       // atomic; those that do not rest
@@ -1351,11 +1403,6 @@ VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w);
 // The eventfd of the thread that serves `queue`. Any thread.
 VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue);
 
-// The processors that the thread may run on: `count` numbers, or none for those
-// of vblk_worker_init(). VBLK_OK or VBLK_ERR_CPUS. Any thread.
-VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
-                                 unsigned count);
-
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0 (and
 // QueueReset, or QueueReady of 0 while live) waits up to stop_ms for threads,
@@ -1396,7 +1443,6 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #if defined(VBLK_IMPLEMENTATION) && !defined(VBLK_IMPLEMENTED)
 #define VBLK_IMPLEMENTED
 
-
 // ---- Platform ---------------------------------------------------------------
 
 #if defined(VBLK_SINGLE_THREADED) && defined(VBLK_IMPLEMENTATION_THREADED)
@@ -1422,6 +1468,9 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #endif
 #ifndef VBLK_SCRATCH
 #define VBLK_SCRATCH 4096
+#endif
+#ifndef VBLK_MAX_RANGES
+#define VBLK_MAX_RANGES 64
 #endif
 #if VBLK_MAX_SEGS < 1 || VBLK_MAX_SEGS > 32768
 #error "vblk.h: VBLK_MAX_SEGS is 1 to 32768"
@@ -1503,7 +1552,6 @@ typedef uint16_t vblk__shared16;
 #define VBLK__APART static
 #endif
 
-
 // ---- Wire: little-endian loads and stores, layouts --------------------------
 
 #define VBLK__DESC_NEXT     1u
@@ -1512,7 +1560,8 @@ typedef uint16_t vblk__shared16;
 #define VBLK__DESC_BYTES    16u
 #define VBLK__USED_BYTES    8u
 #define VBLK__HEADER_BYTES  16u
-#define VBLK__CONFIG_BYTES  36u
+#define VBLK__RANGE_BYTES   16u
+#define VBLK__CONFIG_BYTES  72u
 #define VBLK__WRITEBACK     32u // in it
 #define VBLK__NO_NOTIFY     1u
 #define VBLK__NO_INTERRUPT  1u
@@ -1553,7 +1602,6 @@ static inline uint32_t vblk__le32(uint32_t value) {
 static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
     return gpa > 0 - n;
 }
-
 
 // ---- Memory: where addresses become pointers --------------------------------
 
@@ -1729,7 +1777,6 @@ static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
     return vblk__regions_copy(user, false, gpa, (uint8_t *)(uintptr_t)src, n);
 }
 
-
 // ---- Device: state, events, interrupts, notifications ----------------------
 
 // dev->state: Status, the bits of InterruptStatus and whether the line is high,
@@ -1894,7 +1941,6 @@ VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
     if (dev->notify) dev->notify(dev->user, queue);
 }
 
-
 // ---- Bucket: integers in, integers out -------------------------------------
 
 #define VBLK__SECOND UINT64_C(1000000000) // nanoseconds
@@ -2006,7 +2052,6 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
     return wait < UINT64_MAX - lag ? wait + lag : UINT64_MAX;
 }
 
-
 // ---- Limits: who must wait, and until when ---------------------------------
 
 // Those of a batch come at one time: all but the first find it done.
@@ -2073,14 +2118,15 @@ static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
 }
 
 // The head waits.
-static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
-                        uint64_t now_ns) {
+static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t ops,
+                        uint64_t bytes, uint64_t now_ns) {
     if (!dev->waits) {
         dev->waits = true;
         dev->turn = q->number;
         dev->again_ns = 0;
     }
-    q->run.stalled_bytes = cost;
+    q->run.stalled_ops = ops;
+    q->run.stalled_bytes = bytes;
     if (!q->run.stalled) {
         q->run.stalled = true;
         q->run.stalled_ns = now_ns;
@@ -2090,23 +2136,23 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t cost,
     vblk__check_clock(dev);
 }
 
-// Whether a request of so many bytes fits the limits now; both are looked at
+// Whether a request that costs so much fits the limits now; both are looked at
 // before either is charged. The queue that stalls first goes first: until its
 // request fits, nothing of another queue passes, or small requests there could
 // keep a large one waiting for ever.
-static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
-                        uint64_t now_ns) {
-    if (!dev->limited || (!dev->ops.rate && bytes == 0)) {
+static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t ops,
+                        uint64_t bytes, uint64_t now_ns) {
+    if (!dev->ops.rate && bytes == 0) {
         return true; // costs nothing, so it waits for nobody
     }
     vblk__refill(dev, now_ns);
     bool its_turn = !dev->waits || dev->turn == q->number;
-    if (!its_turn || !vblk_bucket_can_take(&dev->ops, 1) ||
+    if (!its_turn || !vblk_bucket_can_take(&dev->ops, ops) ||
         !vblk_bucket_can_take(&dev->bytes, bytes)) {
-        vblk__stall(dev, q, bytes, now_ns);
+        vblk__stall(dev, q, ops, bytes, now_ns);
         return false;
     }
-    vblk_bucket_take(&dev->ops, 1);
+    vblk_bucket_take(&dev->ops, ops);
     vblk_bucket_take(&dev->bytes, bytes);
     return true;
 }
@@ -2115,12 +2161,11 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t bytes,
 static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
     const vblk_queue *q = &dev->queue[dev->turn];
     vblk__refill(dev, now_ns);
-    uint64_t a = vblk_bucket_wait(&dev->ops, 1, now_ns);
+    uint64_t a = vblk_bucket_wait(&dev->ops, q->run.stalled_ops, now_ns);
     uint64_t b = vblk_bucket_wait(&dev->bytes, q->run.stalled_bytes, now_ns);
     uint64_t wait = a > b ? a : b;
     return wait < VBLK_NEVER - now_ns ? now_ns + wait : VBLK_NEVER - 1;
 }
-
 
 // ---- Queue: take a chain, give it back, publish, switch notifications ------
 
@@ -2350,7 +2395,6 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
         vblk__raise(dev, q->number, fire);
     }
 }
-
 
 // ---- Chain: descriptors to a list ------------------------------------------
 
@@ -2594,7 +2638,6 @@ static const uint8_t *vblk__cut_header(vblk_dev *dev, vblk__chain *c,
     return p;
 }
 
-
 // ---- Request: list to validated request ------------------------------------
 
 // Of the type: an order among requests, which old drivers ask for unasked.
@@ -2602,8 +2645,11 @@ static const uint8_t *vblk__cut_header(vblk_dev *dev, vblk__chain *c,
 
 enum { VBLK__NO_DATA, VBLK__DATA_IN, VBLK__DATA_OUT };
 
-// What the data is: nothing, as many sectors of the disk, the id.
-typedef enum vblk__shape { VBLK__NOTHING, VBLK__SECTORS, VBLK__ID } vblk__shape;
+// What the data is: nothing, ranges of the disk; or, and these become segments,
+// as many sectors of the disk, an answer.
+typedef enum vblk__shape {
+    VBLK__NOTHING, VBLK__RANGES, VBLK__SECTORS, VBLK__ID, VBLK__LIFETIME
+} vblk__shape;
 
 // The request types. Nothing else compares types: a new one is a row here. What
 // no other has is a value of a column, and a case in the switch over it:
@@ -2639,6 +2685,17 @@ static const struct vblk__kind {
      VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
     {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK__DO_ANSWER,
      VBLK_EV_NONE, VBLK_EV_NONE, 0, 0}, // and not counted
+    {VBLK_T_GET_LIFETIME, VBLK_F_LIFETIME, VBLK__DATA_IN, VBLK__LIFETIME,
+     VBLK__DO_ANSWER, VBLK_EV_NONE, VBLK_EV_NONE, 0, 0},
+    {VBLK_T_DISCARD, VBLK_F_DISCARD, VBLK__DATA_OUT, VBLK__RANGES,
+     VBLK__DO_DISCARD, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
+     VBLK__COUNTER(discards), VBLK__COUNTER(discards)},
+    {VBLK_T_WRITE_ZEROES, VBLK_F_WRITE_ZEROES, VBLK__DATA_OUT, VBLK__RANGES,
+     VBLK__DO_ZEROES, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
+     VBLK__COUNTER(write_zeroes), VBLK__COUNTER(write_zeroes)},
+    {VBLK_T_SECURE_ERASE, VBLK_F_SECURE_ERASE, VBLK__DATA_OUT, VBLK__RANGES,
+     VBLK__DO_ERASE, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
+     VBLK__COUNTER(secure_erases), VBLK__COUNTER(secure_erases)},
 #undef VBLK__COUNTER
 };
 
@@ -2684,20 +2741,34 @@ static inline uint64_t vblk__capacity(const vblk_dev *dev) {
     return VBLK__LOAD(&dev->disk) & VBLK__CAPACITY;
 }
 
-// As many sectors of the disk, from `sector` on (V7 to V9, V13).
+static inline uint64_t vblk__block_sectors(const vblk_dev *dev) {
+    return dev->backend.block_size / VBLK_SECTOR;
+}
+
+// Whether they lie on the disk, in whole blocks (V13, V19).
+static bool vblk__on_disk(const vblk_dev *dev, vblk__chain *c, uint64_t sector,
+                          uint64_t sectors) {
+    const uint64_t capacity = vblk__capacity(dev);
+    if (sector > capacity || sectors > capacity - sector) {
+        return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector,
+                            sectors * VBLK_SECTOR);
+    }
+    bool ragged = ((sector | sectors) & (vblk__block_sectors(dev) - 1)) != 0;
+    return !ragged || !(dev->offered & VBLK_F_BLK_SIZE) ||
+           vblk__refuse(c, VBLK_EV_BLOCK_RAGGED, sector, sectors * VBLK_SECTOR);
+}
+
+// As many sectors of the disk, from `sector` on (V7 to V9, V13, V19).
 static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
                               vblk_request *r, uint64_t sector) {
     bool out = r->kind->data == VBLK__DATA_OUT;
-    const uint64_t capacity = vblk__capacity(dev);
     if (r->bytes % VBLK_SECTOR) {
         return vblk__refuse(c, VBLK_EV_DATA_RAGGED, r->bytes, 0);
     }
     if (out && !dev->backend.write) {
         return vblk__refuse(c, VBLK_EV_READ_ONLY, sector, 0);
     }
-    if (sector > capacity || r->bytes / VBLK_SECTOR > capacity - sector) {
-        return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector, r->bytes);
-    }
+    if (!vblk__on_disk(dev, c, sector, r->bytes / VBLK_SECTOR)) return false;
     if (r->bytes >= UINT32_MAX) {
         return vblk__refuse(c, VBLK_EV_DATA_LONG, r->bytes, 0);
     }
@@ -2705,22 +2776,77 @@ static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
     return true;
 }
 
-// The id, as far as there is space (V16).
-static bool vblk__fit_id(const vblk_dev *dev, vblk__chain *c, vblk_request *r) {
-    if (dev->strict && c->list->n < VBLK_ID_BYTES) {
+// An answer of `n` bytes, as far as there is space (V16).
+static bool vblk__fit_answer(const vblk_dev *dev, vblk__chain *c,
+                             vblk_request *r, uint32_t n) {
+    if (dev->strict && c->list->n < n) {
         return vblk__refuse(c, VBLK_EV_ID_SHORT, c->list->n, 0);
     }
-    if (r->bytes > VBLK_ID_BYTES) {
-        r->bytes = VBLK_ID_BYTES;
-        vblk__keep(c, VBLK_ID_BYTES);
+    if (r->bytes > n) {
+        r->bytes = n;
+        vblk__keep(c, n);
     }
     return true;
+}
+
+// All readable bytes that are left, to `to`.
+static bool vblk__gather(vblk_dev *dev, vblk__chain *c, uint8_t *to) {
+    for (const vblk_seg *d = c->list; d != c->end; to += d++->n) {
+        if (vblk__wraps(d->gpa, d->n) || !vblk__read(dev, d->gpa, to, d->n)) {
+            return vblk__refuse(c, VBLK_EV_DATA_UNMAPPED, d->gpa, d->n);
+        }
+    }
+    return true;
+}
+
+// Ranges, read once and checked all before one is executed (V20, V21). They
+// become the segments: `gpa` is the offset, `n` the bytes and, in bit 0, UNMAP.
+VBLK__APART bool vblk__fit_ranges(vblk_dev *dev, vblk__chain *c,
+                                  vblk_request *r) {
+    uint8_t ranges[(VBLK_MAX_RANGES + 1) * VBLK__RANGE_BYTES];
+    const uint64_t bytes = r->bytes;
+    const uint32_t known = r->kind->does == VBLK__DO_ZEROES; // UNMAP
+    uint64_t most = dev->range_max * (uint64_t)VBLK__RANGE_BYTES;
+    if (bytes == 0 || bytes % VBLK__RANGE_BYTES || bytes > most) {
+        return vblk__refuse(c, VBLK_EV_RANGES_COUNT, bytes, most);
+    }
+    if (!vblk__gather(dev, c, ranges)) return false;
+    r->seg = c->full - (dev->seg_max + 2);
+    for (const uint8_t *p = ranges; p < ranges + bytes;
+         p += VBLK__RANGE_BYTES) {
+        uint64_t sector = vblk__get64(p);
+        uint32_t sectors = vblk__get32(p + 8), flags = vblk__get32(p + 12);
+        if (flags & ~known) {
+            c->status = VBLK_S_UNSUPP;
+            return vblk__refuse(c, VBLK_EV_RANGE_FLAGS, flags, 0);
+        }
+        if (sectors > dev->range_sectors) {
+            return vblk__refuse(c, VBLK_EV_RANGE_LONG,
+                                (uint64_t)sectors * VBLK_SECTOR,
+                                (uint64_t)dev->range_sectors * VBLK_SECTOR);
+        }
+        if (!vblk__on_disk(dev, c, sector, sectors)) return false;
+        if (sectors == 0) continue;
+        vblk_seg *s = &r->seg[r->segs++];
+        s->ptr = NULL;
+        s->gpa = sector * VBLK_SECTOR;
+        s->n = sectors * (size_t)VBLK_SECTOR | flags;
+    }
+    r->bytes = 0;
+    r->offset = r->segs ? r->seg->gpa : 0;
+    return true;
+}
+
+VBLKDEF vblk_range vblk_range_of(const vblk_request *req, unsigned i) {
+    const vblk_seg *s = &req->seg[i];
+    vblk_range range = {s->gpa, s->n & ~(size_t)1, s->n & 1};
+    return range;
 }
 
 // V5 to V9, V12, V13, V16, in the order of a reader's questions: is it the
 // right data, is there enough, may it, is it on the disk. What of it is the
 // request's goes into `r`.
-static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
+static bool vblk__fit(vblk_dev *dev, vblk__chain *c, vblk_request *r,
                       uint64_t sector) {
     const struct vblk__kind *k = r->kind;
     uint64_t bytes = c->in_bytes + c->out_bytes;
@@ -2739,9 +2865,11 @@ static bool vblk__fit(const vblk_dev *dev, vblk__chain *c, vblk_request *r,
     }
     r->bytes = bytes;
     switch ((vblk__shape)k->shape) {
-    case VBLK__NOTHING: break;
-    case VBLK__SECTORS: return vblk__fit_sectors(dev, c, r, sector);
-    case VBLK__ID:      return vblk__fit_id(dev, c, r);
+    case VBLK__NOTHING:  break;
+    case VBLK__RANGES:   return VBLK_MAX_RANGES && vblk__fit_ranges(dev, c, r);
+    case VBLK__SECTORS:  return vblk__fit_sectors(dev, c, r, sector);
+    case VBLK__ID:       return vblk__fit_answer(dev, c, r, VBLK_ID_BYTES);
+    case VBLK__LIFETIME: return vblk__fit_answer(dev, c, r, 6);
     }
     return true;
 }
@@ -2846,16 +2974,15 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
         c->status = VBLK_S_UNSUPP;
         return false;
     }
-    if (!vblk__fit(dev, c, r, sector)) return false;
-    uint8_t data = r->kind->data;
     r->seg = c->list;
     r->segs = 0;
     r->direct = true;
+    if (!vblk__fit(dev, c, r, sector)) return false;
+    uint8_t data = r->kind->data;
     r->durable = data == VBLK__DATA_OUT && VBLK__LOAD(&dev->write_through);
-    return data == VBLK__NO_DATA ||
+    return r->kind->shape < VBLK__SECTORS ||
            vblk__map_data(dev, r, c, data == VBLK__DATA_IN);
 }
-
 
 // ---- Copies: between guest memory and the host -----------------------------
 
@@ -2938,7 +3065,6 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
     return vblk__copy(dev, req, &p, (uint8_t *)(uintptr_t)src, n, false);
 }
 
-
 // ---- Serve: the chain at the head ------------------------------------------
 
 // The chain of `r` is done, `data` bytes were written: status byte, then used
@@ -2993,17 +3119,45 @@ static bool vblk__place_status(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
 // of what cannot be written (V10).
 static bool vblk__is_idle(const vblk_dev *dev, const vblk_request *r) {
     return r->kind->does == VBLK__DO_FLUSH ? !dev->backend.write
-                                           : r->bytes == 0;
+                                           : r->segs == 0;
 }
 
-// Answer what needs no backend: the id goes out as far as there is space (V16).
+// What a request may cost: an operation and its bytes; or those of each range.
+static bool vblk__may_pass(vblk_dev *dev, vblk_queue *q, const vblk_request *r,
+                           uint64_t now_ns) {
+    uint64_t ops = 1, bytes = r->bytes;
+    if (!dev->limited) return true;
+    if (r->kind->shape == VBLK__RANGES) {
+        ops = r->segs;
+        for (unsigned i = 0; i < r->segs && r->kind->does == VBLK__DO_ZEROES;
+             i++) {
+            bytes += vblk_range_of(r, i).bytes;
+        }
+    }
+    return vblk__admit(dev, q, ops, bytes, now_ns);
+}
+
+// Three numbers; those that the standard reserves are unknown instead, 0.
+static void vblk__put_lifetime(const vblk_dev *dev, uint8_t *to) {
+    for (int i = 0; i < 3; i++) {
+        uint16_t n = VBLK__LOAD(&dev->backend.lifetime[i]);
+        vblk__put_le(to + 2 * i, n <= (i ? 11 : 3) ? n : 0, 2);
+    }
+}
+
+// Answer what needs no backend, as far as there is space (V16).
 static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     const struct vblk__kind *k = r->kind;
+    uint8_t lifetime[6], *what = dev->id;
+    if (k->shape == VBLK__LIFETIME) {
+        vblk__put_lifetime(dev, lifetime);
+        what = lifetime;
+    }
     if (k->does != VBLK__DO_ANSWER) { // idle
         if (vblk__return_early(dev, q, r, VBLK_S_OK, 0)) {
             vblk__count_success(q, k, 0);
         }
-    } else if (vblk_put(dev, r, 0, dev->id, (size_t)r->bytes)) {
+    } else if (vblk_put(dev, r, 0, what, (size_t)r->bytes)) {
         vblk__return_early(dev, q, r, VBLK_S_IOERR, 0);
     } else {
         vblk__return_early(dev, q, r, VBLK_S_OK, (uint32_t)r->bytes);
@@ -3030,7 +3184,7 @@ static vblk__state vblk__judge(vblk_dev *dev, vblk_queue *q, vblk_request *r,
         return VBLK__MORE;
     }
     bool idle = vblk__is_idle(dev, r);
-    if (!idle && !vblk__admit(dev, q, r->bytes, now_ns)) {
+    if (!idle && !vblk__may_pass(dev, q, r, now_ns)) {
         q->run.avail_next--;
         return VBLK__STALLED;
     }
@@ -3073,7 +3227,6 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
     }
     return state;
 }
-
 
 // ---- Complete: a request has ended -----------------------------------------
 
@@ -3178,7 +3331,6 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
                              vblk__came_to(req, result));
 }
 
-
 // ---- Execute: a request by the backend -------------------------------------
 
 static inline int64_t vblk__transfer(const vblk_dev *dev,
@@ -3255,10 +3407,26 @@ VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
     return done;
 }
 
-// The transfer of `r`, if it is one. A read that moves nothing has come to the
-// end: unlike a host, the backend knows where that is.
-VBLK__FLAT vblk__progress vblk__run(vblk_dev *dev, const vblk_request *r) {
+// One range after the other, by `call`. What fails is told with its place.
+static vblk__progress vblk__run_ranges(
+    const vblk_dev *dev, const vblk_request *r,
+    int (*call)(void *user, uint64_t offset, uint64_t bytes, bool unmap)) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
+    for (unsigned i = 0; i < r->segs && !done.error && !vblk__halted(dev);
+         i++) {
+        vblk_range range = vblk_range_of(r, i);
+        done.error = call(dev->backend.user, range.offset, range.bytes,
+                          range.unmap);
+        done.bytes = done.error ? range.offset - r->offset : 0;
+    }
+    done.code = done.error ? (vblk_event_code)r->kind->failed : VBLK_EV_NONE;
+    return done;
+}
+
+// What `r` asks for, but to be durable. A read that moves nothing has come to
+// the end: unlike a host, the backend knows where that is.
+VBLK__FLAT vblk__progress vblk__run(vblk_dev *dev, const vblk_request *r) {
+    const vblk__progress done = {0, VBLK_EV_NONE, 0};
     const struct vblk__kind *k = r->kind;
     switch ((vblk__does)k->does) {
     case VBLK__DO_READ:
@@ -3266,6 +3434,12 @@ VBLK__FLAT vblk__progress vblk__run(vblk_dev *dev, const vblk_request *r) {
         return r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
                                       r->bytes)
                          : vblk__move_copied(dev, r);
+    case VBLK__DO_DISCARD:
+        return vblk__run_ranges(dev, r, dev->backend.discard);
+    case VBLK__DO_ZEROES:
+        return vblk__run_ranges(dev, r, dev->backend.write_zeroes);
+    case VBLK__DO_ERASE:
+        return vblk__run_ranges(dev, r, dev->backend.secure_erase);
     case VBLK__DO_FLUSH:
     case VBLK__DO_ANSWER: break; // the second is never handed out
     }
@@ -3288,7 +3462,6 @@ VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
     }
     vblk__end_request(dev, q, r, done);
 }
-
 
 // ---- Next, publish, drain, poll --------------------------------------------
 
@@ -3469,7 +3642,6 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     return more ? now_ns : dev->again_ns;
 }
 
-
 // ---- Device: features, status, reset ---------------------------------------
 
 // Stop a queue, so that it can start anew. What is under way goes stale.
@@ -3559,7 +3731,9 @@ static vblk_event_code vblk__check_features(const vblk_dev *dev) {
         return VBLK_EV_FEATURES_VERSION;
     }
     if (dev->accepted & ~dev->offered) return VBLK_EV_FEATURES_UNOFFERED;
-    return VBLK_EV_NONE;
+    return dev->offered & ~dev->accepted & VBLK_F_ACCESS_PLATFORM
+               ? VBLK_EV_FEATURES_PLATFORM
+               : VBLK_EV_NONE;
 }
 
 // What stands against a Status that goes from `old` to `value` (F2 to F7, P2).
@@ -3608,8 +3782,7 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
         if (value == old) return; // F4
         vblk_event_code code = vblk__check_status(dev, old, value);
         if (code) {
-            bool features = code == VBLK_EV_FEATURES_VERSION ||
-                            code == VBLK_EV_FEATURES_UNOFFERED;
+            bool features = code >= VBLK_EV_FEATURES_VERSION; // and after it
             vblk__say(dev, code, features ? dev->accepted : written,
                       features ? dev->offered : old);
             return;
@@ -3632,20 +3805,50 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
     }
 }
 
-
 // ---- Registers: offsets to device calls -------------------------------------
+
+static unsigned vblk__log2(uint64_t n) {
+    unsigned log = 0;
+    while (n >>= 1) log++;
+    return log;
+}
 
 VBLKDEF void vblk_read_config(const vblk_dev *dev, uint64_t offset, void *dst,
                               size_t n) {
-    uint8_t b[VBLK__CONFIG_BYTES] = {0}; // [5.2.4]
-    vblk__put_le(b, vblk__capacity(dev), 8);
-    vblk__put_le(b + 8, dev->offered & VBLK_F_SIZE_MAX ? dev->size_max : 0, 4);
-    vblk__put_le(b + 12, dev->offered & VBLK_F_SEG_MAX ? dev->seg_max : 0, 4);
-    vblk__put_le(b + 20, dev->offered & VBLK_F_BLK_SIZE
-                             ? dev->backend.block_size : 0, 4);
-    b[VBLK__WRITEBACK] = dev->offered & VBLK_F_CONFIG_WCE &&
-                         !VBLK__LOAD(&dev->write_through);
-    vblk__put_le(b + 34, dev->offered & VBLK_F_MQ ? dev->queues : 0, 2);
+    const vblk_backend *k = &dev->backend;
+    const uint64_t block = k->block_size, offered = dev->offered;
+    const uint64_t align = k->physical_size / VBLK_SECTOR;
+    const struct {
+        uint64_t feature; // without which it is 0
+        uint8_t  at, bytes;
+        uint64_t value;
+    } fields[] = { // [5.2.4]
+        {VBLK_F_VERSION_1, 0, 8, vblk__capacity(dev)},
+        {VBLK_F_SIZE_MAX, 8, 4, dev->size_max},
+        {VBLK_F_SEG_MAX, 12, 4, dev->seg_max},
+        {VBLK_F_BLK_SIZE, 20, 4, block},
+        {VBLK_F_TOPOLOGY, 24, 1, vblk__log2(k->physical_size / block)},
+        {VBLK_F_TOPOLOGY, 25, 1, k->align_offset / block},
+        {VBLK_F_TOPOLOGY, 26, 2, k->min_io / block},
+        {VBLK_F_TOPOLOGY, 28, 4, k->opt_io / block},
+        {VBLK_F_CONFIG_WCE, VBLK__WRITEBACK, 1,
+         !VBLK__LOAD(&dev->write_through)},
+        {VBLK_F_MQ, 34, 2, dev->queues},
+        {VBLK_F_DISCARD, 36, 4, dev->range_sectors},
+        {VBLK_F_DISCARD, 40, 4, dev->range_max},
+        {VBLK_F_DISCARD, 44, 4, align},
+        {VBLK_F_WRITE_ZEROES, 48, 4, dev->range_sectors},
+        {VBLK_F_WRITE_ZEROES, 52, 4, dev->range_max},
+        {VBLK_F_WRITE_ZEROES, 56, 1, k->unmaps},
+        {VBLK_F_SECURE_ERASE, 60, 4, dev->range_sectors},
+        {VBLK_F_SECURE_ERASE, 64, 4, dev->range_max},
+        {VBLK_F_SECURE_ERASE, 68, 4, align}};
+    uint8_t b[VBLK__CONFIG_BYTES] = {0};
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        if (offered & fields[i].feature) {
+            vblk__put_le(b + fields[i].at, fields[i].value, fields[i].bytes);
+        }
+    }
     for (size_t i = 0; i < n; i++) {
         bool there = offset < sizeof b && i < sizeof b - offset;
         ((uint8_t *)dst)[i] = there ? b[offset + i] : 0;
@@ -3939,7 +4142,6 @@ VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
     vblk__announce(dev, VBLK_STATUS_NEEDS_RESET);
 }
 
-
 // ---- Set-up and queries -----------------------------------------------------
 
 static bool vblk__check_limit(uint64_t rate, uint64_t burst) {
@@ -3970,14 +4172,35 @@ static uint32_t vblk__segs_of(const vblk_options *o) {
                                   : VBLK_MAX_SEGS;
 }
 
+static uint32_t vblk__most_ranges(const vblk_options *o) {
+    uint32_t room = vblk__segs_of(o) + 2; // they become segments
+    return room < VBLK_MAX_RANGES ? room : VBLK_MAX_RANGES;
+}
+
+static uint32_t vblk__block_of(const vblk_backend *b) {
+    return b->block_size ? b->block_size : VBLK_SECTOR;
+}
+
+static uint32_t vblk__physical_of(const vblk_backend *b) {
+    return b->physical_size ? b->physical_size : vblk__block_of(b);
+}
+
+static bool vblk__check_blocks(const vblk_backend *b) {
+    uint32_t block = vblk__block_of(b), physical = vblk__physical_of(b);
+    return !(block & (block - 1)) && block >= VBLK_SECTOR &&
+           !(physical & (physical - 1)) && physical >= block &&
+           physical <= 65536 && b->align_offset < physical &&
+           !((b->align_offset | b->min_io | b->opt_io) & (block - 1)) &&
+           b->min_io / block <= UINT16_MAX;
+}
+
 static int vblk__check_options(const vblk_options *o) {
-    const uint64_t may_be_off = VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX |
-                                VBLK_F_BLK_SIZE | VBLK_F_INDIRECT_DESC |
-                                VBLK_F_EVENT_IDX;
+    const uint64_t may_be_off =
+        VBLK_F_SIZE_MAX | VBLK_F_SEG_MAX | VBLK_F_BLK_SIZE | VBLK_F_TOPOLOGY |
+        VBLK_F_DISCARD | VBLK_F_WRITE_ZEROES | VBLK_F_LIFETIME |
+        VBLK_F_SECURE_ERASE | VBLK_F_INDIRECT_DESC | VBLK_F_EVENT_IDX;
     if (!vblk__is_memory(&o->memory)) return VBLK_ERR_MEMORY;
-    uint32_t block = o->backend.block_size;
-    if (!o->backend.read || block & (block - 1) || block > 65536 ||
-        (block && block < VBLK_SECTOR)) {
+    if (!o->backend.read || !vblk__check_blocks(&o->backend)) {
         return VBLK_ERR_BACKEND;
     }
     if ((unsigned)o->profile > VBLK_STRICT) return VBLK_ERR_PROFILE;
@@ -3996,6 +4219,11 @@ static int vblk__check_options(const vblk_options *o) {
         return VBLK_ERR_SEG_MAX;
     }
     if (o->size_max && o->size_max < 4096) return VBLK_ERR_SIZE_MAX;
+    if (o->range_max > vblk__most_ranges(o) ||
+        o->range_sectors > 1u << 21 ||
+        o->range_sectors % (vblk__block_of(&o->backend) / VBLK_SECTOR)) {
+        return VBLK_ERR_RANGES;
+    }
     if (o->features_off & ~may_be_off) return VBLK_ERR_FEATURES;
     return vblk__check_limits(&o->limits);
 }
@@ -4003,12 +4231,15 @@ static int vblk__check_options(const vblk_options *o) {
 // The sectors, as many as the backend says if 0, and the bytes that there are.
 static int vblk__measure(const vblk_backend *b, uint64_t *capacity,
                          uint64_t *bytes) {
-    if (*capacity > INT64_MAX / VBLK_SECTOR || (!*capacity && !b->size)) {
+    const uint32_t block = vblk__block_of(b);
+    if (*capacity > INT64_MAX / VBLK_SECTOR || (!*capacity && !b->size) ||
+        *capacity % (block / VBLK_SECTOR)) {
         return VBLK_ERR_CAPACITY;
     }
     *bytes = b->size ? b->size(b->user) : *capacity * VBLK_SECTOR;
     if (!*capacity && *bytes > INT64_MAX) return VBLK_ERR_CAPACITY;
-    *capacity = *capacity ? *capacity : *bytes / VBLK_SECTOR;
+    *capacity = *capacity ? *capacity
+                          : *bytes / block * (block / VBLK_SECTOR);
     return VBLK_OK;
 }
 
@@ -4018,8 +4249,9 @@ static void vblk__say_capacity(const vblk_dev *dev, uint64_t asked,
     if (capacity > bytes / VBLK_SECTOR) {
         vblk__say(dev, VBLK_EV_CAPACITY_LARGE, bytes, capacity * VBLK_SECTOR);
     }
-    if (!asked && capacity > 0 && bytes % VBLK_SECTOR) {
-        vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED, bytes % VBLK_SECTOR, 0);
+    if (!asked && capacity > 0 && bytes % dev->backend.block_size) {
+        vblk__say(dev, VBLK_EV_CAPACITY_ROUNDED,
+                  bytes % dev->backend.block_size, 0);
     }
     if (capacity == 0) vblk__say(dev, VBLK_EV_CAPACITY_ZERO, bytes, 0);
 }
@@ -4027,7 +4259,17 @@ static void vblk__say_capacity(const vblk_dev *dev, uint64_t asked,
 static uint64_t vblk__offer(const vblk_options *o) {
     uint64_t f = VBLK_F_VERSION_1 | VBLK_F_BLK_SIZE | VBLK_F_SEG_MAX |
                  VBLK_F_EVENT_IDX | VBLK_F_INDIRECT_DESC | VBLK_F_RING_RESET;
-    f |= o->backend.write ? 0 : VBLK_F_RO;
+    const vblk_backend *b = &o->backend;
+    f |= b->write ? 0 : VBLK_F_RO;
+    f |= vblk__physical_of(b) > vblk__block_of(b) || b->align_offset ||
+                 b->min_io || b->opt_io ? VBLK_F_TOPOLOGY : 0;
+    f |= b->lifetime ? VBLK_F_LIFETIME : 0;
+    if (VBLK_MAX_RANGES && b->write) {
+        f |= b->discard ? VBLK_F_DISCARD : 0;
+        f |= b->write_zeroes ? VBLK_F_WRITE_ZEROES : 0;
+        f |= b->secure_erase ? VBLK_F_SECURE_ERASE : 0;
+    }
+    f |= o->access_platform ? VBLK_F_ACCESS_PLATFORM : 0;
     f |= o->queues > 1 ? VBLK_F_MQ : 0;
     f |= o->profile == VBLK_STRICT || o->size_max ? VBLK_F_SIZE_MAX : 0; // P12
     // Nothing to flush on a read-only disk, so it can be offered (V10).
@@ -4057,8 +4299,8 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     VBLK_MEMSET(dev, 0, sizeof *dev);
     dev->memory = o->memory;
     dev->backend = o->backend;
-    dev->backend.block_size = o->backend.block_size ? o->backend.block_size
-                                                    : VBLK_SECTOR;
+    dev->backend.block_size = vblk__block_of(&o->backend);
+    dev->backend.physical_size = vblk__physical_of(&o->backend);
     dev->interrupt = o->interrupt;
     dev->event = o->event;
     dev->notify = o->notify;
@@ -4073,6 +4315,9 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->queue_size = vblk__queue_size(o);
     dev->seg_max = vblk__segs_of(o);
     dev->size_max = o->size_max ? o->size_max : 1u << 20;
+    dev->range_max = o->range_max ? o->range_max
+                                  : vblk__most_ranges(o);
+    dev->range_sectors = o->range_sectors ? o->range_sectors : 65536;
     dev->vendor_id = o->vendor_id || strict ? o->vendor_id : 0x554d4551; // P11
     dev->strict = strict;
     dev->again_ns = VBLK_NEVER;
@@ -4256,7 +4501,6 @@ VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
     return buf;
 }
 
-
 // ---- Memory and memory disk -------------------------------------------------
 
 VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
@@ -4303,6 +4547,16 @@ static int vblk__ramdisk_flush(void *user) {
     return 0;
 }
 
+static int vblk__ramdisk_zero(void *user, uint64_t offset, uint64_t bytes,
+                              bool unmap) {
+    vblk_ramdisk *d = (vblk_ramdisk *)user;
+    uint64_t left = offset < d->bytes ? d->bytes - offset : 0;
+    left = left < bytes ? left : bytes;
+    if (left > 0) VBLK_MEMSET((uint8_t *)d->data + offset, 0, (size_t)left);
+    (void)unmap;
+    return 0;
+}
+
 static uint64_t vblk__ramdisk_size(void *user) {
     return ((vblk_ramdisk *)user)->bytes;
 }
@@ -4314,6 +4568,7 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
     b.write = vblk__ramdisk_write;
     b.flush = vblk__ramdisk_flush;
     b.size = vblk__ramdisk_size;
+    b.discard = b.write_zeroes = vblk__ramdisk_zero;
     b.user = disk;
     return b;
 }
@@ -4365,8 +4620,9 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 #define VBLK__IS_DISK(mode) (S_ISBLK(mode) || S_ISCHR(mode))
 #endif
 
-
 // ---- Files ------------------------------------------------------------------
+
+#define VBLK__BOUNCE 32768u // bytes of stack
 
 static void vblk__close(int *fd) {
     if (*fd >= 0) close(*fd);
@@ -4388,16 +4644,6 @@ static int vblk__file_check(int fd, bool read_only) {
                                                             : ENOTBLK;
 }
 
-#ifdef VBLK__DIRECT
-// Another descriptor of the same file, with its own place among those that hear
-// of failures, and without O_DIRECT.
-static int vblk__file_again(int fd) {
-    char path[32];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    return open(path, (fcntl(fd, F_GETFL) & (O_ACCMODE | O_SYNC)) | O_CLOEXEC);
-}
-#endif
-
 // What O_DIRECT asks for: by the file system, or what suits all. Blocks smaller
 // than a page would share it with what goes through the cache. An errno, or 0.
 static int vblk__file_align(vblk_file *f) {
@@ -4411,8 +4657,7 @@ static int vblk__file_align(vblk_file *f) {
         f->align = st[38];
         f->block = st[39] > VBLK_SECTOR && st[39] < 4096 ? 4096 : st[39];
     }
-    f->buffered_fd = vblk__file_again(f->fd);
-    return f->buffered_fd < 0 ? errno : f->block ? 0 : EOPNOTSUPP;
+    return f->block && f->block <= VBLK__BOUNCE ? 0 : EOPNOTSUPP;
 #else
     return 0;
 #endif
@@ -4423,11 +4668,9 @@ VBLKDEF int vblk_file_from(vblk_file *file, int fd, bool read_only) {
     off_t end = err ? -1 : lseek(fd, 0, SEEK_END);
     err = !err && end < 0 ? errno : err;
     file->fd = fd;
-    file->buffered_fd = -1;
     err = err ? err : vblk__file_align(file);
     err = err ? err : pthread_mutex_init(&file->mutex, NULL);
     if (err) {
-        vblk__close(&file->buffered_fd);
         errno = err;
         return VBLK_ERR_FILE;
     }
@@ -4461,11 +4704,8 @@ VBLKDEF int vblk_file_open(vblk_file *file, const char *path, unsigned flags) {
 
 VBLKDEF void vblk_file_close(vblk_file *file) {
     pthread_mutex_destroy(&file->mutex);
-    vblk__close(&file->buffered_fd);
     vblk__close(&file->fd);
 }
-
-#define VBLK__BOUNCE 32768u
 
 // Several segments in one call, where the system has one and the array holds
 // them; the first ones otherwise.
@@ -4520,9 +4760,6 @@ static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
     vblk_seg own = {room + (4096 - (uintptr_t)room % 4096), VBLK__BOUNCE, 0};
     uint64_t all = 0;
     for (unsigned i = 0; i < segs; i++) all += seg[i].n;
-    if ((offset | all) % f->block) {
-        return vblk__file_call(f->buffered_fd, offset, seg, segs, in);
-    }
     own.n = all < own.n ? (size_t)all : own.n;
     ssize_t n = in ? vblk__file_call(f->fd, offset, &own, 1, true) : 0;
     size_t  left = in ? n > 0 ? (size_t)n : 0 : own.n;
@@ -4613,15 +4850,92 @@ static int vblk__file_flush(void *user) {
     return err;
 }
 
+#ifdef FALLOC_FL_PUNCH_HOLE
+#define VBLK__PUNCH (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+#define VBLK__ZERO  (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE)
+
+// 0, or an errno; EOPNOTSUPP: not to be had here.
+static int vblk__file_clear(vblk_file *f, int mode, uint64_t offset,
+                            uint64_t bytes) {
+    int err;
+    do {
+        err = fallocate(f->fd, mode, (off_t)offset, (off_t)bytes) ? errno : 0;
+    } while (err == EINTR);
+    return err == ENOSYS || err == EINVAL ? EOPNOTSUPP : err;
+}
+#else
+#define VBLK__PUNCH 0
+#define VBLK__ZERO  0
+#define vblk__file_clear(f, mode, offset, bytes) EOPNOTSUPP
+#endif
+
+// What there is of `bytes`: beyond the end all is zero.
+static uint64_t vblk__file_part(const vblk_file *f, uint64_t offset,
+                                uint64_t bytes) {
+    uint64_t end = VBLK__LOAD(&f->end), left = offset < end ? end - offset : 0;
+    return bytes < left ? bytes : left;
+}
+
+// What cannot be discarded stays.
+static int vblk__file_discard(void *user, uint64_t offset, uint64_t bytes,
+                              bool unmap) {
+    vblk_file *f = (vblk_file *)user;
+    bytes = vblk__file_part(f, offset, bytes);
+    int err = bytes ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes) : 0;
+    (void)unmap;
+    return err == EOPNOTSUPP ? 0 : -err;
+}
+
+// Where the file system has no such call, written: the same page many times.
+static int vblk__file_zero(void *user, uint64_t offset, uint64_t bytes,
+                           bool unmap) {
+    static uint8_t zeroes[4096];
+    vblk_file *f = (vblk_file *)user;
+    bytes = vblk__file_part(f, offset, bytes);
+    int err = bytes && unmap ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes)
+                             : EOPNOTSUPP;
+    if (!bytes) return 0;
+    if (err == EOPNOTSUPP) err = vblk__file_clear(f, VBLK__ZERO, offset, bytes);
+    if (err != EOPNOTSUPP) return -err;
+    while (bytes > 0) {
+        vblk_seg seg[64];
+        unsigned n = 0;
+        for (uint64_t left = bytes; n < 64 && left > 0; left -= seg[n++].n) {
+            seg[n].ptr = zeroes;
+            seg[n].n = left < sizeof zeroes ? (size_t)left : sizeof zeroes;
+        }
+        int64_t done = vblk__file_move(f, offset, seg, n, false);
+        if (done <= 0) return done ? (int)done : -EIO;
+        offset += (uint64_t)done;
+        bytes -= (uint64_t)done;
+    }
+    return 0;
+}
+
+// What the disk or file system does best with.
+static void vblk__file_blocks(const vblk_file *f, vblk_backend *b) {
+    struct stat st;
+    b->block_size = f->block;
+    if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        uint32_t best = st.st_blksize <= 65536 ? (uint32_t)st.st_blksize : 4096;
+        b->physical_size = best & (best - 1) || best < 4096 ? 4096 : best;
+    }
+    if (b->physical_size < b->block_size) b->physical_size = b->block_size;
+}
+
 VBLKDEF vblk_backend vblk_file_backend(vblk_file *file) {
     vblk_backend b;
     VBLK_MEMSET(&b, 0, sizeof b);
     b.read = vblk__file_read;
     b.flush = vblk__file_flush;
     b.size = vblk__file_size;
-    b.write = file->read_only ? NULL : vblk__file_write;
     b.user = file;
-    b.block_size = file->block < 4096 ? file->block : 4096;
+    vblk__file_blocks(file, &b);
+    if (file->read_only) return b;
+    b.write = vblk__file_write;
+    b.write_zeroes = vblk__file_zero;
+    b.discard = VBLK__PUNCH ? vblk__file_discard : NULL;
+    b.unmaps = VBLK__PUNCH != 0;
     return b;
 }
 
@@ -4646,7 +4960,6 @@ header in this unit, or compile with -D_GNU_SOURCE"
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
-
 static uint64_t vblk__clock(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -4660,7 +4973,6 @@ static struct timespec vblk__timespec(uint64_t ns) {
     return t;
 }
 
-
 // ---- Engine -----------------------------------------------------------------
 
 // What a request is while it is under way: with a transfer in io_uring, or in a
@@ -4669,7 +4981,7 @@ static struct timespec vblk__timespec(uint64_t ns) {
 
 struct vblk__slot {
     vblk_request req;
-    uint64_t     done; // bytes so far
+    uint64_t     done; // bytes so far, or ranges
     uint64_t     end;  // of the file when this call began
     uint32_t     next; // in its list
     vblk_seg     seg[VBLK__NEAR_SEGS]; // if they fit, else in e->seg
@@ -4805,11 +5117,47 @@ static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
     return true;
 }
 
+// Queue the next range, as vblk__file_discard() and vblk__file_zero() first try
+// it. False: there is none, or the file does not reach so far.
+static bool vblk__queue_range(vblk_engine *e, struct vblk__slot *s) {
+    const vblk_request *r = &s->req;
+    if (s->done == r->segs) return false;
+    vblk_range range = vblk_range_of(r, (unsigned)s->done);
+    bool punch = r->kind->does == VBLK__DO_DISCARD || range.unmap;
+    if (vblk__file_part(e->file, range.offset, range.bytes) < range.bytes) {
+        return false;
+    }
+    struct io_uring_sqe *sqe = vblk__entry(e, IORING_OP_FALLOCATE,
+                                           (uint64_t)(s - e->slot));
+    e->in_kernel++;
+    sqe->off = range.offset;
+    sqe->addr = range.bytes;
+    sqe->len = punch ? VBLK__PUNCH : VBLK__ZERO;
+    return true;
+}
+
+static bool vblk__queue_next(vblk_engine *e, struct vblk__slot *s) {
+    return s->req.kind->shape == VBLK__RANGES ? vblk__queue_range(e, s)
+                                              : vblk__queue_move(e, s);
+}
+
 static void vblk__end_move(vblk_engine *e, struct vblk__slot *s,
                            vblk__progress done) {
     bool waits = vblk__wants_flush(&s->req, done);
     if (waits) vblk__push(e, &e->to_sync, s);
     if (!waits) vblk__finish(e, s, done);
+}
+
+// io_uring did a range, or could not: then the backend does them all.
+static void vblk__cleared(vblk_engine *e, struct vblk__slot *s, int res) {
+    const vblk_request *r = &s->req;
+    vblk__progress done = {0, VBLK_EV_NONE, 0};
+    s->done += res == 0;
+    bool ours = !e->dropping &&
+                !vblk__stale(e->dev, &e->dev->queue[r->queue], r);
+    if (ours && res == 0 && vblk__queue_range(e, s)) return;
+    if (ours && s->done < r->segs) done = vblk__run(e->dev, r);
+    vblk__end_move(e, s, done);
 }
 
 // A transfer of io_uring has moved `n` bytes, or failed.
@@ -4853,10 +5201,13 @@ static bool vblk__reap(vblk_engine *e) {
         if (cqe.user_data >= VBLK__CANCELLED) continue;
         any = true;
         e->in_kernel--;
+        struct vblk__slot *s = &e->slot[cqe.user_data % VBLK__SLOTS];
         if (cqe.user_data == VBLK__SYNCED) {
             vblk__synced(e, vblk__heard(e->file, e->sync_end, cqe.res));
+        } else if (s->req.kind->shape == VBLK__RANGES) {
+            vblk__cleared(e, s, cqe.res);
         } else {
-            vblk__moved(e, &e->slot[cqe.user_data], cqe.res);
+            vblk__moved(e, s, cqe.res);
         }
     }
     return any;
@@ -4866,9 +5217,11 @@ static bool vblk__reap(vblk_engine *e) {
 static void vblk__begin(vblk_engine *e, const vblk_request *r) {
     vblk_dev *dev = e->dev;
     const vblk__does does = (vblk__does)r->kind->does;
-    bool uring = r->direct && ((does == VBLK__DO_READ && e->reads) ||
-                               (does == VBLK__DO_WRITE && e->writes)) &&
-                 vblk__file_fits(e->file, r->offset, r->seg, r->segs);
+    bool uring = r->kind->shape == VBLK__RANGES
+                     ? e->clears && does != VBLK__DO_ERASE
+                     : r->direct && ((does == VBLK__DO_READ && e->reads) ||
+                                     (does == VBLK__DO_WRITE && e->writes)) &&
+                           vblk__file_fits(e->file, r->offset, r->seg, r->segs);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     if (!uring) {
         done = vblk__run(dev, r);
@@ -4888,7 +5241,7 @@ static void vblk__begin(vblk_engine *e, const vblk_request *r) {
     memcpy(s->req.seg, r->seg, r->segs * sizeof *r->seg);
     if (!uring) {
         vblk__push(e, &e->to_sync, s);
-    } else if (!vblk__queue_move(e, s)) {
+    } else if (!vblk__queue_next(e, s)) {
         vblk__end_move(e, s, vblk__run(dev, &s->req));
     }
 }
@@ -5130,6 +5483,14 @@ static bool vblk__map_rings(vblk_engine *e, const struct io_uring_params *p) {
     return true;
 }
 
+// Another descriptor of the same file, with its own place among those that hear
+// of failures.
+static int vblk__file_again(int fd) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, (fcntl(fd, F_GETFL) & (O_ACCMODE | O_SYNC)) | O_CLOEXEC);
+}
+
 static bool vblk__open_ring(vblk_engine *e, vblk_file *f) {
     static const uint32_t flags[] = {VBLK__SETUP_SINGLE, VBLK__SETUP_COOP, 0};
     struct io_uring_params p;
@@ -5170,7 +5531,7 @@ static void vblk__close_ring(vblk_engine *e) {
     e->sqe = NULL;
     e->rings = NULL;
     e->file = NULL;
-    e->reads = e->writes = false;
+    e->reads = e->writes = e->clears = false;
     errno = saved;
 }
 
@@ -5206,6 +5567,8 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
         vblk__close_ring(e);
         return VBLK_ERR_URING;
     }
+    e->clears = e->file && (!b->discard || b->discard == vblk__file_discard) &&
+                (!b->write_zeroes || b->write_zeroes == vblk__file_zero);
     return VBLK_OK;
 }
 
@@ -5224,7 +5587,6 @@ VBLKDEF int vblk_engine_event_fd(vblk_engine *e) {
     }
     return e->event_fd;
 }
-
 
 // ---- Worker: how it works ---------------------------------------------------
 
@@ -5277,7 +5639,6 @@ struct vblk__thread {
     uint32_t     speaking; // atomic: away with an event
     bool         inside;   // the thread's own: it is in a callback
     bool         resting;  // under `parking`: it is not counted as awake
-    unsigned     placed;   // under `parking`: w->placed, as it was followed
     unsigned     number;
     struct vblk__thread *next;
     pthread_t    id;
@@ -5341,6 +5702,20 @@ static int vblk__worker_flush(void *user) {
     return err;
 }
 
+#define VBLK__WORKER_CALL(member)                                              \
+    static int vblk__worker_##member(void *user, uint64_t offset,              \
+                                     uint64_t bytes, bool unmap) {             \
+        vblk_worker *w = (vblk_worker *)user;                                  \
+        struct vblk__thread *t = vblk__before_callback(w);                     \
+        int err = w->backend.member(w->backend.user, offset, bytes, unmap);    \
+        vblk__after_callback(t);                                               \
+        return err;                                                            \
+    }
+VBLK__WORKER_CALL(discard)
+VBLK__WORKER_CALL(write_zeroes)
+VBLK__WORKER_CALL(secure_erase)
+#undef VBLK__WORKER_CALL
+
 static uint64_t vblk__worker_size(void *user) {
     const vblk_backend *b = &((vblk_worker *)user)->backend;
     return b->size(b->user);
@@ -5353,10 +5728,12 @@ static vblk_backend vblk__worker_backend(vblk_worker *w) {
     b.write = b.write ? vblk__worker_write : NULL;
     b.flush = b.flush ? vblk__worker_flush : NULL;
     b.size = b.size ? vblk__worker_size : NULL;
+    b.discard = b.discard ? vblk__worker_discard : NULL;
+    b.write_zeroes = b.write_zeroes ? vblk__worker_write_zeroes : NULL;
+    b.secure_erase = b.secure_erase ? vblk__worker_secure_erase : NULL;
     b.user = w;
     return b;
 }
-
 
 // ---- Worker: events, descriptors, interrupt ---------------------------------
 
@@ -5423,7 +5800,6 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w) {
     for (unsigned i = 0; i < w->threads; i++) vblk__signal(w->kick_fds[i]);
 }
 
-
 // ---- Worker: the thread -----------------------------------------------------
 
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
@@ -5443,7 +5819,6 @@ static void vblk__set_resting(struct vblk__thread *t, bool yes) {
 // Rest as long as the host or the library asks for it, with nothing under way.
 // False: it is to stop.
 static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
-    cpu_set_t set;
     pthread_mutex_lock(&w->parking);
     while ((w->pause || w->hold) &&
            !__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE)) {
@@ -5467,13 +5842,7 @@ static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
         vblk__set_resting(t, false);
         VBLK__STORE(&w->dev.yield, 0);
     }
-    bool move = t->placed != w->placed;
-    t->placed = w->placed;
-    memcpy(&set, w->cpu_set, sizeof set);
     pthread_mutex_unlock(&w->parking);
-    if (move && sched_setaffinity(0, sizeof set, &set)) {
-        vblk__say(&w->dev, VBLK_EV_WORKER_CPUS, (uint64_t)errno, 0);
-    }
     return go_on;
 }
 
@@ -5547,6 +5916,10 @@ static void *vblk__thread_main(void *arg) {
     if (setjmp(t->leave) == 0) {
         snprintf(name, sizeof name, "vblk%d", w->number);
         prctl(PR_SET_NAME, name);
+        if (sched_setaffinity(0, sizeof(cpu_set_t),
+                              (cpu_set_t *)(void *)w->cpu_set)) {
+            vblk__say(&w->dev, VBLK_EV_WORKER_CPUS, (uint64_t)errno, 0);
+        }
         vblk__serve_until_stopped(w, t);
     }
     t->inside = true;
@@ -5565,7 +5938,6 @@ static void *vblk__thread_main(void *arg) {
     if (!ended) vblk__come_back(t);
     return NULL;
 }
-
 
 // ---- Worker: start, stop, pause ---------------------------------------------
 
@@ -5595,7 +5967,6 @@ static bool vblk__start_thread(vblk_worker *w, unsigned number) {
     if (t) {
         t->w = w;
         t->number = number;
-        t->placed = w->placed - 1;
         t->resting = true;
         err = vblk__create_thread(t);
     }
@@ -5792,7 +6163,6 @@ VBLKDEF void vblk_worker_resume(vblk_worker *w) {
     pthread_mutex_unlock(&w->parking);
 }
 
-
 // ---- Worker: what the host calls --------------------------------------------
 
 VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w) {
@@ -5852,20 +6222,18 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {
     return err;
 }
 
-VBLKDEF int vblk_worker_set_cpus(vblk_worker *w, const int *cpus,
-                                 unsigned count) {
+static bool vblk__choose_cpus(vblk_worker *w) {
     cpu_set_t set;
     CPU_ZERO(&set);
-    for (unsigned i = 0; i < count; i++) {
-        if (cpus[i] < 0 || cpus[i] >= CPU_SETSIZE) return VBLK_ERR_CPUS;
-        CPU_SET((unsigned)cpus[i], &set);
+    VBLK_ASSERT(sizeof set <= sizeof w->cpu_set);
+    if (!w->wo.cpus) sched_getaffinity(0, sizeof set, &set);
+    for (unsigned i = 0; w->wo.cpus && i < w->wo.cpu_count; i++) {
+        int cpu = w->wo.cpus[i];
+        if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
+        CPU_SET((unsigned)cpu, &set);
     }
-    pthread_mutex_lock(&w->parking);
-    memcpy(w->cpu_set, count ? (void *)&set : (void *)w->any_cpu, sizeof set);
-    w->placed++;
-    vblk_worker_kick(w); // the threads move themselves
-    pthread_mutex_unlock(&w->parking);
-    return VBLK_OK;
+    memcpy(w->cpu_set, &set, sizeof set);
+    return true;
 }
 
 // None of this can fail on Linux, nor has anything to be undone.
@@ -5921,12 +6289,7 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     mine.notify = vblk__worker_notify;
     mine.quiesce = vblk__worker_quiesce;
     mine.user = w;
-    cpu_set_t any;
-    CPU_ZERO(&any);
-    VBLK_ASSERT(sizeof any <= sizeof w->any_cpu);
-    sched_getaffinity(0, sizeof any, &any);
-    memcpy(w->any_cpu, &any, sizeof any);
-    memcpy(w->cpu_set, &any, sizeof any);
+    if (!vblk__choose_cpus(w)) return VBLK_ERR_CPUS;
     vblk__make_locks(w);
     if (!vblk__open_all(w)) {
         int saved = errno;
@@ -5965,31 +6328,9 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
 
 #endif // VBLK_IMPLEMENTATION_THREADED
 
-
-/*
-This software is available under two licenses; choose whichever you prefer.
-
-ALTERNATIVE A - MIT License
-
-Copyright (c) 2026 the vblk.h authors
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of
-this software and associated documentation files (the "Software"), to deal in
-the Software without restriction, including without limitation the rights to
-use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
-of the Software, and to permit persons to whom the Software is furnished to do
-so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE.
-
-ALTERNATIVE B - Public Domain: the Unlicense, whose text is at unlicense.org.
-*/
+// SPDX-License-Identifier: MIT OR Unlicense
+//
+// Copyright (c) 2026 the vblk.h authors. Choose whichever you prefer: the MIT
+// License, or the public domain by the Unlicense. Both texts are in LICENSE, at
+// opensource.org/license/mit and at unlicense.org; this notice may stand for
+// the first in copies of this file. There is no warranty of any kind.

@@ -448,8 +448,9 @@ void w6_two_processors(void) {
     }
     worker_options();
     o.backend.read = notes_its_thread;
+    wo.cpus = cpus;
+    wo.cpu_count = 2;
     make_worker();
-    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 2));
     put_one(VBLK_T_IN, 1, true);
     EVENTUALLY(used_is(1));
     CHECK_EQ(2, cpus_seen);

@@ -703,8 +703,9 @@ void e7_direct_io_takes_any_buffer(void) {
         guest_up();
         CHECK_EQ(block, rd(VBLK_REG_CONFIG + 20));
         for (unsigned i = 0; i < 40; i++) {
-            uint32_t bytes = 512 * (1 + test_below(40));
-            uint64_t sector = test_below(SECTORS - 40);
+            uint32_t sectors = block / 512; // in a block
+            uint32_t bytes = block * (1 + test_below(40 / sectors));
+            uint64_t sector = test_below(SECTORS - 40) / sectors * sectors;
             uint32_t type = test_below(2) ? VBLK_T_IN : VBLK_T_OUT;
             req      r = prepare(type, sector, bytes);
             if (type == VBLK_T_OUT) {
@@ -724,20 +725,6 @@ void e7_direct_io_takes_any_buffer(void) {
     drop_image();
 }
 
-// Parts of blocks too are as durable as the host wants all to be.
-void e7_flags_of_the_descriptor_hold(void) {
-    if (!make_image(".", VBLK_FILE_DIRECT)) {
-        return;
-    }
-    vblk_file synced;
-    int       fd = open(path, O_RDWR | O_DIRECT | O_SYNC);
-    CHECK_EQ(VBLK_OK, vblk_file_from(&synced, fd, false));
-    CHECK_EQ(O_RDWR | O_SYNC, fcntl(synced.buffered_fd, F_GETFL) &
-                                  (O_ACCMODE | O_SYNC | O_DIRECT));
-    vblk_file_close(&synced);
-    drop_image();
-}
-
 void b6_block_size(void) {
     static const uint32_t bad[] = {1, 256, 513, 1536, 131072};
     for (unsigned i = 0; i < COUNT(bad); i++) {
@@ -748,7 +735,8 @@ void b6_block_size(void) {
     g.o.backend.block_size = 4096;
     guest_up();
     CHECK_EQ(4096, rd(VBLK_REG_CONFIG + 20));
-    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 1, 512)); // sectors are 512 bytes still
+    CHECK_EQ(SECTORS, rd(VBLK_REG_CONFIG)); // sectors are 512 bytes still
+    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 8, 8192));
     g.o.backend.block_size = 0;
     guest_up();
     CHECK_EQ(512, rd(VBLK_REG_CONFIG + 20));

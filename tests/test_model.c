@@ -1880,7 +1880,10 @@ static void become_engine(void) {
     CHECK_EQ(sizeof d.disk.data, write(fd, d.disk.data, sizeof d.disk.data));
     CHECK_EQ(VBLK_OK, vblk_file_from(&file, fd, !g.dev.backend.write));
     ours = g.dev.backend;
+    vblk_backend host = g.dev.backend;
     g.dev.backend = vblk_file_backend(&file);
+    g.dev.backend.block_size = host.block_size;
+    g.dev.backend.physical_size = host.physical_size;
     g.dev.backend.flush = ours.flush ? g.dev.backend.flush : NULL;
     uring_start(fd);
     kernel.now = d.now;

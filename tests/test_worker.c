@@ -225,8 +225,9 @@ void w2_the_thread_has_a_name_and_a_place(void) {
     const int cpus[] = {0};
     worker_options();
     o.backend.read = who_am_i;
+    wo.cpus = cpus;
+    wo.cpu_count = 1;
     make_worker();
-    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 1));
     up_made();
     read_one();
     CHECK(!pthread_equal(served_by, pthread_self()));
@@ -242,10 +243,11 @@ void w6_placement_that_fails_is_logged(void) {
     const int cpus[] = {1023};
     const int bad[] = {-1};
     worker_options();
+    wo.cpus = bad;
+    wo.cpu_count = 1;
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS, (uint64_t)vblk_worker_init(&w, &o, &wo));
+    wo.cpus = cpus;
     make_worker();
-    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
-             (uint64_t)vblk_worker_set_cpus(&w, bad, 1));
-    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, cpus, 1));
     up_made();
     read_one();
     CHECK(logged >= 1);
@@ -1062,11 +1064,6 @@ void w_signals_and_place_are_not_the_vcpus(void) {
     sigset_t caller;
     pthread_sigmask(SIG_BLOCK, NULL, &caller);
     CHECK(!sigismember(&caller, SIGUSR1)); // its own is as it was
-    const int first = CPU_ISSET(0, &mine) ? 0 : sched_getcpu();
-    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, &first, 1));
-    EVENTUALLY((read_one(), thread_cpus == 1)); // while it runs
-    CHECK_EQ(VBLK_OK, (uint64_t)vblk_worker_set_cpus(&w, NULL, 0));
-    EVENTUALLY((read_one(), thread_cpus == CPU_COUNT(&mine)));
     finish();
 }
 

@@ -114,10 +114,11 @@ void w_registers_of_other_widths(void) {
     CHECK_EQ(4, evented);
     CHECK_EQ(0xf, load(VBLK_REG_STATUS));
     CHECK_EQ(1, load(VBLK_REG_QUEUE_READY));
-    int cpu = CPU_SETSIZE;
-    CHECK_EQ((uint64_t)VBLK_ERR_CPUS,
-             (uint64_t)vblk_worker_set_cpus(&w, &cpu, 1));
     CHECK(!vblk_worker_close(&w));
+    int cpu = CPU_SETSIZE;
+    wo.cpus = &cpu;
+    wo.cpu_count = 1;
+    CHECK_EQ((uint64_t)VBLK_ERR_CPUS, (uint64_t)vblk_worker_init(&w, &o, &wo));
 }
 
 void w_pause_before_the_start(void) {

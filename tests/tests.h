@@ -338,7 +338,6 @@
     X(e6_a_turn_that_was_left_gives_the_limits_back, GUEST)                    \
     X(e8_a_lock_lasts_as_long_as_the_ring, GUEST)                              \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
-    X(e7_flags_of_the_descriptor_hold, GUEST)                                  \
     X(b6_block_size, GUEST)                                                    \
     X(w12_a_thread_for_each_queue, ONCE)                                       \
     X(w12_limits_of_several_threads, ONCE)                                     \
