@@ -89,14 +89,24 @@ void model_note(model_effects *e, char what, uint64_t offset,
 
 // ---- Set-up ----------------------------------------------------------------
 
+// A disk of so many bytes: whole blocks of it (B4).
+static uint64_t sectors_of(const model *m, uint64_t bytes) {
+    return (bytes - bytes % m->backend.block_size) / 512;
+}
+
 void model_init(model *m, const vblk_options *o) {
     memset(m, 0, offsetof(model, loose_at));
     m->standard = o->profile == VBLK_STANDARD;
     m->read_only = !o->backend.write;
     m->can_flush = o->backend.flush != NULL;
     m->memory_given = o->memory.read != NULL;
+    m->backend = o->backend;
+    m->backend.block_size = o->backend.block_size ? o->backend.block_size : 512;
+    if (m->backend.physical_size == 0) {
+        m->backend.physical_size = m->backend.block_size;
+    }
     m->capacity = o->capacity ? o->capacity
-                              : o->backend.size(o->backend.user) / 512;
+                              : sectors_of(m, o->backend.size(o->backend.user));
     m->queues = o->queues ? o->queues : 1;
     m->queue_size = o->queue_size ? o->queue_size : 256;
     m->seg_max = o->seg_max;
@@ -120,6 +130,23 @@ void model_init(model *m, const vblk_options *o) {
     m->offered |= m->read_only ? VBLK_F_RO : 0;
     m->offered |= m->can_flush && !m->read_only ? VBLK_F_CONFIG_WCE : 0;
     m->offered |= m->queues > 1 ? VBLK_F_MQ : 0;
+    if (!m->read_only) {
+        m->offered |= o->backend.discard ? VBLK_F_DISCARD : 0;
+        m->offered |= o->backend.write_zeroes ? VBLK_F_WRITE_ZEROES : 0;
+        m->offered |= o->backend.secure_erase ? VBLK_F_SECURE_ERASE : 0;
+    }
+    m->offered |= o->backend.lifetime ? VBLK_F_LIFETIME : 0;
+    m->offered |= o->access_platform ? VBLK_F_ACCESS_PLATFORM : 0;
+    if (m->backend.physical_size > m->backend.block_size ||
+        o->backend.align_offset || o->backend.min_io || o->backend.opt_io) {
+        m->offered |= VBLK_F_TOPOLOGY;
+    }
+    m->range_max = o->range_max;
+    if (m->range_max == 0) {
+        m->range_max = m->seg_max + 2 < VBLK_TEST_RANGES ? m->seg_max + 2
+                                                         : VBLK_TEST_RANGES;
+    }
+    m->range_sectors = o->range_sectors ? o->range_sectors : 65536;
     m->offered &= ~o->features_off;
     for (size_t i = 0; o->id && i < 20 && o->id[i]; i++) {
         m->id[i] = (uint8_t)o->id[i];
@@ -159,7 +186,7 @@ void model_needs_reset(model *m) {
 }
 
 void model_resize(model *m, uint64_t sectors, uint64_t backing) { // B7
-    uint64_t capacity = sectors ? sectors : backing / 512;
+    uint64_t capacity = sectors ? sectors : sectors_of(m, backing);
     m->reach = backing;
     if (capacity != m->capacity) {
         m->capacity = capacity;
@@ -186,25 +213,52 @@ static uint32_t queues_there_are(const model *m) {
     return settled && !(m->accepted & VBLK_F_MQ) ? 1 : m->queues;
 }
 
-static uint64_t config(const model *m, uint64_t at) {
-    uint8_t space[64] = {0};
-    for (unsigned i = 0; i < 8; i++) {
-        space[i] = (uint8_t)(m->capacity >> 8 * i);
+static void lay(uint8_t *space, unsigned at, unsigned bytes, uint64_t value) {
+    for (unsigned i = 0; i < bytes; i++) {
+        space[at + i] = (uint8_t)(value >> 8 * i);
     }
-    for (unsigned i = 0; i < 4; i++) {
-        if (m->offered & VBLK_F_SIZE_MAX) {
-            space[8 + i] = (uint8_t)(m->size_max >> 8 * i);
+}
+
+static uint64_t config(const model *m, uint64_t at) {
+    uint8_t space[80] = {0};
+    uint32_t block = m->backend.block_size;
+    lay(space, 0, 8, m->capacity);
+    if (m->offered & VBLK_F_SIZE_MAX) {
+        lay(space, 8, 4, m->size_max);
+    }
+    if (m->offered & VBLK_F_SEG_MAX) {
+        lay(space, 12, 4, m->seg_max);
+    }
+    if (m->offered & VBLK_F_BLK_SIZE) {
+        lay(space, 20, 4, block);
+    }
+    if (m->offered & VBLK_F_TOPOLOGY) {
+        while (block << space[24] < m->backend.physical_size) {
+            space[24]++;
         }
-        if (m->offered & VBLK_F_SEG_MAX) {
-            space[12 + i] = (uint8_t)(m->seg_max >> 8 * i);
-        }
-        if (m->offered & VBLK_F_BLK_SIZE) {
-            space[20 + i] = (uint8_t)(512 >> 8 * i);
-        }
+        lay(space, 25, 1, m->backend.align_offset / block);
+        lay(space, 26, 2, m->backend.min_io / block);
+        lay(space, 28, 4, m->backend.opt_io / block);
     }
     space[32] = m->offered & VBLK_F_CONFIG_WCE && !m->write_through;
     if (m->offered & VBLK_F_MQ) {
-        space[34] = (uint8_t)m->queues;
+        lay(space, 34, 2, m->queues);
+    }
+    static const struct {
+        uint64_t feature;
+        unsigned at;
+    } ranges[] = {{VBLK_F_DISCARD, 36}, {VBLK_F_WRITE_ZEROES, 48},
+                  {VBLK_F_SECURE_ERASE, 60}};
+    for (unsigned i = 0; i < 3; i++) {
+        if (m->offered & ranges[i].feature) {
+            lay(space, ranges[i].at, 4, m->range_sectors);
+            lay(space, ranges[i].at + 4, 4, m->range_max);
+            if (i == 1) {
+                space[56] = m->backend.unmaps;
+            } else {
+                lay(space, ranges[i].at + 8, 4, m->backend.physical_size / 512);
+            }
+        }
     }
     return at < sizeof space ? space[at] : 0;
 }
@@ -259,6 +313,7 @@ static void end_turn(model *m, const model_queue *q) {
         if (next->stalled) {
             m->turn = next;
             m->turn_bytes = next->stalled_bytes;
+            m->turn_ops = next->stalled_ops;
             next->due = true;
         }
     }
@@ -313,6 +368,7 @@ static bool status_step(const model *m, uint32_t old, uint32_t bit) {
     case VBLK_STATUS_FEATURES_OK:
         return old & VBLK_STATUS_DRIVER &&
                (m->standard || m->accepted & VBLK_F_VERSION_1) && // P10
+               !(m->offered & ~m->accepted & VBLK_F_ACCESS_PLATFORM) &&
                !(m->accepted & ~m->offered);
     case VBLK_STATUS_DRIVER_OK:
         return old & VBLK_STATUS_FEATURES_OK;
@@ -672,22 +728,24 @@ static void pay(model_bucket *b, uint64_t n) {
 
 // For the request whose turn it is.
 static uint64_t wait_of_turn(model *m, uint64_t now_ns) {
-    uint64_t a = wait_for(&m->ops, 1, now_ns);
+    uint64_t a = wait_for(&m->ops, m->turn_ops, now_ns);
     uint64_t b = wait_for(&m->bytes, m->turn_bytes, now_ns);
     return a > b ? a : b;
 }
 
 // Whether the request passes, and has paid (T2); if not, nanoseconds until it
 // does, or until the queue that stalled first may.
-static bool throttle(model *m, const model_queue *q, uint64_t bytes,
-                     uint64_t now_ns, uint64_t *wait) {
+static bool throttle(model *m, const model_queue *q, uint64_t ops,
+                     uint64_t bytes, uint64_t now_ns, uint64_t *wait) {
     if (m->ops.rate == 0 && (m->bytes.rate == 0 || bytes == 0)) {
         return true; // costs nothing
     }
     bool mine = !m->turn || m->turn == q;
     m->asked_bytes = bytes;
+    m->asked_ops = ops;
     if (mine) {
         m->turn_bytes = bytes;
+        m->turn_ops = ops;
     }
     *wait = wait_of_turn(m, now_ns);
     if (!mine || *wait > 0) {
@@ -695,7 +753,7 @@ static bool throttle(model *m, const model_queue *q, uint64_t bytes,
         m->turn = mine ? q : m->turn;
         return false;
     }
-    pay(&m->ops, 1);
+    pay(&m->ops, ops);
     pay(&m->bytes, bytes);
     return true;
 }
@@ -748,10 +806,17 @@ static bool out_of_range(const model *m, const model_chain *c) { // V13
     return offset > disk || c->bytes > disk - offset;
 }
 
-// What a request moves: all of its data, but of GET_ID no more than the id.
+bool model_has_ranges(uint32_t type) {
+    return type == VBLK_T_DISCARD || type == VBLK_T_WRITE_ZEROES ||
+           type == VBLK_T_SECURE_ERASE;
+}
+
+// What a request moves: all of its data, but no more than an answer has.
 static uint64_t moved(const model_chain *c) {
-    bool id = c->type == VBLK_T_GET_ID && c->bytes > VBLK_ID_BYTES;
-    return id ? VBLK_ID_BYTES : c->bytes;
+    uint64_t most = c->type == VBLK_T_GET_ID         ? VBLK_ID_BYTES
+                    : c->type == VBLK_T_GET_LIFETIME ? 6
+                                                     : UINT64_MAX;
+    return c->bytes < most ? c->bytes : most;
 }
 
 static bool data_mapped(const model_chain *c) { // X5
@@ -766,18 +831,75 @@ static bool data_mapped(const model_chain *c) { // X5
     return true;
 }
 
+// V19: whole blocks, where the driver can know of them.
+static bool ragged(const model *m, uint64_t sector, uint64_t sectors) {
+    uint64_t block = m->backend.block_size / 512;
+    return m->offered & VBLK_F_BLK_SIZE &&
+           (sector % block != 0 || sectors % block != 0);
+}
+
+// V20, V21: the status that the first bad one ends in.
+static uint8_t read_ranges(model *m, model_chain *c) {
+    static uint8_t all[16 * VBLK_TEST_RANGES];
+    uint64_t done = 0;
+    if (c->bytes == 0 || c->bytes % 16 != 0 ||
+        c->bytes / 16 > m->range_max || !data_mapped(c)) {
+        return VBLK_S_IOERR;
+    }
+    for (unsigned i = 0; i < c->datas; i++) {
+        for (uint64_t k = 0; k < c->data[i].n; k++) {
+            all[done++] = *model_at(m, c->data[i].gpa + k);
+        }
+    }
+    for (const uint8_t *p = all; p < all + done; p += 16) {
+        model_range r = {0, 0, 0};
+        for (unsigned i = 0; i < 8; i++) {
+            r.sector |= (uint64_t)p[i] << 8 * i;
+        }
+        for (unsigned i = 0; i < 4; i++) {
+            r.sectors |= (uint64_t)p[8 + i] << 8 * i;
+            r.flags |= (uint64_t)p[12 + i] << 8 * i;
+        }
+        if (r.flags > (c->type == VBLK_T_WRITE_ZEROES)) {
+            return VBLK_S_UNSUPP;
+        }
+        if (r.sectors > m->range_sectors || r.sector > m->capacity ||
+            r.sectors > m->capacity - r.sector ||
+            ragged(m, r.sector, r.sectors)) {
+            return VBLK_S_IOERR;
+        }
+        if (r.sectors > 0) {
+            c->range[c->ranges++] = r;
+        }
+    }
+    return VBLK_S_OK;
+}
+
+static bool offers(const model *m, uint32_t type) {
+    switch (type) {
+    case VBLK_T_IN: case VBLK_T_OUT: case VBLK_T_GET_ID: return true;
+    case VBLK_T_FLUSH:        return m->offered & VBLK_F_FLUSH;
+    case VBLK_T_GET_LIFETIME: return m->offered & VBLK_F_LIFETIME;
+    case VBLK_T_DISCARD:      return m->offered & VBLK_F_DISCARD;
+    case VBLK_T_WRITE_ZEROES: return m->offered & VBLK_F_WRITE_ZEROES;
+    case VBLK_T_SECURE_ERASE: return m->offered & VBLK_F_SECURE_ERASE;
+    default:                  return false;
+    }
+}
+
 // The status byte that validation ends in, or OK.
-static uint8_t validate(const model *m, const model_chain *c) {
+static uint8_t validate(model *m, model_chain *c) {
     bool in = c->type == VBLK_T_IN, out = c->type == VBLK_T_OUT;
     bool flush = c->type == VBLK_T_FLUSH, id = c->type == VBLK_T_GET_ID;
+    bool ranges = model_has_ranges(c->type);
+    bool lifetime = c->type == VBLK_T_GET_LIFETIME;
     if (!c->header_there || !c->header_readable) {
         return VBLK_S_IOERR; // V3, V4
     }
     if (c->barrier && !m->standard) { // P9
         return VBLK_S_UNSUPP;
     }
-    bool flushes = flush && m->offered & VBLK_F_FLUSH;
-    if (!(in || out || id || flushes)) {
+    if (!offers(m, c->type)) {
         return VBLK_S_UNSUPP; // V11, V10
     }
     if (flush) {
@@ -789,15 +911,19 @@ static uint8_t validate(const model *m, const model_chain *c) {
         if (binds && c->data[i].n > m->size_max) {
             return VBLK_S_IOERR; // V5
         }
-        if (c->data[i].write == out) {
+        if (c->data[i].write == (out || ranges)) {
             return VBLK_S_IOERR; // V12
         }
     }
     if (c->datas == 0 && !m->standard) {
         return VBLK_S_IOERR; // V6
     }
-    if (id && !m->standard && c->data[0].n < VBLK_ID_BYTES) {
+    if (!m->standard && ((id && c->data[0].n < VBLK_ID_BYTES) ||
+                         (lifetime && c->data[0].n < 6))) {
         return VBLK_S_IOERR; // V16
+    }
+    if (ranges) {
+        return read_ranges(m, c);
     }
     if ((in || out) && c->bytes % VBLK_SECTOR != 0) {
         return VBLK_S_IOERR; // V8
@@ -805,8 +931,9 @@ static uint8_t validate(const model *m, const model_chain *c) {
     if (out && m->read_only) {
         return VBLK_S_IOERR; // V9
     }
-    if ((in || out) && out_of_range(m, c)) {
-        return VBLK_S_IOERR; // V13
+    if ((in || out) && (out_of_range(m, c) ||
+                        ragged(m, c->sector, c->bytes / 512))) {
+        return VBLK_S_IOERR; // V13, V19
     }
     return data_mapped(c) ? VBLK_S_OK : VBLK_S_IOERR;
 }
@@ -871,13 +998,54 @@ static uint8_t write_data(model *m, const model_chain *c) { // X3, X4
     return VBLK_S_OK;
 }
 
-static void write_id(model *m, const model_chain *c) {
+static void write_answer(model *m, const model_chain *c) {
+    uint8_t  answer[VBLK_ID_BYTES];
     uint64_t done = 0;
+    memcpy(answer, m->id, sizeof answer);
+    for (unsigned i = 0; c->type == VBLK_T_GET_LIFETIME && i < 3; i++) {
+        uint16_t most = i == 0 ? 3 : 11, n = m->backend.lifetime[i];
+        lay(answer, 2 * i, 2, n > most ? 0 : n);
+    }
     for (unsigned i = 0; i < c->datas; i++) {
-        for (uint64_t k = 0; k < c->data[i].n && done < VBLK_ID_BYTES; k++) {
-            *model_at(m, c->data[i].gpa + k) = m->id[done++];
+        for (uint64_t k = 0; k < c->data[i].n && done < moved(c); k++) {
+            *model_at(m, c->data[i].gpa + k) = answer[done++];
         }
     }
+}
+
+bool model_clear(model_disk *disk, char what, uint64_t offset,
+                 uint64_t bytes) {
+    if (disk->bad >= offset && disk->bad - offset < bytes) {
+        return false;
+    }
+    for (uint64_t at = offset; at - offset < bytes && at < disk->backing;
+         at++) { // a discard leaves something
+        disk->data[at] = what == 'd' ? (uint8_t)(disk->data[at] * 5 + 1) : 0;
+    }
+    return true;
+}
+
+static bool clear_all(model *m, const model_chain *c, bool note) {
+    for (unsigned i = 0; i < c->ranges; i++) {
+        const model_range *r = &c->range[i];
+        char what = c->type == VBLK_T_DISCARD        ? 'd'
+                    : c->type == VBLK_T_SECURE_ERASE ? 'e'
+                    : r->flags                       ? 'u'
+                                                     : 'z';
+        if (note) {
+            model_note(&m->effects, what, r->sector * 512, r->sectors * 512);
+        }
+        if (!model_clear(&m->disk, what, r->sector * 512, r->sectors * 512)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void count_ranges(model *m, const model_chain *c) {
+    m->counts.discards += c->type == VBLK_T_DISCARD;
+    m->counts.write_zeroes += c->type == VBLK_T_WRITE_ZEROES;
+    m->counts.secure_erases += c->type == VBLK_T_SECURE_ERASE;
 }
 
 // What a valid chain asks for, if it needs no disk: its status byte; or STALLS
@@ -888,17 +1056,29 @@ static uint32_t answer(model *m, const model_queue *q, const model_chain *c,
         m->counts.flushes++;
         return VBLK_S_OK;
     }
+    if (model_has_ranges(c->type) && c->ranges == 0) {
+        count_ranges(m, c);
+        return VBLK_S_OK;
+    }
     if (c->type != VBLK_T_FLUSH && c->bytes == 0) { // P4
         m->counts.reads += c->type == VBLK_T_IN;
         m->counts.writes += c->type == VBLK_T_OUT;
         return VBLK_S_OK;
     }
-    if (!throttle(m, q, c->type == VBLK_T_FLUSH ? 0 : moved(c), now_ns,
-                  wait)) {
+    uint64_t ops = 1, bytes = c->type == VBLK_T_FLUSH ? 0 : moved(c);
+    if (model_has_ranges(c->type)) {
+        ops = c->ranges;
+        bytes = 0;
+        for (unsigned i = 0; i < c->ranges; i++) {
+            bool pays = c->type == VBLK_T_WRITE_ZEROES;
+            bytes += pays ? c->range[i].sectors * 512 : 0;
+        }
+    }
+    if (!throttle(m, q, ops, bytes, now_ns, wait)) {
         return STALLS;
     }
-    if (c->type == VBLK_T_GET_ID) {
-        write_id(m, c);
+    if (c->type == VBLK_T_GET_ID || c->type == VBLK_T_GET_LIFETIME) {
+        write_answer(m, c);
         return VBLK_S_OK;
     }
     return DISK;
@@ -911,10 +1091,17 @@ static uint8_t execute(model *m, const model_chain *c) {
     if (c->type == VBLK_T_OUT) {
         return write_data(m, c);
     }
-    if (flush_disk(m) != VBLK_S_OK) {
+    bool ranges = model_has_ranges(c->type);
+    if (ranges && !clear_all(m, c, true)) {
         return VBLK_S_IOERR;
     }
-    m->counts.flushes++;
+    if ((!ranges || m->write_through) && flush_disk(m) != VBLK_S_OK) {
+        return VBLK_S_IOERR;
+    }
+    if (ranges) {
+        count_ranges(m, c);
+    }
+    m->counts.flushes += !ranges;
     return VBLK_S_OK;
 }
 
@@ -924,8 +1111,9 @@ static uint64_t used_length(const model *m, const model_chain *c,
     uint64_t written = 0; // from the start of the writable area
     if (ok && c->type == VBLK_T_IN) {
         written = c->bytes;
-    } else if (ok && c->type == VBLK_T_GET_ID) {
-        written = c->bytes < VBLK_ID_BYTES ? c->bytes : VBLK_ID_BYTES;
+    } else if (ok && (c->type == VBLK_T_GET_ID ||
+                      c->type == VBLK_T_GET_LIFETIME)) {
+        written = moved(c);
     }
     if (!m->standard) {
         return written + 1; // Q9
@@ -1115,6 +1303,7 @@ static came_to pull(model *m, model_queue *q, uint64_t now_ns,
                 q->stalled_ns = now_ns;
             }
             q->stalled_bytes = m->asked_bytes;
+            q->stalled_ops = m->asked_ops;
             return STALLED;
         }
         m->requests++;
@@ -1262,8 +1451,12 @@ int model_complete(model *m, const model_request *r, int64_t result) {
     }
     uint64_t n = result < 0 ? 0 : (uint64_t)result, end = c->sector * 512 + n;
     bool     flush = c->type == VBLK_T_FLUSH, in = c->type == VBLK_T_IN;
-    bool     ok = result >= 0;
-    if (!flush) {
+    bool     ok = result >= 0, ranges = model_has_ranges(c->type);
+    if (ranges && ok) {
+        clear_all(m, c, false);
+        count_ranges(m, c);
+    }
+    if (!flush && !ranges) {
         move_data(m, c, n);
         ok = ok && (n == c->bytes || (in && end >= r->reach)); // X2, X3
     }

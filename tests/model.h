@@ -8,12 +8,13 @@
 
 #define MODEL_BYTES   (RAM_END + HIGH_SIZE) // both pieces of guest memory
 #define MODEL_QUEUES  8
+#define VBLK_TEST_RANGES 64 // as the implementation has by default
 #define MODEL_SECTORS 256u
 
 // What the backend was seen to do. Calls that carry on where the last one
 // ended are one effect: how a transfer is cut is the device's own affair.
 typedef struct model_effect {
-    char     what; // 'r', 'w', 'f'
+    char     what; // 'r', 'w', 'f'; of ranges 'd', 'z', 'u' (unmapped), 'e'
     uint64_t offset, bytes;
 } model_effect;
 
@@ -58,7 +59,7 @@ typedef struct model_queue {
     bool     poisoned, stalled;
     bool     switch_failed; // the driver could not be told to notify (Q3)
     uint64_t stalled_ns; // since when
-    uint64_t stalled_bytes;
+    uint64_t stalled_bytes, stalled_ops;
     uint16_t next; // position in the available ring
     uint16_t seen; // avail.idx, last time it was looked at
     uint16_t done; // position in the used ring
@@ -74,6 +75,10 @@ typedef struct model_piece {
     bool     write;
     bool     wrapped; // belongs to a descriptor that wraps: is no memory
 } model_piece;
+
+typedef struct model_range {
+    uint64_t sector, sectors, flags;
+} model_range;
 
 typedef struct model_chain {
     model_piece    all[MAX_SEGS + 2];
@@ -92,6 +97,8 @@ typedef struct model_chain {
     uint32_t type;
     bool     barrier; // bit 31 of the type
     uint64_t sector;
+    model_range range[VBLK_TEST_RANGES]; // no empty ones
+    unsigned ranges;
 } model_chain;
 
 // A request in the hands of the host.
@@ -107,6 +114,8 @@ typedef struct model {
     bool     standard, read_only, can_flush, memory_given;
     uint64_t capacity; // sectors
     uint32_t queues, queue_size, seg_max, size_max, vendor;
+    uint32_t range_max, range_sectors;
+    vblk_backend backend; // its sizes, and what it has
     uint64_t offered;
     uint8_t  id[20];
 
@@ -121,7 +130,7 @@ typedef struct model {
     bool        write_through;
     uint64_t    accepted;
     const model_queue *turn; // stalled first; NULL: none did
-    uint64_t      turn_bytes, asked_bytes;
+    uint64_t      turn_bytes, asked_bytes, turn_ops, asked_ops;
     uint64_t      reach; // bytes the backing is known to have
     uint64_t      again; // when a poll looks at what is stalled
     model_queue queue[MODEL_QUEUES];
@@ -143,6 +152,11 @@ typedef struct model {
 
 // The device after power-on. Memory and disk are filled in by the caller.
 void model_init(model *m, const vblk_options *o);
+
+// What a range does to a disk; false: it fails, and did nothing.
+bool model_clear(model_disk *disk, char what, uint64_t offset,
+                 uint64_t bytes);
+bool model_has_ranges(uint32_t type);
 
 // The guest's memory: NULL where there is none.
 uint8_t *model_at(model *m, uint64_t gpa);

@@ -194,6 +194,34 @@ static int disk_flush(void *user) {
     return d.disk.bad_flush ? -5 : 0;
 }
 
+static int clear(char what, uint64_t offset, uint64_t bytes) {
+    d.out_of_bounds |= bytes == 0 || offset > m.capacity * 512 ||
+                       bytes > m.capacity * 512 - offset;
+    model_note(&d.effects, what, offset, bytes);
+    return model_clear(&d.disk, what, offset, bytes) ? 0 : -5;
+}
+
+static int disk_discard(void *user, uint64_t offset, uint64_t bytes,
+                        bool unmap) {
+    (void)user;
+    d.out_of_bounds |= unmap;
+    return clear('d', offset, bytes);
+}
+
+static int disk_zero(void *user, uint64_t offset, uint64_t bytes, bool unmap) {
+    (void)user;
+    return clear(unmap ? 'u' : 'z', offset, bytes);
+}
+
+static int disk_erase(void *user, uint64_t offset, uint64_t bytes,
+                      bool unmap) {
+    (void)user;
+    d.out_of_bounds |= unmap;
+    return clear('e', offset, bytes);
+}
+
+static const uint16_t disk_lifetime[3] = {1, 11, 12};
+
 static uint64_t disk_size(void *user) {
     (void)user;
     return d.disk.backing;
@@ -298,6 +326,9 @@ static void compare_counts(void) {
     COMPARE(reads)
     COMPARE(writes)
     COMPARE(flushes)
+    COMPARE(discards)
+    COMPARE(write_zeroes)
+    COMPARE(secure_erases)
     COMPARE(bytes_read)
     COMPARE(bytes_written)
     COMPARE(io_errors)
@@ -578,6 +609,9 @@ static void add(part *p, unsigned *n, uint64_t gpa, uint64_t bytes,
 static uint32_t random_type(void) {
     static const uint32_t odd[] = {2, 5, 7, 9, 11, 13, 0x80000000, 0x100,
                                    UINT32_MAX};
+    static const uint32_t more[] = {VBLK_T_DISCARD, VBLK_T_WRITE_ZEROES,
+                                    VBLK_T_SECURE_ERASE, VBLK_T_WRITE_ZEROES,
+                                    VBLK_T_GET_LIFETIME};
     if (one_in(30)) { // P9
         return random_type() | 0x80000000;
     }
@@ -585,8 +619,8 @@ static uint32_t random_type(void) {
     case 0:  return odd[test_below(COUNT(odd))];
     case 1:
     case 2:  return VBLK_T_FLUSH;
-    case 3:
-    case 4:  return VBLK_T_GET_ID;
+    case 3:  return VBLK_T_GET_ID;
+    case 4:  return more[(m.requests + d.step) % COUNT(more)];
     default: return one_in(2) ? VBLK_T_IN : VBLK_T_OUT;
     }
 }
@@ -610,8 +644,11 @@ static uint32_t random_bytes(uint32_t type) {
     if (type == VBLK_T_FLUSH) {
         return one_in(8) ? test_below(1000) : 0;
     }
-    if (type == VBLK_T_GET_ID) {
+    if (type == VBLK_T_GET_ID || type == VBLK_T_GET_LIFETIME) {
         return one_in(2) ? 20 : test_below(50);
+    }
+    if (model_has_ranges(type)) {
+        return one_in(8) ? test_below(1200) : 16 * (1 + test_below(6));
     }
     if (one_in(15)) {
         return one_in(3) ? 0 : test_below(3000);
@@ -661,7 +698,7 @@ static unsigned usual_parts(part *p, uint32_t type, uint64_t sector,
     poke(header + 8, sector, 8);
     poke(status, 0xee, 1);
     add(p, &n, header, 16, 0);
-    bool out = type == VBLK_T_OUT ||
+    bool out = type == VBLK_T_OUT || model_has_ranges(type) ||
                (type != VBLK_T_IN && type != VBLK_T_GET_ID && one_in(2));
     if (!add_data(p, &n, bytes, out ? 0 : WRITE, most)) {
         return 0;
@@ -674,7 +711,7 @@ static unsigned usual_parts(part *p, uint32_t type, uint64_t sector,
 static unsigned free_parts(part *p, uint32_t type, uint64_t sector,
                            uint32_t bytes, unsigned most) {
     unsigned n = 0;
-    bool     in = type != VBLK_T_OUT;
+    bool     in = type != VBLK_T_OUT && !model_has_ranges(type);
     uint32_t size[2] = {16 + (in ? 0 : bytes), 1 + (in ? bytes : 0)};
     for (unsigned i = 0; i < 2; i++) {
         uint64_t area = place(size[i], 1);
@@ -698,6 +735,47 @@ static unsigned free_parts(part *p, uint32_t type, uint64_t sector,
         }
     }
     return n;
+}
+
+// Byte `at` of what is readable.
+static void poke_readable(const part *p, unsigned n, uint32_t at,
+                          uint8_t byte) {
+    for (unsigned i = 0; i < n; i++) {
+        if (p[i].flags & WRITE) {
+            continue;
+        }
+        if (at < p[i].n) {
+            poke(p[i].gpa + at, byte, 1);
+            return;
+        }
+        at -= p[i].n;
+    }
+}
+
+// The ranges, and in `touched` the sectors of the disk that they are about.
+static void put_ranges(const part *p, unsigned n, uint32_t type, uint32_t bytes,
+                       uint8_t *touched, size_t sectors) {
+    for (uint32_t done = 0; done + 16 <= bytes; done += 16) {
+        uint32_t length = test_below(9), flags = 0;
+        uint64_t sector = random_sector(length * 512);
+        if (m.backend.block_size > 512 && !one_in(20)) {
+            sector &= ~UINT64_C(7);
+            length = 8 * (length > 4);
+        }
+        length = one_in(60) ? test_random() : length;
+        flags = type == VBLK_T_WRITE_ZEROES ? test_below(2) : 0;
+        flags = one_in(60) ? test_below(4) << test_below(31) : flags;
+        for (uint64_t i = sector; i < sectors && i - sector < length; i++) {
+            touched[i] |= 2;
+        }
+        for (unsigned i = 0; i < 8; i++) {
+            poke_readable(p, n, 16 + done + i, (uint8_t)(sector >> 8 * i));
+        }
+        for (unsigned i = 0; i < 4; i++) {
+            poke_readable(p, n, 24 + done + i, (uint8_t)(length >> 8 * i));
+            poke_readable(p, n, 28 + done + i, (uint8_t)(flags >> 8 * i));
+        }
+    }
 }
 
 // One thing wrong, or at least unusual.
@@ -937,9 +1015,15 @@ static void submit_one(unsigned queue) {
     bool     usual = !one_in(m.standard ? 3 : 30);
     unsigned n = usual ? usual_parts(p, type, sector, bytes, most)
                        : free_parts(p, type, sector, bytes, most);
+    if (model_has_ranges(type)) {
+        put_ranges(p, n, type, bytes, writes, sizeof writes);
+    }
     for (int i = 0; i < 3 && one_in(4); i++) {
         usual = false;
         n = spoil(p, n);
+        if (model_has_ranges(type)) { // any range
+            memset(writes, 2, sizeof writes);
+        }
     }
     if (d.engine && n > 0) {
         remember(p, n, type, sector, bytes, usual);
@@ -1149,6 +1233,25 @@ static void make(vblk_profile profile) {
     uint32_t most = entries > 3 ? entries - 2 : 1;
     g.o.seg_max = g.o.seg_max > most ? most : g.o.seg_max;
     g.o.vendor_id = test_random();
+    uint32_t has = g.o.vendor_id; // of this, too: a choice less
+    g.o.backend.discard = has & 3 ? disk_discard : NULL;
+    g.o.backend.write_zeroes = has & 0xc ? disk_zero : NULL;
+    g.o.backend.secure_erase = has & 0x30 ? disk_erase : NULL;
+    g.o.backend.unmaps = has & 0x40;
+    g.o.backend.lifetime = has & 0x180 ? disk_lifetime : NULL;
+    g.o.access_platform = (has & 0xf000) == 0xf000;
+    if (has & 0x600) {
+        g.o.backend.physical_size = 4096 << (has >> 16 & 3);
+        g.o.backend.align_offset = has & 0x40000 ? 4096 / 8 * 4 : 0;
+        g.o.backend.opt_io = 4096 * (has >> 20 & 0xff);
+    }
+    if ((has & 0x70000000) == 0x70000000) {
+        g.o.backend.block_size = 4096;
+        g.o.backend.align_offset = 0;
+        g.o.capacity &= ~UINT64_C(7);
+    }
+    g.o.range_max = has & 0x800 ? 1 + (has >> 22 & 1) : 0;
+    g.o.range_sectors = has & 0x800 ? 8 + (has >> 20 & 0xf8) : 0;
     g.o.id = one_in(4) ? "an id of more than twenty bytes" : "id";
     g.o.features_off = one_in(6) ? VBLK_F_INDIRECT_DESC : 0;
     if (g.o.features_off) { // or it is refused
@@ -1335,8 +1438,9 @@ static void step_disk(void) {
 
 static void step_resize(void) {
     uint64_t sectors = d.disk.backing % 7 * (MODEL_SECTORS / 7);
+    sectors -= sectors % (m.backend.block_size / 512);
     say(" resize(%" PRIu64 ")", sectors);
-    model_resize(&m, sectors, d.disk.backing);
+    model_resize(&m, sectors, g.dev.backend.size(g.dev.backend.user));
     if (vblk_resize(&g.dev, sectors)) {
         differ("resize refused, to", sectors, 0, 1);
     }
@@ -1417,11 +1521,22 @@ static void step_next(unsigned queue) {
             const model_chain *c = &s->want.c;
             bool flush = c->type == VBLK_T_FLUSH;
             bool through = m.write_through;
+            bool ranges = model_has_ranges(c->type);
+            bool moves = !flush && !ranges;
             bool same = s->req.type == c->type && s->req.queue == queue &&
                         s->req.head == s->want.head &&
-                        s->req.bytes == (flush ? 0 : c->bytes) &&
-                        s->req.offset == (flush ? 0 : c->sector * 512) &&
-                        s->req.durable == (through && c->type == VBLK_T_OUT);
+                        s->req.bytes == (moves ? c->bytes : 0) &&
+                        (ranges ||
+                         s->req.offset == (flush ? 0 : c->sector * 512)) &&
+                        s->req.durable == (through &&
+                                           (ranges || c->type == VBLK_T_OUT));
+            same = same && (!ranges || s->req.segs == c->ranges);
+            for (unsigned k = 0; k < c->ranges && same; k++) {
+                vblk_range is = vblk_range_of(&s->req, k);
+                same = is.offset == c->range[k].sector * 512 &&
+                       is.bytes == c->range[k].sectors * 512 &&
+                       is.unmap == c->range[k].flags;
+            }
             if (!same) {
                 differ("what a request says, of head", s->want.head, 1, 0);
             }
@@ -1472,7 +1587,16 @@ static void step_complete(void) {
     int64_t  there = from < end ? (int64_t)(end - from) : 0;
     result = result > there ? there : result;
     say(" complete(head %u)=%" PRId64, s->want.head, result);
-    if (s->req.type != VBLK_T_FLUSH) {
+    bool fresh = s->want.session == m.queue[s->want.queue].session;
+    for (unsigned k = 0; model_has_ranges(s->req.type) && fresh && result >= 0 &&
+                         k < s->req.segs; k++) {
+        vblk_range is = vblk_range_of(&s->req, k);
+        char what = s->req.type == VBLK_T_DISCARD ? 'd' : 'z';
+        if (!model_clear(&d.disk, what, is.offset, is.bytes)) {
+            break;
+        }
+    }
+    if (s->req.bytes > 0) {
         move_slot(s, result < 0 ? 0 : (uint64_t)result);
     }
     int want = model_complete(&m, &s->want, result);
