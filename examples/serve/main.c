@@ -153,9 +153,11 @@ static void print_counters(void) {
     vblk_counts c = device_counts();
     printf("reads %" PRIu64 "\nbytes_read %" PRIu64 "\nwrites %" PRIu64 "\n"
            "bytes_written %" PRIu64 "\nflushes %" PRIu64 "\nio_errors %" PRIu64
-           "\nstalls %" PRIu64 "\nbroken_rings %" PRIu64 "\n",
+           "\nstalls %" PRIu64 "\nbroken_rings %" PRIu64 "\ndiscards %" PRIu64
+           "\nwrite_zeroes %" PRIu64 "\n",
            c.reads, c.bytes_read, c.writes, c.bytes_written, c.flushes,
-           c.io_errors, c.throttled, c.broken_queues);
+           c.io_errors, c.throttled, c.broken_queues, c.discards,
+           c.write_zeroes);
 }
 
 int main(int argc, char **argv) {

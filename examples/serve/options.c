@@ -21,6 +21,13 @@ static const char usage[] =
     "                  needs no help of the front end's, which QEMU gives)\n"
     "  --threads       one for each queue\n"
     "  --direct        around the page cache (O_DIRECT)\n"
+    "  --discard MODE  on, the default: what the guest discards, or zeroes and\n"
+    "                  needs no more, is given back to the file system; off\n"
+    "  --block-size N  logical blocks of the disk, 512 to 64K; less than a\n"
+    "                  block is refused (512, or what --direct needs)\n"
+    "  --profile NAME  standard, or strict: what Linux never sends is refused\n"
+    "  --size-max N    bytes in a piece of a request, 4096 or more (no limit)\n"
+    "  --seg-max N     pieces in a request (what fits the rings)\n"
     "  --stats         a line every second; how long requests take, too\n"
     "  --no-lock       do not ask whether others use FILE\n"
     "Sizes and rates take K, M, G or T for powers of 1024. SIGINT or SIGTERM\n"
@@ -41,6 +48,15 @@ static uint64_t number(const char *name, const char *text) {
     return n << shift;
 }
 
+static uint32_t within(const char *name, const char *text, uint32_t least,
+                       uint32_t most) {
+    uint64_t n = number(name, text);
+    if (n < least || n > most) {
+        die("--%s %s: %u to %u are possible", name, text, least, most);
+    }
+    return (uint32_t)n;
+}
+
 options parse(int argc, char **argv) {
     static const struct option longs[] = {
         {"socket", 1, 0, 's'}, {"image", 1, 0, 'f'},  {"create", 1, 0, 'n'},
@@ -48,6 +64,9 @@ options parse(int argc, char **argv) {
         {"iops", 1, 0, 'o'},   {"bps", 1, 0, 'b'},    {"cache", 1, 0, 'c'},
         {"stats", 0, 0, 't'},  {"no-lock", 0, 0, 'l'}, {"help", 0, 0, 'h'},
         {"aio", 1, 0, 'a'}, {"direct", 0, 0, 'd'}, {"threads", 0, 0, 'p'},
+        {"discard", 1, 0, 'D'}, {"block-size", 1, 0, 'B'},
+        {"profile", 1, 0, 'P'}, {"size-max", 1, 0, 'Z'},
+        {"seg-max", 1, 0, 'G'},
         {0, 0, 0, 0}};
     options  o = {.queues = MAX_QUEUES, .aio = AIO_AUTO};
     int      c, which;
@@ -65,6 +84,31 @@ options parse(int argc, char **argv) {
         case 'p': o.threads = true;                         break;
         case 't': o.stats = true;                           break;
         case 'l': o.no_lock = true;                         break;
+        case 'D':
+            o.no_discard = strcmp(optarg, "off") == 0;
+            if (!o.no_discard && strcmp(optarg, "on") != 0) {
+                die("--discard %s: on or off is needed", optarg);
+            }
+            break;
+        case 'P':
+            o.profile = strcmp(optarg, "strict") == 0 ? VBLK_STRICT
+                                                      : VBLK_STANDARD;
+            if (!o.profile && strcmp(optarg, "standard") != 0) {
+                die("--profile %s: standard or strict is needed", optarg);
+            }
+            break;
+        case 'B':
+            o.block_size = within("block-size", optarg, 512, 65536);
+            if (o.block_size & (o.block_size - 1)) {
+                die("--block-size %s: a power of two is needed", optarg);
+            }
+            break;
+        case 'Z':
+            o.size_max = within("size-max", optarg, 4096, UINT32_MAX);
+            break;
+        case 'G':
+            o.seg_max = within("seg-max", optarg, 1, 128);
+            break;
         case 'q':
             n = number("queues", optarg);
             if (n > MAX_QUEUES) {

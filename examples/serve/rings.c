@@ -38,6 +38,7 @@ static vblk_queue  queues[MAX_QUEUES];
 static ring        rings[MAX_QUEUES];
 static uint16_t    under_way[MAX_QUEUES][MAX_RING]; // when we came
 static unsigned    count;  // of them, --queues
+static uint32_t    seg_max; // --seg-max, or 0
 static vblk_file  *image;
 static bool        cache_off; // as the front end said last
 static bool        measures; // latency, for --stats
@@ -338,6 +339,21 @@ int make_device(const options *o, vblk_file *file) {
     v.backend = serve_backend(file);
     v.id = o->id;
     v.backend.flush = o->unsafe ? NULL : v.backend.flush;
+    if (o->block_size && o->block_size < v.backend.block_size) {
+        die("--block-size %u: with --direct FILE needs %u", o->block_size,
+            v.backend.block_size);
+    }
+    v.backend.block_size = o->block_size ? o->block_size
+                                         : v.backend.block_size;
+    if (v.backend.physical_size < v.backend.block_size) {
+        v.backend.physical_size = v.backend.block_size;
+    }
+    if (o->no_discard) {
+        v.backend.discard = NULL;
+        v.backend.write_zeroes = NULL;
+    }
+    v.profile = o->profile;
+    v.size_max = o->size_max;
     v.queues = o->queues;
     v.queue = queues;
     v.queue_size = MAX_RING;
@@ -352,6 +368,7 @@ int make_device(const options *o, vblk_file *file) {
         die("%s", vblk_strerror(err));
     }
     count = o->queues;
+    seg_max = o->seg_max;
     measures = o->stats;
     for (unsigned i = 0; i < count; i++) {
         rings[i] = (ring){.fd = {-1, -1, -1}};
@@ -455,6 +472,7 @@ void read_config(uint8_t *space, size_t bytes) {
     }
     entries = entries ? entries : 128;
     entries = entries < VBLK_MAX_SEGS + 2 ? entries : VBLK_MAX_SEGS + 2;
+    entries = seg_max && seg_max + 2 < entries ? seg_max + 2 : entries;
     vblk_read_config(&device, 0, space, bytes);
     space[12] = (uint8_t)(entries - 2);
     space[13] = (uint8_t)((entries - 2) >> 8);

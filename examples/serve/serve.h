@@ -27,8 +27,10 @@ enum aio { AIO_SYNC, AIO_AUTO, AIO_URING };
 typedef struct options {
     const char *socket, *image, *id;
     uint64_t    create;
-    bool        read_only, unsafe, stats, no_lock, direct, threads;
+    bool        read_only, unsafe, stats, no_lock, direct, threads, no_discard;
     unsigned    queues;
+    uint32_t    block_size, size_max, seg_max; // 0: as it is best
+    vblk_profile profile;
     enum aio    aio;
     vblk_limits limits;
 } options;
