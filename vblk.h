@@ -58,17 +58,16 @@
 
     YOU PROVIDE
 
-    Guest memory is a vblk_memory: two functions, read and write, that copy
-    between guest-physical addresses and a buffer and refuse what is not
-    guest memory; and, where the host can reach guest memory by pointer, a
-    third, map. With map, rings are looked up once and data moves without a
-    copy. For plain RAM in one or several pieces, vblk_regions_memory() gives
-    all three from a table of regions.
+    Guest memory is a vblk_memory: read and write copy between guest-physical
+    addresses and a buffer, and refuse what is not guest memory; where the
+    host can reach guest memory by pointer there is map too: rings are looked
+    up once then and data moves without a copy. vblk_regions_memory() has all
+    three for plain RAM in one or several pieces.
 
     A backend is a vblk_backend: read, write, flush and size over scattered
-    memory. vblk_ramdisk_backend() is one over an array; the POSIX part has
-    files. What the guest is offered follows from it: without write the disk
-    is read-only, without flush there is no FLUSH. So set one of them to NULL
+    memory, and what is optional. vblk_ramdisk_backend() is one over an array;
+    the POSIX part has files. What the guest is offered follows from it: no
+    write, a read-only disk; no flush, no FLUSH. So set one of them to NULL
     for that, or replace it: a disk in a shared mapping gets a flush of yours
     that calls msync(). A slot without a disk needs no device: MagicValue
     0x74726976, Version 2 and all else 0 tell the driver.
@@ -87,23 +86,21 @@
                       -> vblk_publish() -> used ring, interrupt
 
     vblk_next() takes a chain, validates it whole, and hands out a request:
-    a byte range of the disk and the guest memory it goes to or comes from.
-    What the device can answer alone (a bad request, GET_ID) never shows.
-    vblk_poll() and vblk_drain() are a loop around these three and the backend.
-
-    Every chain that is taken ends in exactly one way: completed once,
-    dropped by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its
-    queue was reset or stopped.
+    a byte range of the disk and the guest memory it goes to or comes from, or
+    ranges. What the device can answer alone (a bad request, GET_ID) never
+    shows. vblk_poll() and vblk_drain() are a loop around these three and the
+    backend. Every chain that is taken ends in one way: completed once, dropped
+    by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its queue was
+    reset or stopped.
 
     TIME
 
     now_ns is any clock that does not go backwards, in nanoseconds, and never
-    comes to VBLK_NEVER. Without a limit nothing looks at it: pass 0.
-
-    With a limit, a request may have to wait. It stays in the ring, unseen by
-    the guest, and nothing passes it; at the time that was returned it goes,
-    a nanosecond earlier it does not. The guest will not notify again for it,
-    so the call is yours to make. Of several queues, the first to stall goes.
+    comes to VBLK_NEVER. Without a limit nothing looks at it: pass 0. With one,
+    a request may have to wait: it stays in the ring, unseen by the guest, and
+    nothing passes it; it goes at the time that was returned, and not a
+    nanosecond earlier. The guest will not notify again for it, so the call is
+    yours to make. Of several queues, the first to stall goes.
 
     OTHER HOSTS
 
@@ -118,15 +115,10 @@
         next = slot ? vblk_arm(dev, queue, now)  // the ring is empty
                     : (vblk_publish(dev, queue), VBLK_NEVER);
 
-    Requests end in any order. vblk_publish() shows what is complete;
-    vblk_arm() also has the driver notify from then on, and says when to look
-    again, so call it before you wait for the driver. With no slot free wait
-    for what is under way alone. A request points to its segments, which lie
-    in an array of yours: take both to where they stay. They may go once the
-    result is whole. Go on with the rest of a short transfer yourself. Of the
-    backend only what there is counts then, and size, called once; without it
-    the backing is as long as the capacity. A request with `durable` set must
-    be on stable storage before it is completed. examples/pool.c does this.
+    Requests end in any order, and point to segments in an array of yours. The
+    rest of a short transfer is yours to go on with. Of the backend only what
+    there is counts then, and size. A request with `durable` set must be on
+    stable storage before it is completed. examples/pool.c says and does it all.
 
     options.quiesce is called when the driver resets the device or stops a
     queue, also where nothing is under way: what there is belongs to the guest
@@ -178,6 +170,11 @@
     all from the thread that opened it; with a limit, engines share a lock.
     A worker's threads see to all this: its calls are free.
 
+    With options.access_platform addresses mean what your memory functions make
+    of them, say an IOMMU's. What map gave out must stay until the next
+    vblk_set_memory(), so where mappings come and go leave map out: then each
+    access asks, and one whose mapping was taken back is IOERR.
+
     A register call may overlap draining calls, except where it takes queues
     away: a Status of 0, QueueReset, QueueReady of 0 while live,
     vblk_queue_stop(). These call options.quiesce first, and from then on until
@@ -225,12 +222,11 @@
         P1  any framing: header first, status last, data between
         P2  DRIVER without ACKNOWLEDGE, steps at once, Status bits add up
         P3  size_max binds only a driver that accepted SIZE_MAX
-        P4  an empty IN or OUT succeeds, FLUSH ignores data, GET_ID copies
-            what fits
+        P4  empty IN or OUT, FLUSH with data; GET_ID copies what fits
         P5  what strict drops by V1 and V2 is IOERR where the chain has an
             end and a writable byte, else it is returned with length 0
         P6  the used length counts written bytes alone: 0 for a failed read
-        P7  an interrupt that is suppressed leaves InterruptStatus alone
+        P7  a suppressed interrupt leaves InterruptStatus alone
         P8  QueueReady may be cleared while live; the queue starts at 0
         P9  bit 31 of a request's type is ignored (SLOF)
         P10 FEATURES_OK without VERSION_1 (xv6); the layout stays modern
@@ -251,8 +247,8 @@
     LIMITS
 
     Split rings up to 32768 entries, indirect descriptors, EVENT_IDX, up to
-    65535 queues, their reset; IN, OUT, FLUSH, GET_ID, CONFIG_WCE. Not done:
-    packed rings, DISCARD, WRITE_ZEROES, zoned disks, the legacy interface.
+    65535 queues, their reset, ACCESS_PLATFORM; all requests but those of zoned
+    disks. Not done: packed rings, zoned disks, the legacy interface.
 
     A drain takes 4 KB of stack beside what your functions take, 8 KB without
     map; with VBLK_MAX_SEGS 16 and VBLK_SCRATCH 512, 1 and 1.6 KB.
@@ -269,8 +265,8 @@
 
         VBLK_MAX_SEGS          largest seg_max; default 128
         VBLK_SCRATCH           bytes of stack that replace map; default 4096
-        VBLK_MAX_RANGES        most in a DISCARD or the like, 16 bytes of stack
-                               each; default 64; 0: without these requests
+        VBLK_MAX_RANGES        of a DISCARD and its like, default 64, 16 bytes
+                               of stack each; 0: these requests are left out
         VBLK_SINGLE_THREADED   no atomics: one thread, guest included; for
                                compilers but gcc and clang. Without it some
                                32-bit targets need -latomic
@@ -281,10 +277,6 @@
     not call is not compiled: without vblk_event_line() and vblk_strerror(), no
     sentence is. tests/image/device.c is one.
 
-    HISTORY
-
-        0.2.0  (2026-11-26)  another interface, an engine, a thread for a queue
-        0.1.0  (2026-11-20)  first release
 */
 #if defined(VBLK_IMPLEMENTATION_THREADED) && !defined(VBLK_IMPLEMENTATION_FILES)
 #define VBLK_IMPLEMENTATION_FILES
@@ -335,7 +327,6 @@ extern "C" {
 #endif
 
 // ---- Constants of the standard ---------------------------------------------
-
 // Feature bits [5.2.3, 6].
 #define VBLK_F_SIZE_MAX      (UINT64_C(1) << 1)
 #define VBLK_F_SEG_MAX       (UINT64_C(1) << 2)
@@ -415,54 +406,45 @@ extern "C" {
 #define VBLK_REG_CONFIG              0x100u // config space from here on
 
 // ---- Errors and events -----------------------------------------------------
-
 #define VBLK_ERRORS(X)                                                         \
     X(OK, 0, "no error")                                                       \
     X(ERR_LAYOUT, -1, "this unit and the one with the implementation see "     \
       "different versions of vblk.h, or lay out its structs differently")      \
     X(ERR_MEMORY, -2, "memory needs both read and write, or neither to be "    \
       "given later by vblk_set_memory()")                                      \
-    X(ERR_BACKEND, -3, "backend.read is missing, or a size is wrong: "         \
-      "block_size a power of two from 512 to 65536, physical_size one up to "  \
-      "65536 and no less, the other three multiples of block_size, min_io "    \
-      "below 65536 blocks, align_offset below physical_size")                  \
-    X(ERR_CAPACITY, -4, "capacity is 0 and the backend has no size function, " \
-      "or it is more than 2^63 bytes or no whole number of blocks; it is in "  \
-      "sectors of 512 bytes")                                                  \
+    X(ERR_BACKEND, -3, "backend.read is missing, or of its sizes block_size "  \
+      "is no power of two from 512 to 65536, physical_size none from there to "\
+      "65536, align_offset not below that, or one of the rest no multiple of " \
+      "block_size or 65536 times as much")                                     \
+    X(ERR_CAPACITY, -4, "capacity, in sectors of 512 bytes, is 2^63 bytes or " \
+      "more, no whole blocks, or 0 and the backend has no size function")      \
     X(ERR_PROFILE, -5, "profile is none of the vblk_profile values")           \
-    X(ERR_QUEUES, -6, "queues is more than 65535, or more than 1 without an "  \
-      "array of that many in options.queue")                                   \
+    X(ERR_QUEUES, -6, "queues is more than 65535, or more than 1 without "     \
+      "options.queue")                                                         \
     X(ERR_QUEUE_SIZE, -7, "queue_size is no power of two from 1 to 32768")     \
-    X(ERR_SEG_MAX, -8, "seg_max is more than the VBLK_MAX_SEGS of the "        \
-      "implementation or than queue_size - 2; without INDIRECT_DESC a "        \
-      "queue_size below 3 leaves no request at all")                           \
-    X(ERR_SIZE_MAX, -9, "size_max is less than 4096 bytes: no Linux since "    \
-      "6.9 binds such a disk")                                                 \
-    X(ERR_FEATURES, -10, "features_off may hold SIZE_MAX, SEG_MAX, BLK_SIZE, " \
-      "TOPOLOGY, DISCARD, WRITE_ZEROES, LIFETIME, SECURE_ERASE, INDIRECT_DESC "\
-      "and EVENT_IDX alone; the rest follows from the options")                \
-    X(ERR_LIMITS, -11, "limits: a burst, iops_burst or bps_burst, needs its "  \
-      "rate and may not be smaller than one second's worth of it; neither "    \
-      "may be 2^63 or more")                                                   \
+    X(ERR_SEG_MAX, -8, "seg_max is more than VBLK_MAX_SEGS or queue_size - 2; "\
+      "without INDIRECT_DESC queue_size is 3 or more")                         \
+    X(ERR_SIZE_MAX, -9, "size_max is below 4096 bytes: no Linux since 6.9 "    \
+      "binds")                                                                 \
+    X(ERR_FEATURES, -10, "features_off has a bit that follows from the "       \
+      "options alone")                                                         \
+    X(ERR_LIMITS, -11, "limits: a burst needs its rate, and is no smaller "    \
+      "than one second's worth of it; neither may be 2^63 or more")            \
     X(ERR_FILE, -12, "the image is not to be had as a disk; errno says why")   \
-    X(ERR_URING, -13, "io_uring is not to be had for this backend: errno says "\
-      "why; EOPNOTSUPP: it is no vblk_file_backend(), or its file system can " \
-      "only wait")                                                             \
-    X(ERR_WORKER, -14, "an eventfd, a lock or memory cannot be had; errno "    \
-      "says why")                                                              \
-    X(ERR_CPUS, -15, "cpus names a processor below 0 or above what cpu_set_t " \
-      "holds")                                                                 \
+    X(ERR_URING, -13, "io_uring is not to be had, errno says why; EOPNOTSUPP: "\
+      "the backend is no vblk_file_backend(), or its file system can only "    \
+      "wait")                                                                  \
+    X(ERR_WORKER, -14, "no eventfd or memory is to be had; errno says why")    \
+    X(ERR_CPUS, -15, "cpus names a processor that cpu_set_t does not hold")    \
     X(ERR_BUSY, -16, "requests are under way, or the thread did not come to "  \
       "rest in time: its backend is slow or stuck")                            \
     X(ERR_STOP_MS, -17, "stop_ms is more than INT_MAX milliseconds")           \
     X(ERR_STALE, -18, "the request is of an earlier driver session, or its "   \
       "queue broke: nothing was touched")                                      \
     X(ERR_REFUSED, -19, "guest memory refuses the access")                     \
-    X(ERR_RING, -20, "the queue cannot start: there is none of that number, "  \
-      "it runs already, its size is no power of two within queue_size, or "    \
-      "FEATURES_OK is not set")                                                \
-    X(ERR_HOOKS, -21, "notify and quiesce are a worker's own: its options "    \
-      "leave them NULL")                                                       \
+    X(ERR_RING, -20, "the queue cannot start: it does not exist or runs, its " \
+      "size is no power of two within queue_size, or FEATURES_OK is not set")  \
+    X(ERR_HOOKS, -21, "notify and quiesce are a worker's own: leave them NULL")\
     X(ERR_RANGES, -22, "range_max is more than VBLK_MAX_RANGES or seg_max + "  \
       "2, or range_sectors more than 2^21 or no whole number of blocks")
 
@@ -483,176 +465,168 @@ typedef enum vblk_level {
 // number is never given to another event.
 #define VBLK_EVENTS(X)                                                         \
     /* set-up */                                                               \
-    X(CAPACITY_LARGE, 1, NOTE, BYTES, AGAINST, "capacity, against, is more "   \
-      "than the backend's bytes: what is beyond reads as zeroes, and writes "  \
-      "may extend it (X2)")                                                    \
+    X(CAPACITY_LARGE, 1, NOTE, BYTES, AGAINST, "capacity, against, is beyond " \
+      "the backend's bytes, which reads as zeroes; writes may extend it (X2)") \
     X(CAPACITY_ROUNDED, 2, WARNING, BYTES, NONE, "the backend's last bytes "   \
-      "are no whole block and not on the disk (B4)")                           \
-    X(CAPACITY_ZERO, 3, ERROR, BYTES, NONE, "the backend is smaller than one " \
-      "block: the disk has no sectors (B4)")                                   \
+      "are no block and not on the disk (B4)")                                 \
+    X(CAPACITY_ZERO, 3, ERROR, BYTES, NONE, "the backend has less than a "     \
+      "block: a disk of no sectors (B4)")                                      \
     /* registers: address is the offset in the window */                       \
     X(REG_WIDTH, 10, WARNING, ADDRESS, BYTES, "a register below 0x100 was "    \
-      "accessed with a width other than 4 bytes (M2)")                         \
+      "accessed with another width than 4 (M2)")                               \
     X(REG_FEATURES_WINDOW, 11, WARNING, VALUE, AGAINST, "DriverFeatures "      \
-      "outside the window from DRIVER to FEATURES_OK is ignored; against: "    \
-      "Status (M5)")                                                           \
-    X(REG_QUEUE_WINDOW, 12, WARNING, ADDRESS, VALUE, "a queue register "       \
-      "outside the window from FEATURES_OK to DRIVER_OK is ignored; in the "   \
-      "standard profile from DRIVER on (M7, P13)")                             \
-    X(REG_QUEUE_FROZEN, 13, WARNING, ADDRESS, VALUE, "QueueReady was cleared " \
-      "on a live device and is ignored; the standard profile stops the queue " \
-      "(M7, P8)")                                                              \
+      "before DRIVER or after FEATURES_OK is ignored; against: Status (M5)")   \
+    X(REG_QUEUE_WINDOW, 12, WARNING, ADDRESS, VALUE, "a queue register before "\
+      "FEATURES_OK or after DRIVER_OK is ignored; the standard profile: "      \
+      "before DRIVER (M7, P13)")                                               \
+    X(REG_QUEUE_FROZEN, 13, WARNING, ADDRESS, VALUE, "QueueReady cleared on a "\
+      "live device is ignored; the standard profile stops the queue (M7, P8)") \
     X(REG_QUEUE_SIZE, 14, WARNING, ADDRESS, VALUE, "QueueNum is 0, over "      \
       "QueueNumMax or no power of two and is ignored (M7)")                    \
-    X(REG_LEGACY, 15, WARNING, ADDRESS, VALUE, "a register of version 1, "     \
-      "which is not served: the driver did not look at Version (M12)")         \
-    X(NOTIFY_NO_QUEUE, 16, WARNING, INDEX, NONE, "QueueNotify for a queue "    \
-      "that does not exist is ignored (M10)")                                  \
-    X(NOTIFY_NOT_READY, 17, WARNING, INDEX, NONE, "QueueNotify for a queue "   \
-      "that is not ready is ignored (M10)")                                    \
+    X(NOTIFY_NO_QUEUE, 16, WARNING, INDEX, NONE, "QueueNotify of a queue that "\
+      "does not exist (M10)")                                                  \
+    X(NOTIFY_NOT_READY, 17, WARNING, INDEX, NONE, "QueueNotify of a queue "    \
+      "that is not ready (M10)")                                               \
     X(NOTIFY_EARLY, 18, WARNING, INDEX, AGAINST, "QueueNotify before "         \
-      "DRIVER_OK is ignored: nothing is served yet; against: Status (M10)")    \
+      "DRIVER_OK: nothing is served yet; against: Status (M10)")               \
     /* status: value was written, against is Status */                         \
-    X(STATUS_CLEARS, 20, WARNING, VALUE, AGAINST, "a Status write that would " \
-      "clear a bit is refused: only 0 does, and resets; the standard profile " \
-      "adds what is new (F2, P2)")                                             \
-    X(STATUS_BITS, 21, WARNING, VALUE, AGAINST, "a Status write that adds "    \
-      "two bits or an unknown bit is refused: 1, 3, 11, 15 in turn; the "      \
-      "standard profile takes several and masks the unknown (F2, P2)")         \
-    X(STATUS_ORDER, 22, WARNING, VALUE, AGAINST, "a Status write out of the "  \
-      "order ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK is refused (F2)")     \
-    X(STATUS_NO_ACK, 23, WARNING, VALUE, AGAINST, "DRIVER without "            \
-      "ACKNOWLEDGE is refused; the standard profile takes it (F2, P2)")        \
+    X(STATUS_CLEARS, 20, WARNING, VALUE, AGAINST, "a Status write that clears "\
+      "a bit is refused: only 0 does, and resets; the standard profile adds "  \
+      "what is new (F2, P2)")                                                  \
+    X(STATUS_BITS, 21, WARNING, VALUE, AGAINST, "a Status write of two new "   \
+      "bits or an unknown one is refused; the standard profile takes several " \
+      "and masks the unknown (F2, P2)")                                        \
+    X(STATUS_ORDER, 22, WARNING, VALUE, AGAINST, "Status out of the order "    \
+      "ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK is refused (F2)")           \
+    X(STATUS_NO_ACK, 23, WARNING, VALUE, AGAINST, "DRIVER without ACKNOWLEDGE "\
+      "is refused; the standard profile takes it (F2, P2)")                    \
     X(STATUS_NEEDS_RESET, 24, WARNING, VALUE, AGAINST, "the device needs a "   \
-      "reset: Status writes other than 0 are refused (F7)")                    \
+      "reset: no Status but 0 is taken (F7)")                                  \
     X(STATUS_FAILED, 25, WARNING, VALUE, AGAINST, "the driver gave up on the " \
       "device (F5)")                                                           \
     /* value was accepted, against is what was offered */                      \
-    X(FEATURES_VERSION, 26, WARNING, VALUE, AGAINST, "FEATURES_OK is "         \
-      "refused: VERSION_1 was not accepted; the standard profile serves such " \
-      "a driver (F3, P10)")                                                    \
+    X(FEATURES_VERSION, 26, WARNING, VALUE, AGAINST, "FEATURES_OK is refused: "\
+      "VERSION_1 was not accepted; the standard profile does not ask (F3, "    \
+      "P10)")                                                                  \
     X(FEATURES_UNOFFERED, 27, WARNING, VALUE, AGAINST, "FEATURES_OK is "       \
-      "refused: a feature was accepted that is not offered (F3)")              \
+      "refused: more was accepted than is offered (F3)")                       \
     X(FEATURES_PLATFORM, 28, WARNING, VALUE, AGAINST, "FEATURES_OK is "        \
-      "refused: the driver does not know ACCESS_PLATFORM, so its addresses "   \
-      "would be wrong (F8)")                                                   \
+      "refused: without ACCESS_PLATFORM the driver's addresses are wrong (F8)")\
     /* a queue is broken */                                                    \
     X(RING_SIZE, 30, WARNING, NONE, NONE, "started without a QueueNum (Q4)")   \
     X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring wraps the address "      \
       "space, or is misaligned: descriptors 16, driver area 2, device area 4 " \
-      "bytes (Q4)")                                                            \
+      "(Q4)")                                                                  \
     X(AVAIL_UNREADABLE, 32, WARNING, ADDRESS, NONE, "the available ring is "   \
-      "outside guest memory (Q4)")                                             \
+      "not in guest memory (Q4)")                                              \
     X(AVAIL_JUMP, 33, WARNING, INDEX, AGAINST, "avail.idx is more than the "   \
-      "queue size ahead; against: the device's position (Q4)")                 \
+      "queue size ahead of, against (Q4)")                                     \
     X(HEAD_RANGE, 34, WARNING, INDEX, NONE, "a head in the available ring is " \
       "not below the queue size (Q4)")                                         \
     X(QUEUE_OVERRUN, 35, WARNING, INDEX, NONE, "more chains are under way "    \
       "than the queue has entries (Q4)")                                       \
-    X(USED_UNWRITABLE, 36, WARNING, ADDRESS, NONE, "the used ring is outside " \
+    X(USED_UNWRITABLE, 36, WARNING, ADDRESS, NONE, "the used ring is not in "  \
       "guest memory or read-only (Q4)")                                        \
-    X(NOTIFY_SWITCH, 37, WARNING, ADDRESS, NONE, "notifications cannot be "    \
-      "switched on: the used ring is outside guest memory or read-only (Q3)")  \
+    X(NOTIFY_SWITCH, 37, WARNING, ADDRESS, NONE, "the used ring cannot be "    \
+      "written: notifications stay off (Q3)")                                  \
     /* a chain is dropped (standard: see P5) */                                \
-    X(CHAIN_LONG, 40, WARNING, AGAINST, NONE, "a chain of more than seg_max "  \
-      "+ 2 descriptors, or than its table has: it loops; against: how many "   \
-      "(V1)")                                                                  \
-    X(CHAIN_NEXT, 41, WARNING, INDEX, AGAINST, "a descriptor index is "        \
-      "outside its table; against: its entries (V1)")                          \
-    X(CHAIN_UNREADABLE, 42, WARNING, ADDRESS, NONE, "a descriptor, or the "    \
-      "table it is in, is outside guest memory (V1)")                          \
-    X(INDIRECT_OFF, 43, WARNING, BYTES, NONE, "an indirect descriptor, "       \
-      "though INDIRECT_DESC was not negotiated (V1)")                          \
-    X(INDIRECT_NESTED, 44, WARNING, BYTES, NONE, "an indirect descriptor "     \
-      "inside an indirect table (V1)")                                         \
+    X(CHAIN_LONG, 40, WARNING, AGAINST, NONE, "a chain of more than seg_max + "\
+      "2 descriptors, or than its table has: it loops; against: how many (V1)")\
+    X(CHAIN_NEXT, 41, WARNING, INDEX, AGAINST, "a descriptor index outside "   \
+      "its table; against: its entries (V1)")                                  \
+    X(CHAIN_UNREADABLE, 42, WARNING, ADDRESS, NONE, "a descriptor or table is "\
+      "not in guest memory (V1)")                                              \
+    X(INDIRECT_OFF, 43, WARNING, BYTES, NONE, "an indirect descriptor; "       \
+      "INDIRECT_DESC was not accepted (V1)")                                   \
+    X(INDIRECT_NESTED, 44, WARNING, BYTES, NONE, "an indirect descriptor in "  \
+      "an indirect table (V1)")                                                \
     X(INDIRECT_NEXT, 45, WARNING, BYTES, NONE, "an indirect descriptor with "  \
-      "NEXT set (V1)")                                                         \
+      "NEXT (V1)")                                                             \
     X(INDIRECT_SIZE, 46, WARNING, BYTES, NONE, "an indirect table of no "      \
       "positive multiple of 16 bytes (V1)")                                    \
     X(CHAIN_ORDER, 47, WARNING, NONE, NONE, "readable after writable (V2)")    \
     X(STATUS_MISSING, 48, WARNING, NONE, NONE, "no writable status byte (V2)") \
     X(STATUS_FRAMING, 49, WARNING, NONE, NONE, "the last of several "          \
-      "descriptors does not hold the status; the standard profile takes the "  \
-      "last writable byte (V2, P1)")                                           \
+      "descriptors is not the status; the standard profile takes the last "    \
+      "writable byte (V2, P1)")                                                \
     X(STATUS_WRAPS, 50, WARNING, ADDRESS, NONE, "the status descriptor wraps " \
       "the address space (V2)")                                                \
-    X(STATUS_UNWRITABLE, 51, WARNING, ADDRESS, NONE, "the status byte is "     \
-      "outside guest memory or read-only: the chain is not returned (V17)")    \
+    X(STATUS_UNWRITABLE, 51, WARNING, ADDRESS, NONE, "the status byte is not " \
+      "in guest memory, or read-only: the chain is not returned (V17)")        \
     /* a request is refused */                                                 \
     X(HEADER_SHORT, 60, WARNING, BYTES, NONE, "header below 16 bytes (V3)")    \
     X(HEADER_FRAMING, 61, WARNING, BYTES, NONE, "the first descriptor does "   \
       "not hold the header; the standard profile takes the first 16 readable " \
       "bytes (V3, P1)")                                                        \
-    X(HEADER_UNREADABLE, 62, WARNING, ADDRESS, NONE, "the header is outside "  \
+    X(HEADER_UNREADABLE, 62, WARNING, ADDRESS, NONE, "the header is not in "   \
       "guest memory (V4)")                                                     \
-    X(TYPE_UNKNOWN, 63, WARNING, VALUE, NONE, "a request type that is "        \
-      "unknown or was not offered (V11)")                                      \
+    X(TYPE_UNKNOWN, 63, WARNING, VALUE, NONE, "a request type that is unknown "\
+      "or not offered (V11)")                                                  \
     X(TYPE_BARRIER, 64, WARNING, VALUE, NONE, "a request type with bit 31, "   \
       "BARRIER, never offered; the standard profile ignores it (V11, P9)")     \
     X(SEGMENT_LONG, 65, WARNING, BYTES, AGAINST, "a data descriptor longer "   \
-      "than size_max (V5)")                                                    \
+      "than size_max, against (V5)")                                           \
     X(SEGMENT_LONG_STRICT, 66, WARNING, BYTES, AGAINST, "a data descriptor "   \
-      "longer than size_max; the standard profile takes it without SIZE_MAX "  \
-      "(V5, P3)")                                                              \
+      "longer than size_max, against; the standard profile takes it without "  \
+      "SIZE_MAX (V5, P3)")                                                     \
     X(DATA_DIRECTION, 67, WARNING, VALUE, NONE, "data in the wrong direction " \
       "for the type (V12)")                                                    \
-    X(DATA_MISSING, 68, WARNING, VALUE, NONE, "a request of a type that "      \
-      "needs data, without; the standard profile lets it pass (V6, P4)")       \
+    X(DATA_MISSING, 68, WARNING, VALUE, NONE, "no data, which the type needs; "\
+      "the standard profile lets it pass (V6, P4)")                            \
     X(DATA_UNWANTED, 69, WARNING, BYTES, NONE, "a FLUSH with data; the "       \
-      "standard profile ignores the data (V7, P4)")                            \
+      "standard profile ignores it (V7, P4)")                                  \
     X(DATA_RAGGED, 70, WARNING, BYTES, NONE, "data of no multiple of 512 "     \
       "bytes (V8)")                                                            \
-    X(DATA_LONG, 71, WARNING, BYTES, NONE, "data of 4 GiB or more: a used "    \
-      "length cannot tell it, and it would take too long (V13)")               \
-    X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "a data buffer is outside "  \
-      "guest memory, or read-only where it is read to (X5)")                   \
+    X(DATA_LONG, 71, WARNING, BYTES, NONE, "4 GiB or more: a used length "     \
+      "cannot tell it (V13)")                                                  \
+    X(DATA_UNMAPPED, 72, WARNING, ADDRESS, BYTES, "data is not in guest "      \
+      "memory, or read-only but read to (X5)")                                 \
     X(READ_ONLY, 73, WARNING, SECTOR, NONE, "write to a read-only disk (V9)")  \
     X(OUT_OF_RANGE, 74, WARNING, SECTOR, BYTES, "beyond the disk's end (V13)") \
-    X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID with less than 20 bytes in " \
-      "its first buffer, or GET_LIFETIME with less than 6; the standard "      \
-      "profile copies what fits (V16, P4)")                                    \
-    X(BLOCK_RAGGED, 76, WARNING, SECTOR, BYTES, "no whole blocks of the "      \
-      "backend's block_size, of which the driver knows by BLK_SIZE (V19)")     \
+    X(ID_SHORT, 75, WARNING, BYTES, NONE, "GET_ID without 20 bytes in its "    \
+      "first buffer, or GET_LIFETIME without 6; the standard profile copies "  \
+      "what fits (V16, P4)")                                                   \
+    X(BLOCK_RAGGED, 76, WARNING, SECTOR, BYTES, "no whole blocks of "          \
+      "block_size, which BLK_SIZE tells (V19)")                                \
     X(RANGES_COUNT, 77, WARNING, BYTES, AGAINST, "ranges of no positive "      \
       "multiple of 16 bytes, or of more than, against (V20)")                  \
     X(RANGE_FLAGS, 78, WARNING, VALUE, NONE, "a range with an unknown flag, "  \
       "or UNMAP where it may not stand (V21)")                                 \
-    X(RANGE_LONG, 79, WARNING, BYTES, AGAINST, "a range longer than (V20)")    \
+    X(RANGE_LONG, 79, WARNING, BYTES, AGAINST, "a range longer than "          \
+      "range_sectors, against (V20)")                                          \
     /* the backend */                                                          \
     X(READ_SHORT, 80, WARNING, SECTOR, BYTES, "a read got less than asked, "   \
-      "and the backing does not end there; bytes: what is missing (X2)")       \
+      "before the backing's end; bytes: what is missing (X2)")                 \
     X(READ_FAILED, 81, ERROR, SECTOR, ERROR, "backend failed to read (X3)")    \
     X(WRITE_FAILED, 82, ERROR, SECTOR, ERROR, "backend failed to write (X3)")  \
-    X(WRITE_STUCK, 83, ERROR, SECTOR, BYTES, "the backend wrote less than "    \
-      "asked and stopped there; bytes: what is left (X3)")                     \
+    X(WRITE_STUCK, 83, ERROR, SECTOR, BYTES, "the backend stopped in a write; "\
+      "bytes: what is left (X3)")                                              \
     X(FLUSH_FAILED, 84, ERROR, SECTOR, ERROR, "the backend failed to make "    \
-      "writes durable; sector: the one behind the write, 0 of a FLUSH (X3)")   \
-    X(DISCARD_FAILED, 85, ERROR, SECTOR, ERROR, "backend failed to discard, "  \
-      "write zeroes or erase, in the range at (X3)")                           \
+      "durable what is before the sector, or of a FLUSH all (X3)")             \
+    X(DISCARD_FAILED, 85, ERROR, SECTOR, ERROR, "the backend failed to "       \
+      "discard, zero or erase a range (X3)")                                   \
     /* the host */                                                             \
-    X(NO_MEMORY, 90, NOTE, NONE, NONE, "a queue has work but guest memory "    \
-      "was not given yet; the work waits for vblk_set_memory() (W9)")          \
+    X(NO_MEMORY, 90, NOTE, NONE, NONE, "a queue has work but no guest memory " \
+      "yet: it waits for vblk_set_memory() (W9)")                              \
     X(HOST_RESET, 91, NOTE, NONE, NONE, "the host asked for a reset")          \
-    X(CLOCK_STILL, 92, ERROR, VALUE, NONE, "a request waits for a limit, but " \
-      "the clock has stood still so far: now_ns must go on (T9)")              \
-    X(NOT_QUIET, 93, ERROR, NONE, NONE, "a queue is stopped, and what is "     \
-      "under way there does not end in time: the device needs a reset (P8)")   \
+    X(NOT_QUIET, 93, ERROR, NONE, NONE, "a queue stops, but what is under way "\
+      "does not end in time: the device needs a reset (P8)")                   \
     /* a worker */                                                             \
     X(WORKER_LEFT, 100, ERROR, AGAINST, NONE, "the backend, or another "       \
       "callback, did not return within stop_ms, against: the thread is left "  \
-      "behind; the device is reset when it has ended (W7)")                    \
+      "behind until it ends, then the device is reset (W7)")                   \
     X(WORKER_STUCK, 101, ERROR, AGAINST, NONE, "no page of guest memory came " \
-      "within stop_ms, against: the thread is left behind; the device is "     \
-      "reset when it has ended (W7)")                                          \
+      "within stop_ms, against: the thread is left behind until it ends, then "\
+      "the device is reset (W7)")                                              \
     X(WORKER_START, 102, ERROR, ERROR, NONE, "the thread cannot be started: "  \
       "the device needs a reset")                                              \
-    X(WORKER_WAIT, 103, ERROR, ERROR, NONE, "kick_fd is broken, or there is "  \
-      "no memory: the device needs a reset (W4)")                              \
-    X(WORKER_CPUS, 107, WARNING, ERROR, NONE, "the thread cannot run on the "  \
-      "given cpus and goes on where the kernel likes (W6)")                    \
+    X(WORKER_WAIT, 103, ERROR, ERROR, NONE, "kick_fd is broken, or no memory: "\
+      "the device needs a reset (W4)")                                         \
+    X(WORKER_CPUS, 107, WARNING, ERROR, NONE, "the cpus are not to be had: "   \
+      "the kernel chooses (W6)")                                               \
     /* an engine */                                                            \
-    X(URING_OFF, 110, NOTE, ERROR, NONE, "io_uring is not to be had: "         \
-      "requests are done one after another")
+    X(URING_OFF, 110, NOTE, ERROR, NONE, "io_uring is not to be had: one "     \
+      "request after another")
 
 typedef enum vblk_event_code {
     VBLK_EV_NONE,
@@ -682,7 +656,6 @@ typedef struct vblk_event {
 } vblk_event;
 
 // ---- Types you fill in -----------------------------------------------------
-
 // Access to guest memory. The first two return 0, or anything else when a
 // byte of [gpa, gpa + n) is not guest memory, in which case nothing was
 // moved. With a NULL buffer they move nothing and only answer. Ring indices
@@ -746,13 +719,8 @@ typedef struct vblk_backend {
 
 // What is done for a request: a call of the backend, or none. Private.
 typedef enum vblk__does {
-    VBLK__DO_READ,
-    VBLK__DO_WRITE,
-    VBLK__DO_FLUSH,
-    VBLK__DO_DISCARD,
-    VBLK__DO_ZEROES,
-    VBLK__DO_ERASE,
-    VBLK__DO_ANSWER
+    VBLK__DO_READ, VBLK__DO_WRITE, VBLK__DO_FLUSH, VBLK__DO_DISCARD,
+    VBLK__DO_ZEROES, VBLK__DO_ERASE, VBLK__DO_ANSWER
 } vblk__does;
 
 typedef enum vblk_profile { VBLK_STANDARD, VBLK_STRICT } vblk_profile;
@@ -812,7 +780,6 @@ typedef struct vblk_options {
 } vblk_options;
 
 // ---- Types you hold --------------------------------------------------------
-
 #define VBLK_NEVER UINT64_MAX // as a time to call again: until notified
 
 // A validated request. Read-only to the host; may be copied, and a copy points
@@ -845,8 +812,7 @@ typedef struct VBLK__ATOMIC64 vblk_counts {
     uint64_t reads, writes, flushes; // completed with success, as these
     uint64_t discards, write_zeroes, secure_erases;
     uint64_t bytes_read;             // from the backing, padding not counted
-    uint64_t bytes_written;
-    uint64_t io_errors;
+    uint64_t bytes_written, io_errors;
     uint64_t throttled;              // requests that had to wait
     uint64_t currently_throttled;    // queues that wait now
     uint64_t throttled_ns;           // time waited, added when one passes
@@ -865,13 +831,11 @@ typedef struct vblk_bucket {
 // What a running queue has, afresh when it starts. Free-running. Private.
 typedef struct vblk_run {
     bool     resolved;     // the pointers below are up to date
-    bool     notify_off;   // NO_NOTIFY is set in the used ring
-    bool     switch_failed;
+    bool     notify_off, switch_failed; // NO_NOTIFY is set in the used ring
     bool     armed;        // notifications are on for avail_next
     bool     adopt_used;   // take the used position from the ring first
     bool     stalled;      // the request at the head waits for a limit
-    uint16_t avail_next;   // next entry to take
-    uint16_t avail_seen;   // avail.idx as last read
+    uint16_t avail_next, avail_seen; // next entry to take; idx as last read
     uint16_t used_shown;   // used.idx as last stored
     uint32_t used_next;    // next entry to fill; used.idx is the lower half
     uint32_t used_decided; // the same, at the last decision to interrupt
@@ -897,7 +861,7 @@ typedef struct vblk_queue {
     vblk_counts counts; // any thread reads, the drainer adds
     uint64_t desc_gpa, avail_gpa, used_gpa;
 #if UINTPTR_MAX > UINT32_MAX
-    uint8_t  apart[24]; // what a drainer changes shares no cache line with
+    uint8_t  apart[56]; // what a drainer changes shares no cache line with
 #endif                  // what the next queue's does
 } vblk_queue;
 
@@ -923,11 +887,10 @@ typedef struct vblk_dev {
     // The driver's session.
     bool         event_idx, indirect; // from FEATURES_OK on
     bool         write_through;       // the same; atomic
-    bool         no_memory_said, legacy_said;
+    bool         no_memory_said;
     // All drainers: what is small.
     bool         limited;  // one of the buckets has a rate
     bool         waits;    // a queue is stalled, and it is the turn of `turn`
-    uint8_t      clock;    // VBLK__CLOCK_ values
     uint16_t     turn;     // the queue that stalled first
     // The driver's session: registers.
     uint64_t     accepted VBLK__ATOMIC64;
@@ -939,8 +902,6 @@ typedef struct vblk_dev {
                                       // bits how often that changed
     vblk_bucket  ops, bytes;
     uint64_t     again_ns; // vblk_poll(): when a stalled queue may go on
-    uint64_t     clock_ns; // as a limited device last saw it
-    uint32_t     clock_calls; // since it was that
     // Atomics: set by any thread.
     uint32_t     due;   // a queue is
     uint32_t     yield; // 0, VBLK__YIELD or VBLK__HALT
@@ -950,16 +911,14 @@ typedef struct vblk_dev {
 } vblk_dev;
 
 // ---- Set-up ----------------------------------------------------------------
-
 #define VBLK_VERSION                                                           \
     (VBLK_VERSION_MAJOR * 10000 + VBLK_VERSION_MINOR * 100 +                   \
      VBLK_VERSION_PATCH)
 
 // Bring `dev` to the state a device has after power-on, again if need be: a
-// request of before is stale then, as after a reset. `o` is copied; what
-// it points to must outlive `dev`. Returns VBLK_OK or the VBLK_ERR_ of the
-// first field at fault, in which case `dev` is untouched. There is nothing to
-// undo at the end: the device owns nothing.
+// request of before is stale then. `o` is copied; what it points to must stay.
+// VBLK_OK, or the VBLK_ERR_ of the first field at fault, with `dev` untouched.
+// There is nothing to undo at the end: the device owns nothing.
 //
 //     int vblk_init(vblk_dev *dev, const vblk_options *o);
 #define vblk_init(dev, o)                                                      \
@@ -967,10 +926,10 @@ typedef struct vblk_dev {
 VBLKDEF int vblk_init_checked(vblk_dev *dev, const vblk_options *o,
                               int version, size_t bytes);
 
-// Give the device its guest memory, or another: all pointers from the old one
-// are forgotten, ring positions stay, and all queues are looked at again. No
+// Give the device its guest memory, or another: pointers into the old one are
+// forgotten, ring positions stay, and all queues are looked at again. No
 // draining call may be under way. VBLK_OK; or VBLK_ERR_MEMORY or VBLK_ERR_BUSY,
-// requests are under way, in which case nothing changed.
+// requests are under way, and nothing changed.
 VBLKDEF int vblk_set_memory(vblk_dev *dev, vblk_memory memory);
 
 // A sentence for a VBLK_ERR_ code.
@@ -982,7 +941,6 @@ VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
                                     size_t n);
 
 // ---- Registers [4.2.2] -----------------------------------------------------
-
 // What the guest loads from `bytes` bytes (1 to 8) at `offset` of the register
 // window, as a little-endian number. Any offset and width is safe. Any thread.
 VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
@@ -1012,14 +970,13 @@ VBLKDEF void vblk_needs_reset(vblk_dev *dev);
 VBLKDEF int vblk_resize(vblk_dev *dev, uint64_t sectors);
 
 // ---- Requests --------------------------------------------------------------
-
 // Do what waits in the queues that were notified, or whose limit allows it by
 // now: take requests, call the backend, complete, publish, and interrupt the
 // guest at most once for each queue. Returns when to call next: `now_ns` if
-// there is more to do, as one call takes at most as many requests as a queue
-// has entries; the moment at which a limit lets the next request pass;
-// VBLK_NEVER if nothing is to be done until the guest stores to a register.
-// Calling too early is harmless. Thread: the drainer of all queues.
+// there is more, as one call takes at most as many requests as a queue has
+// entries; the moment at which a limit lets the next one pass; VBLK_NEVER if
+// nothing is to be done until the guest stores to a register. Calling too early
+// is harmless. Thread: the drainer of all queues.
 VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns);
 
 // The same for one queue, notified or not. Thread: the queue's drainer.
@@ -1090,7 +1047,6 @@ VBLKDEF unsigned vblk_seg_max(const vblk_dev *dev);
 VBLKDEF bool vblk_queue_broken(const vblk_dev *dev, unsigned queue);
 
 // ---- Other transports: what PCI and vhost-user hosts need instead ----------
-
 // What the device offers, and what the driver accepted. Any thread.
 VBLKDEF uint64_t vblk_device_features(const vblk_dev *dev);
 VBLKDEF uint64_t vblk_driver_features(const vblk_dev *dev);
@@ -1133,30 +1089,23 @@ VBLKDEF int vblk_queue_start(vblk_dev *dev, unsigned queue,
 VBLKDEF int vblk_queue_stop(vblk_dev *dev, unsigned queue, vblk_ring *ring);
 
 // ---- Token bucket ----------------------------------------------------------
-
-// Pure functions: state and time in, answer out. Any number below 2^63 is
-// safe, and so is a clock that stands still or goes back: no token is gained
-// then. A bucket starts full. `n` tokens pass if they are there, or if the
-// bucket can never hold them and is not in debt: then it goes into debt.
-
+// Pure functions. Any number below 2^63 is safe, and so is a clock that stands
+// still or goes back: no token is gained then. A bucket starts full. `n` tokens
+// pass if they are there, or if the bucket can never hold them and is not in
+// debt: then it goes into debt. A change goes by the rules of
+// vblk_set_limits(); a refill credits the time that has passed, to the fraction
+// of a token; after it can_take tells whether `n` pass, take takes them, which
+// must have been allowed, and wait says in how many nanoseconds, rounded up.
 VBLKDEF void vblk_bucket_init(vblk_bucket *b, uint64_t rate, uint64_t burst);
-
-// Another rate and burst from now on, by the rules of vblk_set_limits().
 VBLKDEF void vblk_bucket_change(vblk_bucket *b, uint64_t rate, uint64_t burst,
                                 uint64_t now_ns);
-
-// Credit the time that has passed, to the fraction of a token.
 VBLKDEF void vblk_bucket_refill(vblk_bucket *b, uint64_t now_ns);
-
-// After a refill at `now_ns`: whether `n` pass; take them, which must have
-// been allowed; nanoseconds until they pass, rounded up, 0 if they do.
 VBLKDEF bool vblk_bucket_can_take(const vblk_bucket *b, uint64_t n);
 VBLKDEF void vblk_bucket_take(vblk_bucket *b, uint64_t n);
 VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
                                   uint64_t now_ns);
 
 // ---- Memory and backends ---------------------------------------------------
-
 typedef struct vblk_region {
     uint64_t gpa;
     uint64_t bytes; // at most SIZE_MAX; gpa + bytes may be 2^64, regions may
@@ -1165,10 +1114,9 @@ typedef struct vblk_region {
     bool     read_only; // ROM, flash: no buffer to write to, and no used ring
 } vblk_region;
 
-// A table of regions in any order; sorted by address it is searched faster.
-// They must not overlap, which is not checked: one of them would win. More may
-// be put behind the last, in place, as the device keeps pointers to regions;
-// for anything else there is vblk_set_memory().
+// Regions in any order; sorted by address they are searched faster. They must
+// not overlap, which is not checked. More may be put behind the last, in place,
+// as the device keeps pointers to them; else there is vblk_set_memory().
 typedef struct vblk_regions {
     const vblk_region *region;
     unsigned           count;
@@ -1201,7 +1149,6 @@ extern "C" {
 #endif
 
 // ---- Files (POSIX) ---------------------------------------------------------
-
 // An image file or a block device by positioned I/O and fdatasync(). Safe from
 // several threads. What was there once and is not any more, because the file
 // was cut or the device has gone, is an error (EIO), for each flush from then
@@ -1247,7 +1194,6 @@ extern "C" {
 #endif
 
 // ---- Engine (Linux) --------------------------------------------------------
-
 // Serves a device in place of vblk_poll(), with up to 250 requests under way,
 // which end in any order. Of a vblk_file_backend(), io_uring does what the file
 // does without waiting, reads of most, and each FLUSH; the backend does the
@@ -1268,14 +1214,14 @@ typedef struct vblk_engine {
     uint32_t     under_way, in_kernel; // requests; calls of io_uring for them
     bool         polling, woken;  // `fd` of vblk_engine_wait(), by io_uring
     bool         dropping;        // what ends is forgotten
-    bool         reads, writes, clears; // io_uring does them
+    bool         reads, writes;   // io_uring does them
     uint32_t     free, to_sync, in_sync; // lists of slots
     uint64_t     sync_end, bytes; // of the file, before it was synced; moving
     struct vblk__slot *slot;
     vblk_seg    *seg;      // of all slots, then of the one that is taken
     // io_uring. Of what `tail` counts, `queued` is not handed over.
-    int          ring_fd, event_fd; // or -1
-    int          sync_fd;  // the file's, to hear of failures; or -1
+    int          ring_fd, sync_fd; // or -1; the second is the file's, to hear
+                                   // of failures
     uint32_t     tail, queued, iovs;
     uint32_t    *sq_tail, *sq_flags, *cq_head, *cq_tail;
     struct io_uring_sqe *sqe;
@@ -1286,11 +1232,11 @@ typedef struct vblk_engine {
 } vblk_engine;
 
 // For `queue`, or VBLK_ALL_QUEUES. VBLK_OK; VBLK_ERR_URING, with errno set:
-// io_uring is not to be had, and the backend does all, which is also what
-// happens if `uring` is not set; or VBLK_ERR_WORKER: no memory, nothing opened.
-// A lock of yours on the file, by its descriptor (flock, F_OFD_SETLK), lasts as
-// long as what io_uring has under way, also if the process is killed; one of
-// the process (F_SETLK) falls when an engine is closed.
+// io_uring is not to be had, and the backend does all, as it does if `uring` is
+// not set; or VBLK_ERR_WORKER: no memory, nothing opened. A lock of yours on
+// the file, by its descriptor (flock, F_OFD_SETLK), lasts as long as what
+// io_uring has under way, also if the process is killed; one of the process
+// (F_SETLK) falls when an engine is closed.
 VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
                              bool uring);
 
@@ -1300,12 +1246,9 @@ VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
 VBLKDEF uint64_t vblk_engine_poll(vblk_engine *e);
 
 // Sleep until then: until something has ended, `fd` is readable, always the
-// same one, or the time has come. Whether it is `fd`.
+// same one, or the time has come. Whether it is `fd`, which may be an epoll
+// descriptor of all else that the thread waits for.
 VBLKDEF bool vblk_engine_wait(vblk_engine *e, int fd, uint64_t until_ns);
-
-// For hosts that wait in a loop of their own: an eventfd, signalled when
-// something has ended, to be read before the next poll; or -1.
-VBLKDEF int vblk_engine_event_fd(vblk_engine *e);
 
 // Begin nothing, and wait for what is under way, up to `ms`. It is completed;
 // or, with VBLK_ALL_QUEUES, as options.quiesce is told it for a reset, it is
@@ -1318,7 +1261,6 @@ VBLKDEF int vblk_engine_quiesce(vblk_engine *e, int queue, unsigned ms);
 VBLKDEF int vblk_engine_close(vblk_engine *e);
 
 // ---- Worker (Linux) --------------------------------------------------------
-
 typedef struct vblk_worker_options {
     unsigned stop_ms;    // of a stop, reset, pause; default 1000, most INT_MAX
     bool     no_uring;   // else its engine does what it can by io_uring
@@ -1338,7 +1280,7 @@ typedef struct vblk_worker_options {
 typedef struct vblk_worker {
     int      irq_fd;  // eventfd, signalled to interrupt; good as a KVM irqfd
     int      kick_fd; // eventfd that wakes it; good as a KVM ioeventfd
-    int      number;  // "vblk3" is the thread's name and begins its lines
+    int      number;  // "vblk3" is the thread's name; no two are the same
     // Private from here.
     vblk_dev            dev;
     vblk_backend        backend; // the host's, as the rest of these
@@ -1365,20 +1307,14 @@ typedef struct vblk_worker {
     uint32_t            uring_told;  // atomic; it is not to be had
     uint32_t            awake;       // atomic; those that do not rest
     uint32_t            left;        // atomic; those left behind that live
-    // Under `printing`.
-    pthread_mutex_t     printing;
-    vblk_bucket         lines;
-    uint64_t            left_out;
 } vblk_worker;
 
-// Make a device from `o`, as vblk_init() does, and what a thread needs; the
-// thread itself starts when the driver says DRIVER_OK, and again after each
-// reset. Without o->event, events go to stderr, at most some lines a second.
-// o->interrupt, if set, is called beside irq_fd. Both are called by the thread
-// and by those that make register calls, several at once; hold no lock that
-// they take around vblk_worker_ calls. The thread blocks all signals but those
-// of its own faults, and runs on the processors that the caller of this runs
-// on. `wo` may be NULL. VBLK_OK or a code.
+// Make a device from `o`, as vblk_init() does, and what a thread needs, which
+// starts when the driver says DRIVER_OK, and again after each reset.
+// o->interrupt is called beside irq_fd. It and o->event are called by the
+// thread and by those that make register calls, several at once; hold no lock
+// that they take around vblk_worker_ calls. The thread blocks all signals but
+// those of its faults. `wo` may be NULL. VBLK_OK or a code.
 //
 //     int vblk_worker_init(vblk_worker *w, const vblk_options *o,
 //                          const vblk_worker_options *wo);
@@ -1388,12 +1324,12 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
                                      const vblk_worker_options *wo,
                                      int version, size_t bytes);
 
-// Stop the thread and free all. VBLK_OK; or VBLK_ERR_BUSY: the thread is stuck,
-// in the backend or on a page of guest memory that does not come, and was left
-// behind after stop_ms. It will touch no ring, no guest memory of its own
-// accord, no interrupt, and frees all when it comes back. Until then, until
-// released() is called, `w`, what the callbacks and their `user` need, the
-// backend above all, and guest memory must stay; without released(), for good.
+// Stop the thread and free all. VBLK_OK; or VBLK_ERR_BUSY: it is stuck, in the
+// backend or on a page of guest memory that does not come, and was left behind
+// after stop_ms. It touches no ring, no guest memory of its own accord, no
+// interrupt, and frees all when it comes back. Until released() is called, and
+// without that for good, `w`, what the callbacks and their `user` need, the
+// backend above all, and guest memory must stay.
 VBLKDEF int vblk_worker_close(vblk_worker *w);
 
 // The device, for queries: vblk_mmio_read(), vblk_interrupt_line(),
@@ -1406,9 +1342,8 @@ VBLKDEF int vblk_worker_kick_fd(const vblk_worker *w, unsigned queue);
 // The guest stored `value` in the register window: kicks, starts, stops and
 // resets as needed. QueueNotify and InterruptACK never wait. A Status of 0 (and
 // QueueReset, or QueueReady of 0 while live) waits up to stop_ms for threads,
-// other register calls for those. VBLK_OK; or VBLK_ERR_BUSY: one is stuck for
-// longer, and Status reads DEVICE_NEEDS_RESET. At a reset it was left behind,
-// or still is: Status reads 0 when it has ended. Any thread.
+// other register calls for those. VBLK_OK; or VBLK_ERR_BUSY: one is stuck, or
+// still is, and Status reads DEVICE_NEEDS_RESET, then 0. Any thread.
 VBLKDEF int vblk_worker_mmio_write(vblk_worker *w, uint64_t offset,
                                    unsigned bytes, uint64_t value);
 
@@ -1418,10 +1353,9 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w);
 
 // Ask the thread to finish what it has under way and rest, and wait for that up
 // to `ms`. VBLK_OK: it rests, or is not started; all its writes are visible, it
-// reads and writes nothing until vblk_worker_resume(). VBLK_ERR_BUSY: it will
-// rest later; or, and that at once, one that was left behind has not ended.
-// vblk_worker_paused() tells. No kick is lost. A pause outlasts a reset: the
-// thread of the next driver rests from its start. Any thread.
+// touches nothing until vblk_worker_resume(). VBLK_ERR_BUSY: it rests later, as
+// vblk_worker_paused() tells; or, at once, one that was left behind has not
+// ended. No kick is lost, and a pause outlasts a reset. Any thread.
 VBLKDEF int vblk_worker_pause(vblk_worker *w, unsigned ms);
 
 // End a pause, if there is one; whether all threads are at rest now: paused, or
@@ -1444,7 +1378,6 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #define VBLK_IMPLEMENTED
 
 // ---- Platform ---------------------------------------------------------------
-
 #if defined(VBLK_SINGLE_THREADED) && defined(VBLK_IMPLEMENTATION_THREADED)
 #error "vblk.h: the worker needs atomics: leave out VBLK_SINGLE_THREADED"
 #endif
@@ -1487,17 +1420,12 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 // Status, InterruptStatus, the counters and the ring indices are shared with
 // threads, the guest's among them, that are running. The orders:
 //
-//     LOAD, STORE  relaxed: a single word that nothing else is read by
-//     LOAD_ACQUIRE Status and QueueReady, by a drainer: with them comes all
-//                  that the driver set up before; what the driver polls,
-//                  Status, InterruptStatus and the line: with them comes the
-//                  ring
-//     STORE_RELEASE the other side of it
-//     ACQUIRE      an index: what it covers is read after it
-//     RELEASE      an index: what it covers is written before it
-//     OR, CAS      both: what they announce is written before them, and what
-//                  they take over is read after them
-//     FENCE        full: one side's store before its load of the other's
+//     LOAD, STORE   relaxed: a single word that nothing else is read by
+//     LOAD_ACQUIRE  Status, QueueReady, InterruptStatus, the line: with them
+//                   comes what was set up or completed; STORE_RELEASE before
+//     ACQUIRE, RELEASE  an index: what it covers is read after, written before
+//     OR, CAS       both, for what they announce and take over
+//     FENCE         full: one side's store before its load of the other's
 #if defined(__GNUC__) || defined(__clang__)
 typedef uint16_t __attribute__((may_alias)) vblk__shared16; // in guest memory
 #else
@@ -1553,7 +1481,6 @@ typedef uint16_t vblk__shared16;
 #endif
 
 // ---- Wire: little-endian loads and stores, layouts --------------------------
-
 #define VBLK__DESC_NEXT     1u
 #define VBLK__DESC_WRITE    2u
 #define VBLK__DESC_INDIRECT 4u
@@ -1604,7 +1531,6 @@ static inline bool vblk__wraps(uint64_t gpa, uint64_t n) {
 }
 
 // ---- Memory: where addresses become pointers --------------------------------
-
 static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
                                bool writable);
 
@@ -1778,7 +1704,6 @@ static int vblk__regions_write(void *user, uint64_t gpa, const void *src,
 }
 
 // ---- Device: state, events, interrupts, notifications ----------------------
-
 // dev->state: Status, the bits of InterruptStatus and whether the line is high,
 // in one word, so that they change in one step and a reset leaves nothing of
 // what came before it.
@@ -1836,8 +1761,8 @@ static uint64_t *vblk__field(vblk_event *e, unsigned field) {
 }
 
 // Tell the host: of the device, of a queue, of a chain.
-static void vblk__emit(const vblk_dev *dev, int queue, int head,
-                       vblk_event_code code, uint64_t a, uint64_t b) {
+VBLK__RARE void vblk__emit(const vblk_dev *dev, int queue, int head,
+                           vblk_event_code code, uint64_t a, uint64_t b) {
     if (dev->event) {
         const struct vblk__event_shape *row = vblk__event_row(code);
         vblk_event e;
@@ -1852,21 +1777,12 @@ static void vblk__emit(const vblk_dev *dev, int queue, int head,
     }
 }
 
-VBLK__RARE void vblk__say(const vblk_dev *dev, vblk_event_code code, uint64_t a,
-                          uint64_t b) {
-    vblk__emit(dev, VBLK_NO_QUEUE, VBLK_NO_HEAD, code, a, b);
-}
-
-VBLK__RARE void vblk__say_queue(const vblk_dev *dev, const vblk_queue *q,
-                                vblk_event_code code, uint64_t a, uint64_t b) {
-    vblk__emit(dev, q->number, VBLK_NO_HEAD, code, a, b);
-}
-
-VBLK__RARE void vblk__say_request(const vblk_dev *dev, const vblk_request *r,
-                                  vblk_event_code code, uint64_t a,
-                                  uint64_t b) {
-    vblk__emit(dev, r->queue, r->head, code, a, b);
-}
+#define vblk__say(dev, code, a, b)                                             \
+    vblk__emit(dev, VBLK_NO_QUEUE, VBLK_NO_HEAD, code, a, b)
+#define vblk__say_queue(dev, q, code, a, b)                                    \
+    vblk__emit(dev, (q)->number, VBLK_NO_HEAD, code, a, b)
+#define vblk__say_request(dev, r, code, a, b)                                  \
+    vblk__emit(dev, (r)->queue, (r)->head, code, a, b)
 
 // One writer, the queue's drainer, so that no locked instruction is needed.
 static inline void vblk__count(uint64_t *counter, uint64_t n) {
@@ -1942,7 +1858,6 @@ VBLKDEF void vblk_notify(vblk_dev *dev, int queue) {
 }
 
 // ---- Bucket: integers in, integers out -------------------------------------
-
 #define VBLK__SECOND UINT64_C(1000000000) // nanoseconds
 
 typedef struct vblk__wide { // 128 bits
@@ -1963,13 +1878,9 @@ static vblk__wide vblk__multiply(uint64_t a, uint64_t b) {
 // w / d, UINT64_MAX if it is more than that, and the remainder.
 static uint64_t vblk__divide(vblk__wide w, uint64_t d, uint64_t *remainder) {
     uint64_t quotient = 0;
+    *remainder = w.lo % d;
+    if (w.hi == 0) return w.lo / d;
     *remainder = 0;
-#if UINTPTR_MAX > UINT32_MAX // else a library would do it
-    if (w.hi == 0) {
-        *remainder = w.lo % d;
-        return w.lo / d;
-    }
-#endif
     if (w.hi >= d) return UINT64_MAX;
     for (int bit = 0; bit < 64; bit++) { // w.hi < d: the quotient fits
         bool carry = w.hi >> 63;
@@ -2053,7 +1964,6 @@ VBLKDEF uint64_t vblk_bucket_wait(const vblk_bucket *b, uint64_t n,
 }
 
 // ---- Limits: who must wait, and until when ---------------------------------
-
 // Those of a batch come at one time: all but the first find it done.
 static inline void vblk__refill(vblk_dev *dev, uint64_t now_ns) {
     if (now_ns > dev->ops.last_ns) vblk_bucket_refill(&dev->ops, now_ns);
@@ -2090,33 +2000,6 @@ VBLK__RARE void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     }
 }
 
-enum { VBLK__CLOCK_NEW, VBLK__CLOCK_SEEN, VBLK__CLOCK_GOES };
-
-// A request waits, and since set-up all calls came at one moment, more than a
-// round over the queues has. At another time than 0 the clock may be coarse, so
-// it gets more of them.
-static void vblk__check_clock(vblk_dev *dev) {
-    uint32_t rounds = dev->clock_ns ? 1000 : 1;
-    if (dev->waits && dev->clock == VBLK__CLOCK_SEEN &&
-        dev->clock_calls > rounds * (dev->queues + 1)) {
-        dev->clock = VBLK__CLOCK_GOES; // once will do
-        vblk__say_queue(dev, &dev->queue[dev->turn], VBLK_EV_CLOCK_STILL,
-                        dev->clock_ns, 0);
-    }
-}
-
-static void vblk__watch_clock(vblk_dev *dev, uint64_t now_ns, uint32_t calls) {
-    if (dev->clock == VBLK__CLOCK_NEW) {
-        dev->clock = VBLK__CLOCK_SEEN;
-        dev->clock_ns = now_ns;
-        dev->clock_calls = 0;
-    } else if (now_ns != dev->clock_ns) {
-        dev->clock = VBLK__CLOCK_GOES;
-    }
-    dev->clock_calls += calls;
-    vblk__check_clock(dev);
-}
-
 // The head waits.
 static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t ops,
                         uint64_t bytes, uint64_t now_ns) {
@@ -2133,7 +2016,6 @@ static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t ops,
         vblk__count(&q->counts.throttled, 1);
         VBLK__STORE(&q->counts.currently_throttled, 1);
     }
-    vblk__check_clock(dev);
 }
 
 // Whether a request that costs so much fits the limits now; both are looked at
@@ -2168,7 +2050,6 @@ static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
 }
 
 // ---- Queue: take a chain, give it back, publish, switch notifications ------
-
 // Offsets in the rings [2.7.6, 2.7.8].
 static uint64_t vblk__avail_bytes(const vblk_queue *q) {
     return 6 + 2 * (uint64_t)q->size;
@@ -2397,7 +2278,6 @@ VBLK__FLAT void vblk__publish_queue(vblk_dev *dev, vblk_queue *q) {
 }
 
 // ---- Chain: descriptors to a list ------------------------------------------
-
 #define VBLK__MAX_WALK 32768u // entries of the largest queue
 
 // A chain as it was read, each descriptor once; the empty ones not listed.
@@ -2639,7 +2519,6 @@ static const uint8_t *vblk__cut_header(vblk_dev *dev, vblk__chain *c,
 }
 
 // ---- Request: list to validated request ------------------------------------
-
 // Of the type: an order among requests, which old drivers ask for unasked.
 #define VBLK__T_BARRIER 0x80000000u
 
@@ -2651,17 +2530,10 @@ typedef enum vblk__shape {
     VBLK__NOTHING, VBLK__RANGES, VBLK__SECTORS, VBLK__ID, VBLK__LIFETIME
 } vblk__shape;
 
-// The request types. Nothing else compares types: a new one is a row here. What
-// no other has is a value of a column, and a case in the switch over it:
-//
-//     shape   vblk__fit, with a function that checks the data
-//     does    enum vblk__does and a member of vblk_backend; vblk__run; a
-//             vblk__worker_ of its own and its line in vblk__worker_backend;
-//             in each *_backend() the call
-//
-// Elsewhere it is treated as what is no read: not padded, and paid for by its
-// data. Around it are the feature (vblk__offer), the events and the counter;
-// the rules, and the model in tests/model.c.
+// The request types. Nothing else compares types: a new one is a row here, a
+// case for its shape in vblk__fit() and for what it does in vblk__run(), with
+// a member of vblk_backend that vblk__worker_backend() wraps; then the feature
+// (vblk__offer), events, counter, rules, and the model in tests/model.c.
 static const struct vblk__kind {
     uint32_t type;
     uint64_t feature; // to be offered; that the driver took it is not asked
@@ -2985,7 +2857,6 @@ static bool vblk__parse(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
 }
 
 // ---- Copies: between guest memory and the host -----------------------------
-
 // A place in the data of a request: so far into a segment.
 typedef struct vblk__place {
     unsigned seg;
@@ -3066,7 +2937,6 @@ VBLKDEF int vblk_put(vblk_dev *dev, const vblk_request *req, uint64_t at,
 }
 
 // ---- Serve: the chain at the head ------------------------------------------
-
 // The chain of `r` is done, `data` bytes were written: status byte, then used
 // element [2.7.8.2]. Counts an error. False: the status byte has gone.
 VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
@@ -3229,7 +3099,6 @@ static vblk__state vblk__serve(vblk_dev *dev, vblk_queue *q, vblk_request *r,
 }
 
 // ---- Complete: a request has ended -----------------------------------------
-
 // From byte `at` on, the data reads as zeroes (X2).
 VBLK__RARE bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     static const uint8_t zeroes[64] = {0};
@@ -3332,7 +3201,6 @@ VBLKDEF int vblk_complete(vblk_dev *dev, const vblk_request *req,
 }
 
 // ---- Execute: a request by the backend -------------------------------------
-
 static inline int64_t vblk__transfer(const vblk_dev *dev,
                                      const struct vblk__kind *k,
                                      uint64_t offset, const vblk_seg *seg,
@@ -3464,7 +3332,6 @@ VBLK__FLAT void vblk__execute(vblk_dev *dev, vblk_queue *q,
 }
 
 // ---- Next, publish, drain, poll --------------------------------------------
-
 VBLKDEF void vblk_publish(vblk_dev *dev, unsigned queue) {
     VBLK_ASSERT(queue < dev->queues);
     vblk__publish_queue(dev, &dev->queue[queue]);
@@ -3577,7 +3444,6 @@ VBLKDEF uint64_t vblk_arm(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     VBLK_ASSERT(queue < dev->queues);
     vblk_queue *q = vblk__prepare(dev, queue);
     if (!q) return VBLK_NEVER;
-    if (dev->limited) vblk__watch_clock(dev, now_ns, 1);
     vblk__state state = vblk__arm_queue(dev, q);
     vblk__publish_queue(dev, q);
     return vblk__again(dev, q, q->broken ? VBLK__BROKEN : state, now_ns);
@@ -3603,7 +3469,6 @@ VBLK__FLAT vblk__state vblk__drain_queue(vblk_dev *dev, unsigned queue,
 
 VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     VBLK_ASSERT(queue < dev->queues);
-    if (dev->limited) vblk__watch_clock(dev, now_ns, 1);
     vblk__state state = vblk__drain_queue(dev, queue, now_ns);
     return vblk__again(dev, &dev->queue[queue], state, now_ns);
 }
@@ -3618,7 +3483,6 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
     uint32_t due = VBLK__LOAD(&dev->due);
     bool timed = now_ns >= dev->again_ns;
     bool more = false;
-    if (dev->limited) vblk__watch_clock(dev, now_ns, dev->queues + 1);
     if (due) {
         (void)VBLK__CAS(&dev->due, due, 0);
     } else if (!timed) {
@@ -3643,7 +3507,6 @@ VBLKDEF uint64_t vblk_poll(vblk_dev *dev, uint64_t now_ns) {
 }
 
 // ---- Device: features, status, reset ---------------------------------------
-
 // Stop a queue, so that it can start anew. What is under way goes stale.
 static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__forget_stall(dev, q);
@@ -3676,7 +3539,6 @@ static void vblk__reset_device(vblk_dev *dev) {
     dev->event_idx = dev->indirect = false;
     VBLK__STORE(&dev->write_through, false);
     VBLK__STORE(&dev->no_memory_said, false);
-    dev->legacy_said = false;
     VBLK__STORE(&dev->device_features_sel, 0);
     VBLK__STORE(&dev->driver_features_sel, 0);
     VBLK__STORE(&dev->queue_sel, 0);
@@ -3806,7 +3668,6 @@ VBLKDEF void vblk_set_status(vblk_dev *dev, uint32_t written) {
 }
 
 // ---- Registers: offsets to device calls -------------------------------------
-
 static unsigned vblk__log2(uint64_t n) {
     unsigned log = 0;
     while (n >>= 1) log++;
@@ -4030,11 +3891,6 @@ static void vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     }
 }
 
-// Of version 1 [4.2.4], which is told from nothing at all.
-#define VBLK__REG_GUEST_PAGE_SIZE 0x028u
-#define VBLK__REG_QUEUE_ALIGN     0x03cu
-#define VBLK__REG_QUEUE_PFN       0x040u
-
 // Any thread.
 static void vblk__write_notify(vblk_dev *dev, uint32_t queue) {
     uint32_t status = vblk_status(dev);
@@ -4081,12 +3937,6 @@ VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
     case VBLK_REG_QUEUE_DRIVER_LOW: case VBLK_REG_QUEUE_DRIVER_HIGH:
     case VBLK_REG_QUEUE_DEVICE_LOW: case VBLK_REG_QUEUE_DEVICE_HIGH:
         vblk__write_queue(dev, offset, v);
-        break;
-    case VBLK__REG_GUEST_PAGE_SIZE: case VBLK__REG_QUEUE_ALIGN:
-    case VBLK__REG_QUEUE_PFN:
-        if (dev->legacy_said) break;
-        dev->legacy_said = true;
-        vblk__say(dev, VBLK_EV_REG_LEGACY, offset, v);
         break;
     default: break;
     }
@@ -4143,7 +3993,6 @@ VBLKDEF void vblk_needs_reset(vblk_dev *dev) {
 }
 
 // ---- Set-up and queries -----------------------------------------------------
-
 static bool vblk__check_limit(uint64_t rate, uint64_t burst) {
     return (burst == 0 || (rate > 0 && burst >= rate)) && rate <= INT64_MAX &&
            burst <= INT64_MAX;
@@ -4371,7 +4220,6 @@ VBLKDEF int vblk_set_limits(vblk_dev *dev, const vblk_limits *limits,
     vblk_bucket_change(&dev->ops, l.iops, l.iops_burst, now_ns);
     vblk_bucket_change(&dev->bytes, l.bps, l.bps_burst, now_ns);
     dev->limited = l.iops || l.bps;
-    dev->clock = VBLK__CLOCK_NEW;
     dev->again_ns = 0;
     // Only a limited device has a turn: without limits its queues may be
     // drained by several threads, and none of them could pass it on.
@@ -4502,7 +4350,6 @@ VBLKDEF const char *vblk_event_line(const vblk_event *event, char *buf,
 }
 
 // ---- Memory and memory disk -------------------------------------------------
-
 VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
     for (unsigned i = 0; i < regions->count; i++) {
         VBLK_ASSERT((size_t)regions->region[i].bytes ==
@@ -4621,7 +4468,6 @@ typedef char vblk__offsets_have_64_bits[sizeof(off_t) == 8 ? 1 : -1];
 #endif
 
 // ---- Files ------------------------------------------------------------------
-
 #define VBLK__BOUNCE 32768u // bytes of stack
 
 static void vblk__close(int *fd) {
@@ -4886,10 +4732,10 @@ static int vblk__file_discard(void *user, uint64_t offset, uint64_t bytes,
     return err == EOPNOTSUPP ? 0 : -err;
 }
 
-// Where the file system has no such call, written: the same page many times.
+// Where the file system has no such call, zeroes are written.
 static int vblk__file_zero(void *user, uint64_t offset, uint64_t bytes,
                            bool unmap) {
-    static uint8_t zeroes[4096];
+    static uint8_t zeroes[65536];
     vblk_file *f = (vblk_file *)user;
     bytes = vblk__file_part(f, offset, bytes);
     int err = bytes && unmap ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes)
@@ -4898,16 +4744,12 @@ static int vblk__file_zero(void *user, uint64_t offset, uint64_t bytes,
     if (err == EOPNOTSUPP) err = vblk__file_clear(f, VBLK__ZERO, offset, bytes);
     if (err != EOPNOTSUPP) return -err;
     while (bytes > 0) {
-        vblk_seg seg[64];
-        unsigned n = 0;
-        for (uint64_t left = bytes; n < 64 && left > 0; left -= seg[n++].n) {
-            seg[n].ptr = zeroes;
-            seg[n].n = left < sizeof zeroes ? (size_t)left : sizeof zeroes;
-        }
-        int64_t done = vblk__file_move(f, offset, seg, n, false);
-        if (done <= 0) return done ? (int)done : -EIO;
-        offset += (uint64_t)done;
-        bytes -= (uint64_t)done;
+        size_t   most = bytes < sizeof zeroes ? (size_t)bytes : sizeof zeroes;
+        vblk_seg seg = {zeroes, most, 0};
+        int64_t  n = vblk__file_move(f, offset, &seg, 1, false);
+        if (n <= 0) return n ? (int)n : -EIO;
+        offset += (uint64_t)n;
+        bytes -= (uint64_t)n;
     }
     return 0;
 }
@@ -4974,14 +4816,13 @@ static struct timespec vblk__timespec(uint64_t ns) {
 }
 
 // ---- Engine -----------------------------------------------------------------
-
 // What a request is while it is under way: with a transfer in io_uring, or in a
 // list of those that wait for the next fdatasync(), or for the one under way.
 #define VBLK__NEAR_SEGS 4u
 
 struct vblk__slot {
     vblk_request req;
-    uint64_t     done; // bytes so far, or ranges
+    uint64_t     done; // bytes so far
     uint64_t     end;  // of the file when this call began
     uint32_t     next; // in its list
     vblk_seg     seg[VBLK__NEAR_SEGS]; // if they fit, else in e->seg
@@ -5117,47 +4958,11 @@ static bool vblk__queue_move(vblk_engine *e, struct vblk__slot *s) {
     return true;
 }
 
-// Queue the next range, as vblk__file_discard() and vblk__file_zero() first try
-// it. False: there is none, or the file does not reach so far.
-static bool vblk__queue_range(vblk_engine *e, struct vblk__slot *s) {
-    const vblk_request *r = &s->req;
-    if (s->done == r->segs) return false;
-    vblk_range range = vblk_range_of(r, (unsigned)s->done);
-    bool punch = r->kind->does == VBLK__DO_DISCARD || range.unmap;
-    if (vblk__file_part(e->file, range.offset, range.bytes) < range.bytes) {
-        return false;
-    }
-    struct io_uring_sqe *sqe = vblk__entry(e, IORING_OP_FALLOCATE,
-                                           (uint64_t)(s - e->slot));
-    e->in_kernel++;
-    sqe->off = range.offset;
-    sqe->addr = range.bytes;
-    sqe->len = punch ? VBLK__PUNCH : VBLK__ZERO;
-    return true;
-}
-
-static bool vblk__queue_next(vblk_engine *e, struct vblk__slot *s) {
-    return s->req.kind->shape == VBLK__RANGES ? vblk__queue_range(e, s)
-                                              : vblk__queue_move(e, s);
-}
-
 static void vblk__end_move(vblk_engine *e, struct vblk__slot *s,
                            vblk__progress done) {
     bool waits = vblk__wants_flush(&s->req, done);
     if (waits) vblk__push(e, &e->to_sync, s);
     if (!waits) vblk__finish(e, s, done);
-}
-
-// io_uring did a range, or could not: then the backend does them all.
-static void vblk__cleared(vblk_engine *e, struct vblk__slot *s, int res) {
-    const vblk_request *r = &s->req;
-    vblk__progress done = {0, VBLK_EV_NONE, 0};
-    s->done += res == 0;
-    bool ours = !e->dropping &&
-                !vblk__stale(e->dev, &e->dev->queue[r->queue], r);
-    if (ours && res == 0 && vblk__queue_range(e, s)) return;
-    if (ours && s->done < r->segs) done = vblk__run(e->dev, r);
-    vblk__end_move(e, s, done);
 }
 
 // A transfer of io_uring has moved `n` bytes, or failed.
@@ -5201,13 +5006,10 @@ static bool vblk__reap(vblk_engine *e) {
         if (cqe.user_data >= VBLK__CANCELLED) continue;
         any = true;
         e->in_kernel--;
-        struct vblk__slot *s = &e->slot[cqe.user_data % VBLK__SLOTS];
         if (cqe.user_data == VBLK__SYNCED) {
             vblk__synced(e, vblk__heard(e->file, e->sync_end, cqe.res));
-        } else if (s->req.kind->shape == VBLK__RANGES) {
-            vblk__cleared(e, s, cqe.res);
         } else {
-            vblk__moved(e, s, cqe.res);
+            vblk__moved(e, &e->slot[cqe.user_data], cqe.res);
         }
     }
     return any;
@@ -5217,11 +5019,9 @@ static bool vblk__reap(vblk_engine *e) {
 static void vblk__begin(vblk_engine *e, const vblk_request *r) {
     vblk_dev *dev = e->dev;
     const vblk__does does = (vblk__does)r->kind->does;
-    bool uring = r->kind->shape == VBLK__RANGES
-                     ? e->clears && does != VBLK__DO_ERASE
-                     : r->direct && ((does == VBLK__DO_READ && e->reads) ||
-                                     (does == VBLK__DO_WRITE && e->writes)) &&
-                           vblk__file_fits(e->file, r->offset, r->seg, r->segs);
+    bool uring = r->direct && ((does == VBLK__DO_READ && e->reads) ||
+                               (does == VBLK__DO_WRITE && e->writes)) &&
+                 vblk__file_fits(e->file, r->offset, r->seg, r->segs);
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     if (!uring) {
         done = vblk__run(dev, r);
@@ -5241,7 +5041,7 @@ static void vblk__begin(vblk_engine *e, const vblk_request *r) {
     memcpy(s->req.seg, r->seg, r->segs * sizeof *r->seg);
     if (!uring) {
         vblk__push(e, &e->to_sync, s);
-    } else if (!vblk__queue_next(e, s)) {
+    } else if (!vblk__queue_move(e, s)) {
         vblk__end_move(e, s, vblk__run(dev, &s->req));
     }
 }
@@ -5527,11 +5327,10 @@ static void vblk__close_ring(vblk_engine *e) {
     if (e->rings) munmap(e->rings, e->rings_bytes);
     vblk__close(&e->ring_fd);
     vblk__close(&e->sync_fd);
-    vblk__close(&e->event_fd);
     e->sqe = NULL;
     e->rings = NULL;
     e->file = NULL;
-    e->reads = e->writes = e->clears = false;
+    e->reads = e->writes = false;
     errno = saved;
 }
 
@@ -5556,7 +5355,7 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
     e->at = e->end - 1;
     e->now = vblk__clock;
     e->look_on_ns = 50000;
-    e->ring_fd = e->sync_fd = e->event_fd = -1;
+    e->ring_fd = e->sync_fd = -1;
     e->slot = (struct vblk__slot *)calloc(VBLK__SLOTS, sizeof *e->slot);
     e->seg = (vblk_seg *)calloc((VBLK__SLOTS + 1) * room, sizeof *e->seg);
     e->iov = (struct iovec *)calloc(VBLK__IOVECS, sizeof *e->iov);
@@ -5567,8 +5366,6 @@ static int vblk__open_engine(vblk_engine *e, vblk_dev *dev, int queue,
         vblk__close_ring(e);
         return VBLK_ERR_URING;
     }
-    e->clears = e->file && (!b->discard || b->discard == vblk__file_discard) &&
-                (!b->write_zeroes || b->write_zeroes == vblk__file_zero);
     return VBLK_OK;
 }
 
@@ -5579,52 +5376,30 @@ VBLKDEF int vblk_engine_open(vblk_engine *e, vblk_dev *dev, int queue,
     return err;
 }
 
-VBLKDEF int vblk_engine_event_fd(vblk_engine *e) {
-    if (e->event_fd < 0 && e->ring_fd >= 0) {
-        e->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-        syscall(SYS_io_uring_register, e->ring_fd, IORING_REGISTER_EVENTFD,
-                &e->event_fd, 1);
-    }
-    return e->event_fd;
-}
-
 // ---- Worker: how it works ---------------------------------------------------
-
 // A device, threads that serve it from DRIVER_OK to the next reset, each with
 // an engine, and a host that stores to registers, pauses and changes things at
 // any time. Nothing that the host calls waits for them longer than stop_ms.
 //
-//     DRIVER_OK
-//         v       a callback begins
-//      WORKING  --------------------->  AWAY
-//         |     <---------------------    |
-//         |         and returns           | stop, and the time is over (from
-//         v stop                          v WORKING too: a page does not come)
-//       ENDED                           LEFT
-//      joined by the stopper            the stopper goes on; the device is
-//                                       halted and shows DEVICE_NEEDS_RESET
-//                                         v the callback returns
-//                                       GONE
-//                                       the last one has reset the device, and
-//                                       calls released(); joined by whoever
-//                                       comes next. Or, if the worker was
-//                                       closed, it has freed all
+//     WORKING -- a callback begins --> AWAY -- and returns --> WORKING
+//     WORKING -- stop --> ENDED, joined by the stopper
+//     AWAY, or WORKING for a page that does not come -- stop, and the time is
+//         over --> LEFT: the stopper goes on, the device is halted and shows
+//         DEVICE_NEEDS_RESET -- the callback returns --> GONE: the last one has
+//         reset the device and calls released(), and is joined by whoever
+//         comes next; or, if the worker was closed, has freed all
 //
-// A thread makes each step but one, the stopper makes LEFT, both by
+// A thread makes each step but LEFT, which the stopper makes, both by
 // compare-and-swap: whoever comes second knows. A thread that comes out of a
 // callback and finds that it was LEFT, or is to stop, leaves by a jump to
 // vblk__thread_main(): what it was at is thrown away by the reset. There it
 // waits for what io_uring has under way, which is like a callback.
 //
-// Locks, in the order in which they are taken:
-//
-//     registers   one register call at a time, and who is who
-//     limits      a thread's turn, where threads share limits
-//     parking     whether the threads are to rest, and do
-//     printing    the default printer
-//
-// A thread takes `parking` to rest, and `registers` when it is LEFT no more; it
-// holds neither while it serves. dev.yield ends its turn early: YIELD after the
+// Locks, in the order in which they are taken: `registers`, one register call
+// at a time, and who is who; `limits`, a thread's turn, where threads share
+// them; `parking`, whether the threads are to rest, and do. A thread takes
+// `parking` to rest, and `registers` when it is LEFT no more; it holds
+// neither while it serves. dev.yield ends its turn early: YIELD after the
 // request it is at, HALT without another word to the guest.
 
 // Outside a callback the thread is busy for microseconds, or, without a
@@ -5676,45 +5451,25 @@ static void vblk__after_callback(struct vblk__thread *t) {
     }
 }
 
-static int64_t vblk__worker_read(void *user, uint64_t offset,
-                                 const vblk_seg *seg, unsigned segs) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__before_callback(w);
-    int64_t n = w->backend.read(w->backend.user, offset, seg, segs);
-    vblk__after_callback(t);
-    return n;
-}
-
-static int64_t vblk__worker_write(void *user, uint64_t offset,
-                                  const vblk_seg *seg, unsigned segs) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__before_callback(w);
-    int64_t n = w->backend.write(w->backend.user, offset, seg, segs);
-    vblk__after_callback(t);
-    return n;
-}
-
-static int vblk__worker_flush(void *user) {
-    vblk_worker *w = (vblk_worker *)user;
-    struct vblk__thread *t = vblk__before_callback(w);
-    int err = w->backend.flush(w->backend.user);
-    vblk__after_callback(t);
-    return err;
-}
-
-#define VBLK__WORKER_CALL(member)                                              \
-    static int vblk__worker_##member(void *user, uint64_t offset,              \
-                                     uint64_t bytes, bool unmap) {             \
+#define VBLK__CALL(type, member, parameters, arguments)                        \
+    static type vblk__worker_##member parameters {                             \
         vblk_worker *w = (vblk_worker *)user;                                  \
         struct vblk__thread *t = vblk__before_callback(w);                     \
-        int err = w->backend.member(w->backend.user, offset, bytes, unmap);    \
+        type result = w->backend.member arguments;                             \
         vblk__after_callback(t);                                               \
-        return err;                                                            \
+        return result;                                                         \
     }
-VBLK__WORKER_CALL(discard)
-VBLK__WORKER_CALL(write_zeroes)
-VBLK__WORKER_CALL(secure_erase)
-#undef VBLK__WORKER_CALL
+#define VBLK__SEGMENTS (void *user, uint64_t offset, const vblk_seg *seg,      \
+                        unsigned segs)
+#define VBLK__RANGE (void *user, uint64_t offset, uint64_t bytes, bool unmap)
+VBLK__CALL(int64_t, read, VBLK__SEGMENTS, (w->backend.user, offset, seg, segs))
+VBLK__CALL(int64_t, write, VBLK__SEGMENTS, (w->backend.user, offset, seg, segs))
+VBLK__CALL(int, flush, (void *user), (w->backend.user))
+VBLK__CALL(int, discard, VBLK__RANGE, (w->backend.user, offset, bytes, unmap))
+VBLK__CALL(int, write_zeroes, VBLK__RANGE,
+           (w->backend.user, offset, bytes, unmap))
+VBLK__CALL(int, secure_erase, VBLK__RANGE,
+           (w->backend.user, offset, bytes, unmap))
 
 static uint64_t vblk__worker_size(void *user) {
     const vblk_backend *b = &((vblk_worker *)user)->backend;
@@ -5736,37 +5491,11 @@ static vblk_backend vblk__worker_backend(vblk_worker *w) {
 }
 
 // ---- Worker: events, descriptors, interrupt ---------------------------------
-
-// A hostile guest can make events at will: some lines a second are let through
-// and the rest counted.
-static void vblk__print_event(vblk_worker *w, const vblk_event *e) {
-    char line[400];
-    pthread_mutex_lock(&w->printing);
-    vblk_bucket_refill(&w->lines, vblk__clock());
-    bool may = vblk_bucket_can_take(&w->lines, 1);
-    uint64_t left_out = w->left_out;
-    if (may) vblk_bucket_take(&w->lines, 1);
-    w->left_out = may ? 0 : w->left_out + 1;
-    pthread_mutex_unlock(&w->printing);
-    if (!may) return;
-    // No lock is held from here on: stderr may block like any callback.
-    if (left_out) {
-        fprintf(stderr, "(%llu lines left out)\n",
-                (unsigned long long)left_out);
-    }
-    fprintf(stderr, "vblk%d: %s\n", w->number,
-            vblk_event_line(e, line, sizeof line));
-}
-
 static void vblk__worker_event(void *user, const vblk_event *e) {
     vblk_worker *w = (vblk_worker *)user;
     struct vblk__thread *t = vblk__before_callback(w);
     if (t) __atomic_store_n(&t->speaking, 1, __ATOMIC_RELEASE);
-    if (w->event) {
-        w->event(w->user, e);
-    } else {
-        vblk__print_event(w, e);
-    }
+    w->event(w->user, e);
     if (t) __atomic_store_n(&t->speaking, 0, __ATOMIC_RELEASE);
     vblk__after_callback(t);
 }
@@ -5801,7 +5530,6 @@ VBLKDEF void vblk_worker_kick(vblk_worker *w) {
 }
 
 // ---- Worker: the thread -----------------------------------------------------
-
 VBLKDEF bool vblk_worker_paused(const vblk_worker *w) {
     return !__atomic_load_n(&w->awake, __ATOMIC_ACQUIRE) &&
            !__atomic_load_n(&w->left, __ATOMIC_ACQUIRE);
@@ -5940,7 +5668,6 @@ static void *vblk__thread_main(void *arg) {
 }
 
 // ---- Worker: start, stop, pause ---------------------------------------------
-
 static struct timespec vblk__deadline(unsigned ms) {
     return vblk__timespec(vblk__clock() + (uint64_t)ms * 1000000);
 }
@@ -6164,7 +5891,6 @@ VBLKDEF void vblk_worker_resume(vblk_worker *w) {
 }
 
 // ---- Worker: what the host calls --------------------------------------------
-
 VBLKDEF const vblk_dev *vblk_worker_dev(const vblk_worker *w) {
     return &w->dev;
 }
@@ -6200,26 +5926,25 @@ VBLKDEF int vblk_worker_resize(vblk_worker *w, uint64_t sectors) {
     return err;
 }
 
-VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
+static int vblk__change(vblk_worker *w, const vblk_memory *memory,
+                        const vblk_limits *limits) {
     pthread_mutex_lock(&w->registers);
     int err = vblk__hold_still(w) ? VBLK_OK : VBLK_ERR_BUSY;
     if (!err) {
-        err = vblk_set_memory(&w->dev, memory);
+        err = memory ? vblk_set_memory(&w->dev, *memory)
+                     : vblk_set_limits(&w->dev, limits, vblk__clock());
         vblk__let_go(w);
     }
     pthread_mutex_unlock(&w->registers);
     return err;
 }
 
+VBLKDEF int vblk_worker_set_memory(vblk_worker *w, vblk_memory memory) {
+    return vblk__change(w, &memory, NULL);
+}
+
 VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits) {
-    pthread_mutex_lock(&w->registers);
-    int err = vblk__hold_still(w) ? VBLK_OK : VBLK_ERR_BUSY;
-    if (!err) {
-        err = vblk_set_limits(&w->dev, limits, vblk__clock());
-        vblk__let_go(w);
-    }
-    pthread_mutex_unlock(&w->registers);
-    return err;
+    return vblk__change(w, NULL, limits);
 }
 
 static bool vblk__choose_cpus(vblk_worker *w) {
@@ -6245,7 +5970,6 @@ static void vblk__make_locks(vblk_worker *w) {
     pthread_mutex_init(&w->registers, NULL);
     pthread_mutex_init(&w->limits, NULL);
     pthread_mutex_init(&w->parking, NULL);
-    pthread_mutex_init(&w->printing, NULL);
 }
 
 static bool vblk__open_all(vblk_worker *w) {
@@ -6281,10 +6005,9 @@ VBLKDEF int vblk_worker_init_checked(vblk_worker *w, const vblk_options *o,
     w->event = o->event;
     w->user = o->user;
     w->number = __atomic_fetch_add(&numbers, 1, __ATOMIC_RELAXED);
-    vblk_bucket_init(&w->lines, 10, 50);
     vblk_options mine = *o;
     mine.backend = vblk__worker_backend(w);
-    mine.event = vblk__worker_event;
+    mine.event = o->event ? vblk__worker_event : NULL;
     mine.interrupt = vblk__worker_interrupt;
     mine.notify = vblk__worker_notify;
     mine.quiesce = vblk__worker_quiesce;

@@ -2,6 +2,13 @@
 // guest memory; the loop's thread has the device. A driver resets it while
 // requests are under way, again and again, and finds its memory its own.
 //
+// vblk_publish() shows what is complete; vblk_arm() also has the driver notify
+// from then on, and says when to look again, so it is called before waiting for
+// the driver. With no slot free, wait for what is under way alone. A request
+// points to its segments, which lie in an array of the host's: take both to
+// where they stay. They may go once the result is whole. Without the backend's
+// size, the backing counts as long as the capacity.
+//
 //     make pool
 #define VBLK_IMPLEMENTATION
 #include "../vblk.h"

@@ -103,7 +103,7 @@ static const habit habits[] = {
     {"RT-Thread, of version 1", NEW,
      {STATUS(0), STATUS(1), STATUS(3), STORE(0x28, 4096),
       STORE(VBLK_REG_QUEUE_SEL, 0), STORE(0x3c, 4096), STORE(0x40, 0x80)},
-     {3, 3}, {VBLK_EV_REG_LEGACY, VBLK_EV_REG_LEGACY}},
+     {3, 3}, {VBLK_EV_NONE, VBLK_EV_NONE}},
 };
 
 static vblk_event_code first;
@@ -163,20 +163,6 @@ void habits_of_drivers(void) {
             guest_check();
             ROW("%s, %s", h->driver, standard ? "standard" : "strict");
         }
-    }
-}
-
-// Once a session, and the offset it was.
-void habits_legacy_is_told_once(void) {
-    guest_make();
-    for (int session = 1; session < 3; session++) {
-        wr(VBLK_REG_STATUS, 0);
-        wr(0x28, 4096);
-        CHECK_EQ(session, g.events[VBLK_EV_REG_LEGACY]);
-        CHECK_EQ(0x28, event_a(&g.last));
-        wr(0x3c, 4096);
-        wr(0x40, 1);
-        CHECK_EQ(session, g.events[VBLK_EV_REG_LEGACY]);
     }
 }
 

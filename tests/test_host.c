@@ -120,47 +120,6 @@ void t4_the_latest_moment(void) {
     CHECK_EQ(0xff, status_of(&r));
 }
 
-// T9: a limit and no clock: told once, as nothing else would tell.
-void t9_a_clock_that_stands_still_is_told(void) {
-    for (int how = 0; how < 3; how++) {
-        guest_init();
-        g.o.limits.iops = 2;
-        guest_up();
-        g.dev.clock = 0; // as new: what went before went by another
-        for (unsigned i = 0; i < 6; i++) {
-            // 0: always 0; 1: always 5; 2: a clock that goes.
-            uint64_t now = how == 2 ? i * 1000 : (unsigned)how * 5;
-            request(VBLK_T_IN, 0, 512);
-            wr(VBLK_REG_QUEUE_NOTIFY, 0);
-            uint64_t again = vblk_poll(&g.dev, now);
-            CHECK_EQ(i < 2, again == VBLK_NEVER);
-            CHECK(again > now);
-        }
-        for (unsigned i = 0; i < 1000 && how == 1; i++) { // coarse, maybe
-            CHECK_EQ(i > 0 && i > 994, g.events[VBLK_EV_CLOCK_STILL]);
-            vblk_poll(&g.dev, 5);
-        }
-        CHECK_EQ(how < 2, g.events[VBLK_EV_CLOCK_STILL]);
-        if (how < 2) {
-            CHECK_EQ(0, g.last.queue);
-            CHECK_EQ(VBLK_LEVEL_ERROR, g.last.level);
-            CHECK_EQ(how * 5, g.last.value);
-        }
-    }
-    guest_init(); // one call that takes all there is tells nothing
-    g.o.limits.iops = 1;
-    g.o.queues = 3;
-    guest_up();
-    g.dev.clock = 0;
-    for (unsigned i = 0; i < 3; i++) {
-        req r = prepare(VBLK_T_IN, 0, 512);
-        send(i, &r);
-        vblk_drain(&g.dev, i, 7);
-    }
-    CHECK_EQ(2, counts().currently_throttled);
-    CHECK_EQ(0, g.events[VBLK_EV_CLOCK_STILL]);
-}
-
 
 // ---- Next and arm -----------------------------------------------------------
 

@@ -2004,10 +2004,13 @@ static void become_engine(void) {
     CHECK_EQ(sizeof d.disk.data, write(fd, d.disk.data, sizeof d.disk.data));
     CHECK_EQ(VBLK_OK, vblk_file_from(&file, fd, !g.dev.backend.write));
     ours = g.dev.backend;
-    vblk_backend host = g.dev.backend;
     g.dev.backend = vblk_file_backend(&file);
-    g.dev.backend.block_size = host.block_size;
-    g.dev.backend.physical_size = host.physical_size;
+    g.dev.backend.secure_erase = g.dev.backend.write_zeroes;
+    g.dev.backend.lifetime = ours.lifetime;
+    g.dev.backend.block_size = ours.block_size;
+    g.dev.backend.physical_size = ours.physical_size;
+    g.dev.backend.align_offset = ours.align_offset;
+    g.dev.backend.opt_io = ours.opt_io;
     g.dev.backend.flush = ours.flush ? g.dev.backend.flush : NULL;
     uring_start(fd);
     kernel.now = d.now;

@@ -413,38 +413,6 @@ void w4_a_worker_without_its_kick_asks_for_a_reset(void) {
     finish();
 }
 
-// What the worker prints itself while `call` is at work.
-static void printed(void (*call)(void), char *text, size_t n) {
-    FILE *file = tmpfile();
-    int saved = dup(2);
-    fflush(stderr);
-    dup2(fileno(file), 2);
-    call();
-    fflush(stderr);
-    dup2(saved, 2);
-    close(saved);
-    rewind(file);
-    text[fread(text, 1, n - 1, file)] = 0;
-    fclose(file);
-}
-
-static void a_byte_access(void) {
-    vblk_worker_mmio_write(&w, 0, 1, 1);
-}
-
-void w11_lines_name_the_device_by_its_number(void) {
-    char want[32], line[400];
-    worker_options();
-    o.event = NULL;
-    up();
-    snprintf(want, sizeof want, "vblk%d: ", w.number);
-    printed(a_byte_access, line, sizeof line);
-    CHECK_EQ(0, strncmp(want, line, strlen(want)));
-    CHECK(strstr(line, "width") != NULL);
-    CHECK(strstr(line, "0x7f") == NULL); // no address
-    finish();
-}
-
 static unsigned events_seen, interrupts_seen;
 
 static void on_worker_event(void *user, const vblk_event *e) {
@@ -477,29 +445,6 @@ void w11_the_host_may_have_events_and_interrupts_itself(void) {
     CHECK_EQ(2, events_seen);
     CHECK_EQ(0, logged);
 }
-
-static void many_byte_accesses(void) {
-    for (int i = 0; i < 10000; i++) {
-        a_byte_access();
-    }
-}
-
-// The default printer: some lines a second, then it counts.
-void w11_the_default_printer_cannot_be_flooded(void) {
-    static char text[100000];
-    unsigned lines = 0;
-    worker_options();
-    o.event = NULL;
-    make_worker();
-    printed(many_byte_accesses, text, sizeof text);
-    for (char *p = text; (p = strchr(p, '\n')) != NULL; p++) {
-        lines++;
-    }
-    CHECK(lines >= 10 && lines < 100);
-    CHECK(w.left_out > 9000);
-    finish();
-}
-
 
 // Layered disks: the backend of one device is served by another, whose events
 // must not be taken for the first one's.

@@ -172,44 +172,6 @@ void w_without_a_thread(void) {
     CHECK(!vblk_worker_close(&w));
 }
 
-// The default printer says how many lines it left out.
-void w_lines_left_out_are_counted(void) {
-    char text[16384] = "";
-    FILE *file = tmpfile();
-    int saved = dup(2);
-    fflush(stderr);
-    worker_options();
-    o.event = NULL;
-    make_worker();
-    dup2(fileno(file), 2);
-    w.lines.last_ns = clock_ns() + 3600 * SECOND; // and stands still
-    for (int i = 0; i < 60; i++) {
-        store(VBLK_REG_QUEUE_NOTIFY, 1); // there is only queue 0
-    }
-    w.lines.last_ns = clock_ns() - SECOND; // time has passed
-    store(VBLK_REG_QUEUE_NOTIFY, 9);
-    store(VBLK_REG_QUEUE_NOTIFY, 9);
-    fflush(stderr);
-    dup2(saved, 2);
-    close(saved);
-    rewind(file);
-    size_t n = fread(text, 1, sizeof text - 1, file);
-    text[n] = 0;
-    unsigned printed = 0, left_out = 0;
-    for (char *p = text; (p = strstr(p, "QueueNotify")) != NULL; p++) {
-        printed++;
-    }
-    char *note = strstr(text, "(");
-    while (note && sscanf(note, "(%u lines left out)", &left_out) != 1) {
-        note = strstr(note + 1, "(");
-    }
-    CHECK_EQ(52, printed);
-    CHECK_EQ(10, left_out);
-    CHECK(note && !strstr(strchr(note, ')') + 1, "left out)")); // said once
-    fclose(file);
-    CHECK(!vblk_worker_close(&w));
-}
-
 // Reads of 512 bytes, all by the chain at 0.
 static void put_reads(uint8_t n) {
     ram[1] = 0x30, ram[8] = 16, ram[12] = NEXT, ram[14] = 1;

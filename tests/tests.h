@@ -246,7 +246,6 @@
     X(t4_poll_keeps_the_time_of_a_stalled_queue, GUEST)                        \
     X(t4_drain_and_poll_share_a_stall, GUEST)                                  \
     X(t4_the_latest_moment, GUEST)                                             \
-    X(t9_a_clock_that_stands_still_is_told, GUEST)                             \
     X(q15_notifications_are_off_until_the_host_waits, GUEST)                   \
     X(q15_arm_answers_like_a_drain, GUEST)                                     \
     X(x1_segments_stay_in_their_array, GUEST)                                  \
@@ -274,7 +273,6 @@
     X(fault_in_every_memory_access, GUEST)                                     \
     X(fault_statuses_and_counters, GUEST)                                      \
     X(habits_of_drivers, GUEST)                                                \
-    X(habits_legacy_is_told_once, GUEST)                                       \
     X(habits_notifications_that_are_ignored, GUEST)                            \
     X(p12_a_limit_that_is_not_offered_does_not_bind, GUEST)                    \
     X(race_on_guest_memory, GUEST)                                             \
@@ -353,9 +351,7 @@
     X(w_limits_change_under_way, ONCE)                                         \
     X(w9_memory_later_with_a_worker, ONCE)                                     \
     X(w4_a_worker_without_its_kick_asks_for_a_reset, ONCE)                     \
-    X(w11_lines_name_the_device_by_its_number, ONCE)                           \
     X(w11_the_host_may_have_events_and_interrupts_itself, ONCE)                \
-    X(w11_the_default_printer_cannot_be_flooded, ONCE)                         \
     X(w_a_backend_that_uses_another_device, ONCE)                              \
     X(w5_pause_and_resume, ONCE)                                               \
     X(w5_pause_in_every_state, ONCE)                                           \
@@ -409,7 +405,6 @@
     X(w_pause_before_the_start, ONCE)                                          \
     X(w_without_descriptors, ONCE)                                             \
     X(w_without_a_thread, ONCE)                                                \
-    X(w_lines_left_out_are_counted, ONCE)                                      \
     X(w3_a_sleep_ends_at_a_moment, ONCE)                                       \
     X(w3_a_kick_while_another_queue_is_stalled, ONCE)                          \
     X(w_kick_while_stalled, ONCE)                                              \

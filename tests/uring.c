@@ -117,14 +117,6 @@ static int transfer(op *o) {
         kernel.error = 0;
         return -err;
     }
-    if (s->opcode == IORING_OP_FALLOCATE) {
-        if (test_below(100) < kernel.shorts) { // a file system that cannot
-            return -EOPNOTSUPP;
-        }
-        kernel.cleared++;
-        return fallocate(kernel.file, (int)s->len, (off_t)s->off,
-                         (off_t)s->addr) ? -errno : 0;
-    }
     if (test_below(100) < kernel.shorts) {
         n = 1 + test_below(n);
         size_t *last = &o->iov[n - 1].iov_len;
@@ -181,8 +173,7 @@ static void take(const struct io_uring_sqe *s) {
     o->sqe = *s;
     bool vector = s->opcode == IORING_OP_READV ||
                   s->opcode == IORING_OP_WRITEV;
-    bool clears = s->opcode == IORING_OP_FALLOCATE;
-    bool moves = vector || clears || s->opcode == IORING_OP_READ ||
+    bool moves = vector || s->opcode == IORING_OP_READ ||
                  s->opcode == IORING_OP_WRITE;
     if (vector) {
         CHECK(s->len <= COUNT(o->iov));
@@ -192,7 +183,7 @@ static void take(const struct io_uring_sqe *s) {
         __atomic_fetch_add(&kernel.transfers, 1, __ATOMIC_RELEASE);
         o->held = kernel.hold > 0;
         kernel.hold -= kernel.hold > 0;
-        uint64_t bytes = vector || clears ? 0 : s->len;
+        uint64_t bytes = vector ? 0 : s->len;
         for (unsigned i = 0; vector && i < s->len; i++) {
             bytes += o->iov[i].iov_len;
         }

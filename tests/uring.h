@@ -35,7 +35,7 @@ typedef struct fake_kernel {
     bool     cancels;    // else what is held stays so
     int      error;      // of the next transfer
     int      sync_error; // of each fdatasync
-    unsigned under_way, calls, transfers, syncs, cancelled, cleared;
+    unsigned under_way, calls, transfers, syncs, cancelled;
     uint64_t largest; // transfer, in bytes
 } fake_kernel;
 
