@@ -8,7 +8,8 @@ LIBS     = -lpthread
 B        = build
 
 TESTS    = tests/main.c tests/test.c tests/guest.c tests/test_registers.c \
-           tests/test_queue.c tests/test_request.c tests/test_execution.c \
+           tests/test_queue.c tests/test_request.c tests/test_ranges.c \
+           tests/test_execution.c \
            tests/test_throttle.c tests/test_transport.c tests/test_host.c \
            tests/test_worker.c \
            tests/test_exhaustive.c tests/test_fault.c tests/test_cases.c \

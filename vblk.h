@@ -192,15 +192,14 @@
 
     ERRORS
 
-    What can fail returns VBLK_OK, which is 0, or a negative VBLK_ERR_ code;
-    a bool answers a question. The caller's mistakes fail vblk_init() with a
-    code, in which case nothing was set up, and assert elsewhere. The
-    backend's become the status byte the guest reads, a counter and an event.
-    The guest's never assert: they are events and, by the rules below, a
-    status byte, a dropped chain, or DEVICE_NEEDS_RESET.
-
-    An event is a number, a level, a queue, a head, and some named fields;
-    vblk_event_line() makes a line of it. Print them to stderr at first.
+    What can fail returns VBLK_OK, which is 0, or a negative VBLK_ERR_ code; a
+    bool answers a question. The caller's mistakes fail vblk_init() with a code,
+    and nothing was set up, and assert elsewhere. The backend's become the
+    status byte the guest reads, a counter and an event; the guest's never
+    assert: they are events and, by the rules below, a status byte, a dropped
+    chain, or DEVICE_NEEDS_RESET. An event is a number, a level, a queue, a
+    head, and some named fields; vblk_event_line() makes a line of it. Print
+    them to stderr at first.
 
     RULES
 
@@ -238,11 +237,11 @@
 
     HOSTILE GUESTS
 
-    Every number from the guest is checked before it is used, and each is read
-    once. Whatever a guest writes, and whenever, the device touches only guest
-    memory, through your functions, and the disk within its capacity, does
-    bounded work per call, and goes on serving its other queues. But data may
-    change while it is written out, as with any device that does not copy.
+    Every number from the guest is read once and checked before it is used.
+    Whatever it writes, and whenever, the device touches only guest memory,
+    through your functions, and the disk within its capacity, does bounded work
+    per call, and goes on serving its other queues. But data may change while
+    it is written out, as with any device that does not copy.
 
     LIMITS
 
@@ -1188,11 +1187,9 @@ VBLKDEF vblk_backend vblk_file_backend(vblk_file *file);
 
 #if defined(VBLK_THREADED) && !defined(VBLK_THREADED_H)
 #define VBLK_THREADED_H
-
 #ifdef __cplusplus
 extern "C" {
 #endif
-
 // ---- Engine (Linux) --------------------------------------------------------
 // Serves a device in place of vblk_poll(), with up to 250 requests under way,
 // which end in any order. Of a vblk_file_backend(), io_uring does what the file
@@ -1405,8 +1402,8 @@ VBLKDEF int vblk_worker_set_limits(vblk_worker *w, const vblk_limits *limits);
 #ifndef VBLK_MAX_RANGES
 #define VBLK_MAX_RANGES 64
 #endif
-#if VBLK_MAX_SEGS < 1 || VBLK_MAX_SEGS > 32768
-#error "vblk.h: VBLK_MAX_SEGS is 1 to 32768"
+#if VBLK_MAX_SEGS < 1 || VBLK_MAX_SEGS > 32768 || VBLK_MAX_RANGES > 4096
+#error "vblk.h: VBLK_MAX_SEGS is 1 to 32768, VBLK_MAX_RANGES 4096 at most"
 #endif
 #if VBLK_SCRATCH < 512 || VBLK_SCRATCH % 512 != 0
 #error "vblk.h: VBLK_SCRATCH must be a multiple of 512"
@@ -1543,7 +1540,6 @@ static inline uint8_t *vblk__in_region(const vblk_region *r, uint64_t gpa,
                : NULL;
 }
 
-// The same for as many of the bytes as lie in it.
 static uint8_t *vblk__part_of(const vblk_region *r, uint64_t gpa, uint64_t *n,
                               bool writable) {
     uint64_t at = gpa - r->gpa;
@@ -1596,7 +1592,6 @@ static inline uint8_t *vblk__whole(vblk_dev *dev, const vblk_region **near,
     return run == n ? p : NULL; // more would break its word
 }
 
-// Of bytes that do not go on at address 0, by the accessors.
 static bool vblk__read(vblk_dev *dev, uint64_t gpa, void *dst, size_t n) {
     const vblk_memory *m = &dev->memory;
     return m->read && m->read(m->user, gpa, dst, n) == 0;
@@ -1650,7 +1645,6 @@ static void *vblk__regions_map(void *user, uint64_t gpa, uint64_t *n,
     return vblk__part_of(vblk__find_region(all, gpa), gpa, n, writable);
 }
 
-// Ring indices are single accesses.
 static bool vblk__is_word(const uint8_t *p, uint64_t n) {
     return n == 2 && ((uintptr_t)p & 1) == 0;
 }
@@ -1748,7 +1742,6 @@ static const struct vblk__event_shape {
     {VBLK_EV_NONE, VBLK_LEVEL_NOTE, VBLK__IS_NONE, VBLK__IS_NONE}
 };
 
-// Of a code that is none, the last row.
 static const struct vblk__event_shape *vblk__event_row(vblk_event_code code) {
     const struct vblk__event_shape *row = vblk__event_rows;
     while (row->code != (unsigned)code && row->code != VBLK_EV_NONE) row++;
@@ -1823,7 +1816,6 @@ static void vblk__announce(vblk_dev *dev, uint32_t status) {
     }
 }
 
-// All of the state but `keep` of it goes, and `set` comes.
 static void vblk__change_state(vblk_dev *dev, uint32_t keep, uint32_t set) {
     uint32_t old = VBLK__LOAD(&dev->state), now;
     do {
@@ -1935,7 +1927,6 @@ VBLKDEF void vblk_bucket_change(vblk_bucket *b, uint64_t rate, uint64_t burst,
     }
 }
 
-// The balance that lets `n` pass.
 static int64_t vblk__bucket_needs(const vblk_bucket *b, uint64_t n) {
     return n > b->burst ? 0 : (int64_t)n;
 }
@@ -1985,14 +1976,12 @@ static void vblk__end_turn(vblk_dev *dev, const vblk_queue *q) {
     }
 }
 
-// The head does not wait any more.
 static void vblk__forget_stall(vblk_dev *dev, vblk_queue *q) {
     vblk__end_turn(dev, q);
     q->run.stalled = false;
     VBLK__STORE(&q->counts.currently_throttled, 0);
 }
 
-// It has passed.
 VBLK__RARE void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     vblk__forget_stall(dev, q);
     if (now_ns > q->run.stalled_ns) {
@@ -2000,7 +1989,6 @@ VBLK__RARE void vblk__end_stall(vblk_dev *dev, vblk_queue *q, uint64_t now_ns) {
     }
 }
 
-// The head waits.
 static void vblk__stall(vblk_dev *dev, vblk_queue *q, uint64_t ops,
                         uint64_t bytes, uint64_t now_ns) {
     if (!dev->waits) {
@@ -2039,7 +2027,6 @@ static bool vblk__admit(vblk_dev *dev, vblk_queue *q, uint64_t ops,
     return true;
 }
 
-// When the request whose turn it is passes.
 static uint64_t vblk__turn_comes(vblk_dev *dev, uint64_t now_ns) {
     const vblk_queue *q = &dev->queue[dev->turn];
     vblk__refill(dev, now_ns);
@@ -2088,7 +2075,6 @@ static bool vblk__find_area(vblk_dev *dev, vblk_queue *q, uint8_t **ptr,
     return true;
 }
 
-// Go on in the used ring where its index says.
 static bool vblk__adopt_used(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx = 0;
     bool ok = q->used_gpa % 4 == 0 &&
@@ -2123,7 +2109,6 @@ static bool vblk__resolve(vblk_dev *dev, vblk_queue *q) {
     return true;
 }
 
-// What a look at a queue, or a drain of it, comes to.
 typedef enum vblk__state {
     VBLK__EMPTY,
     VBLK__REQUEST, // one was handed out
@@ -2168,7 +2153,6 @@ static void vblk__notify_off(vblk_dev *dev, vblk_queue *q) {
     }
 }
 
-// Let the driver see what is completed.
 VBLK__FLAT void vblk__show(vblk_dev *dev, vblk_queue *q) {
     uint16_t idx = (uint16_t)q->run.used_next;
     if (idx != q->run.used_shown) {
@@ -2209,7 +2193,6 @@ VBLK__RARE bool vblk__take_again(vblk_queue *q, uint16_t *head) {
     return left > 0;
 }
 
-// After vblk__peek() said MORE.
 static bool vblk__take(vblk_dev *dev, vblk_queue *q, uint16_t *head) {
     uint64_t at = 4 + 2 * (uint64_t)(q->run.avail_next & (q->size - 1));
     bool again = q->run.agains > 0 && vblk__take_again(q, head);
@@ -2300,7 +2283,6 @@ typedef struct vblk__chain {
     uint64_t in_bytes;   // in all writable ones
 } vblk__chain;
 
-// False, for the caller to return.
 VBLK__RARE bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
                              uint64_t b) {
     c->code = code;
@@ -2466,7 +2448,6 @@ static bool vblk__cut_status(const vblk_dev *dev, vblk_request *r,
     return true;
 }
 
-// Take `n` bytes off the first descriptor.
 static inline void vblk__cut(vblk__chain *c, size_t n) {
     c->out_bytes -= n;
     if (c->list->n == n) {
@@ -2477,7 +2458,6 @@ static inline void vblk__cut(vblk__chain *c, size_t n) {
     }
 }
 
-// From several descriptors, or by the accessors.
 VBLK__RARE bool vblk__gather_header(vblk_dev *dev, vblk__chain *c,
                                     uint8_t *header) {
     for (size_t got = 0, n; got < VBLK__HEADER_BYTES; got += n) {
@@ -2573,7 +2553,6 @@ static const struct vblk__kind {
 
 #define VBLK__KINDS (sizeof vblk__kinds / sizeof vblk__kinds[0])
 
-// Find the row of `type`, if it is known and was offered.
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
     unsigned i = 0;
@@ -2599,7 +2578,6 @@ static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
     return true;
 }
 
-// Only the first `bytes` of the list are to be looked up.
 static void vblk__keep(vblk__chain *c, uint32_t bytes) {
     vblk_seg *d = c->list;
     for (; d->n < bytes; d++) bytes -= (uint32_t)d->n;
@@ -2613,10 +2591,6 @@ static inline uint64_t vblk__capacity(const vblk_dev *dev) {
     return VBLK__LOAD(&dev->disk) & VBLK__CAPACITY;
 }
 
-static inline uint64_t vblk__block_sectors(const vblk_dev *dev) {
-    return dev->backend.block_size / VBLK_SECTOR;
-}
-
 // Whether they lie on the disk, in whole blocks (V13, V19).
 static bool vblk__on_disk(const vblk_dev *dev, vblk__chain *c, uint64_t sector,
                           uint64_t sectors) {
@@ -2625,8 +2599,8 @@ static bool vblk__on_disk(const vblk_dev *dev, vblk__chain *c, uint64_t sector,
         return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector,
                             sectors * VBLK_SECTOR);
     }
-    bool ragged = ((sector | sectors) & (vblk__block_sectors(dev) - 1)) != 0;
-    return !ragged || !(dev->offered & VBLK_F_BLK_SIZE) ||
+    uint64_t odd = (sector | sectors) & (dev->backend.block_size / 512 - 1);
+    return !odd || !(dev->offered & VBLK_F_BLK_SIZE) ||
            vblk__refuse(c, VBLK_EV_BLOCK_RAGGED, sector, sectors * VBLK_SECTOR);
 }
 
@@ -2648,7 +2622,6 @@ static bool vblk__fit_sectors(const vblk_dev *dev, vblk__chain *c,
     return true;
 }
 
-// An answer of `n` bytes, as far as there is space (V16).
 static bool vblk__fit_answer(const vblk_dev *dev, vblk__chain *c,
                              vblk_request *r, uint32_t n) {
     if (dev->strict && c->list->n < n) {
@@ -2661,7 +2634,6 @@ static bool vblk__fit_answer(const vblk_dev *dev, vblk__chain *c,
     return true;
 }
 
-// All readable bytes that are left, to `to`.
 static bool vblk__gather(vblk_dev *dev, vblk__chain *c, uint8_t *to) {
     for (const vblk_seg *d = c->list; d != c->end; to += d++->n) {
         if (vblk__wraps(d->gpa, d->n) || !vblk__read(dev, d->gpa, to, d->n)) {
@@ -2710,8 +2682,8 @@ VBLK__APART bool vblk__fit_ranges(vblk_dev *dev, vblk__chain *c,
 }
 
 VBLKDEF vblk_range vblk_range_of(const vblk_request *req, unsigned i) {
-    const vblk_seg *s = &req->seg[i];
-    vblk_range range = {s->gpa, s->n & ~(size_t)1, s->n & 1};
+    size_t n = req->seg[i].n;
+    vblk_range range = {req->seg[i].gpa, n & ~(size_t)1, n & 1};
     return range;
 }
 
@@ -2799,7 +2771,6 @@ static bool vblk__map_desc(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                 : vblk__read(dev, d.gpa, NULL, d.n);
 }
 
-// The rest of the list, to segments behind those that stand before it.
 static bool vblk__map_rest(vblk_dev *dev, vblk_request *r, vblk__chain *c,
                            bool in) {
     while (c->list != c->end) {
@@ -2863,7 +2834,6 @@ typedef struct vblk__place {
     size_t   at;
 } vblk__place;
 
-// Byte `at` of the data.
 static vblk__place vblk__find(const vblk_request *r, uint64_t at) {
     vblk__place p = {0, 0};
     while (p.seg < r->segs && at >= r->seg[p.seg].n) at -= r->seg[p.seg++].n;
@@ -2887,7 +2857,6 @@ static vblk_seg vblk__piece(const vblk_request *r, vblk__place *p, uint64_t n) {
     return s;
 }
 
-// A request of an earlier session, or of a queue that broke.
 static bool vblk__stale(const vblk_dev *dev, const vblk_queue *q,
                         const vblk_request *r) {
     return VBLK__LOAD(&q->epoch) != r->epoch || vblk__halted(dev);
@@ -2959,7 +2928,6 @@ VBLK__FLAT bool vblk__return_chain(vblk_dev *dev, vblk_queue *q,
     return told;
 }
 
-// What ends without the backend, or badly: meanwhile a reset may have come.
 static bool vblk__return_early(vblk_dev *dev, vblk_queue *q,
                                const vblk_request *r, uint8_t status,
                                uint32_t data) {
@@ -2973,7 +2941,6 @@ VBLK__FLAT void vblk__count_success(vblk_queue *q, const struct vblk__kind *k,
     if (k->bytes != k->counter) vblk__count(&counts[k->bytes], bytes);
 }
 
-// Where the status goes (V17).
 static bool vblk__place_status(vblk_dev *dev, vblk_request *r, vblk__chain *c) {
     r->space = dev->strict ? 0 : c->in_bytes;
     r->status_ptr = vblk__whole(dev, &c->near[VBLK__ENDS], r->status_gpa, 1,
@@ -3119,14 +3086,12 @@ VBLK__RARE bool vblk__pad(vblk_dev *dev, const vblk_request *r, uint64_t at) {
     return !vblk__halted(dev);
 }
 
-// How far a request came, and why it ended there.
 typedef struct vblk__progress {
     uint64_t        bytes;
     vblk_event_code code;  // NONE, or what stands against a success
     int64_t         error; // the backend's
 } vblk__progress;
 
-// Guest memory refused, and the event is out.
 #define VBLK__TOLD VBLK_EV_END
 
 // `r` did not come to its end: the event of that, with the sector, or padding.
@@ -3174,7 +3139,6 @@ VBLK__FLAT int vblk__end_request(vblk_dev *dev, vblk_queue *q,
     return VBLK_OK;
 }
 
-// What a host says of it, as progress.
 VBLK__FLAT vblk__progress vblk__came_to(const vblk_request *req,
                                         int64_t result) {
     vblk__progress done = {0, VBLK_EV_NONE, 0};
@@ -3245,7 +3209,6 @@ VBLK__FLAT vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
                : vblk__move_on(dev, k, offset, seg, segs, bytes, n);
 }
 
-// The same without pointers, through a buffer.
 VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
                                              const vblk_request *r) {
     uint8_t scratch[VBLK_SCRATCH];
@@ -3473,7 +3436,6 @@ VBLKDEF uint64_t vblk_drain(vblk_dev *dev, unsigned queue, uint64_t now_ns) {
     return vblk__again(dev, &dev->queue[queue], state, now_ns);
 }
 
-// When a stalled queue may go on.
 static uint64_t vblk__next_turn(vblk_dev *dev, uint64_t now_ns) {
     bool live = vblk_status(dev) & VBLK_STATUS_DRIVER_OK && dev->memory.read;
     return live && dev->waits ? vblk__turn_comes(dev, now_ns) : VBLK_NEVER;
@@ -3523,7 +3485,6 @@ static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
     q->desc_gpa = q->avail_gpa = q->used_gpa = 0;
 }
 
-// The level line falls with InterruptStatus.
 VBLKDEF void vblk_interrupt_ack(vblk_dev *dev, uint32_t bits) {
     vblk__change_state(dev, ~VBLK__INTERRUPT(bits & 0xff), 0);
 }
@@ -3582,12 +3543,10 @@ VBLKDEF void vblk_set_driver_features(vblk_dev *dev, uint64_t features) {
     }
 }
 
-// The bits of Status that a driver sets [2.1].
 #define VBLK__DRIVERS_BITS                                                     \
     (VBLK_STATUS_ACKNOWLEDGE | VBLK_STATUS_DRIVER | VBLK_STATUS_DRIVER_OK |    \
      VBLK_STATUS_FEATURES_OK | VBLK_STATUS_FAILED)
 
-// What stands against FEATURES_OK (F3).
 static vblk_event_code vblk__check_features(const vblk_dev *dev) {
     if (dev->strict && !(dev->accepted & VBLK_F_VERSION_1)) { // P10
         return VBLK_EV_FEATURES_VERSION;
@@ -3773,7 +3732,6 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
     }
 }
 
-// `number` with one half of it changed.
 static uint64_t vblk__with_half(uint64_t number, bool high, uint32_t half) {
     return high ? (uint32_t)number | (uint64_t)half << 32
                 : (number >> 32) << 32 | half;
@@ -3891,7 +3849,6 @@ static void vblk__write_queue(vblk_dev *dev, uint64_t offset, uint32_t value) {
     }
 }
 
-// Any thread.
 static void vblk__write_notify(vblk_dev *dev, uint32_t queue) {
     uint32_t status = vblk_status(dev);
     if (queue >= vblk__queue_count(dev)) {
@@ -4291,7 +4248,6 @@ static const char *vblk__event_text(vblk_event_code code) {
     }
 }
 
-// A line that is being written; what does not fit is left out.
 typedef struct vblk__line {
     char  *at;
     size_t left; // the NUL at the end included
@@ -4363,7 +4319,6 @@ VBLKDEF vblk_memory vblk_regions_memory(const vblk_regions *regions) {
     return memory;
 }
 
-// How many of the segments' bytes the disk has from `offset` on.
 static int64_t vblk__ramdisk_copy(void *user, bool in, uint64_t offset,
                                   const vblk_seg *seg, unsigned segs) {
     vblk_ramdisk *d = (vblk_ramdisk *)user;
@@ -4578,7 +4533,6 @@ static ssize_t vblk__file_vector(int fd, off_t offset, const vblk_seg *seg,
               : pwrite(fd, seg->ptr, seg->n, offset);
 }
 
-// Whether O_DIRECT takes a transfer as it is.
 static bool vblk__file_fits(const vblk_file *f, uint64_t offset,
                             const vblk_seg *seg, unsigned segs) {
     uintptr_t address = 0;
@@ -4715,7 +4669,6 @@ static int vblk__file_clear(vblk_file *f, int mode, uint64_t offset,
 #define vblk__file_clear(f, mode, offset, bytes) EOPNOTSUPP
 #endif
 
-// What there is of `bytes`: beyond the end all is zero.
 static uint64_t vblk__file_part(const vblk_file *f, uint64_t offset,
                                 uint64_t bytes) {
     uint64_t end = VBLK__LOAD(&f->end), left = offset < end ? end - offset : 0;
@@ -4754,7 +4707,6 @@ static int vblk__file_zero(void *user, uint64_t offset, uint64_t bytes,
     return 0;
 }
 
-// What the disk or file system does best with.
 static void vblk__file_blocks(const vblk_file *f, vblk_backend *b) {
     struct stat st;
     b->block_size = f->block;
@@ -4899,7 +4851,6 @@ static void vblk__finish(vblk_engine *e, struct vblk__slot *s,
     vblk__end_request(dev, &dev->queue[s->req.queue], &s->req, done);
 }
 
-// All that waited for the fdatasync() which came to `err`.
 static void vblk__synced(vblk_engine *e, int err) {
     struct vblk__slot *s;
     while ((s = vblk__pop(e, &e->in_sync))) {
@@ -4965,7 +4916,6 @@ static void vblk__end_move(vblk_engine *e, struct vblk__slot *s,
     if (!waits) vblk__finish(e, s, done);
 }
 
-// A transfer of io_uring has moved `n` bytes, or failed.
 static void vblk__moved(vblk_engine *e, struct vblk__slot *s, int64_t n) {
     const vblk_request *r = &s->req;
     n = vblk__file_moved(e->file, r->kind->data == VBLK__DATA_IN,
@@ -5122,7 +5072,6 @@ static bool vblk__turn(vblk_engine *e, uint64_t now_ns) {
     return any;
 }
 
-// Before the thread sleeps.
 static uint64_t vblk__arm_all(vblk_engine *e, uint64_t now_ns) {
     uint64_t next = VBLK_NEVER;
     for (unsigned i = e->first; i < e->end; i++) {
@@ -5422,7 +5371,6 @@ struct vblk__thread {
     jmp_buf      leave;
 };
 
-// The thread that is running; NULL in all others.
 static __thread struct vblk__thread *vblk__self;
 
 static bool vblk__move_state(struct vblk__thread *t, uint32_t from,
@@ -5507,7 +5455,6 @@ static void vblk__signal(int fd) {
     (void)n;
 }
 
-// Take what an eventfd holds. False if it is broken.
 static bool vblk__drain_fd(int fd) {
     uint64_t count;
     return read(fd, &count, sizeof count) >= 0 || errno == EAGAIN;
@@ -5574,7 +5521,6 @@ static bool vblk__rest_while_asked(vblk_worker *w, struct vblk__thread *t) {
     return go_on;
 }
 
-// What the thread cannot work without is broken.
 static void vblk__give_up(vblk_worker *w, vblk_event_code code, int err) {
     vblk__say(&w->dev, code, (uint64_t)err, 0);
     vblk__announce(&w->dev, VBLK_STATUS_NEEDS_RESET);
@@ -5726,7 +5672,6 @@ static void vblk__worker_notify(void *user, int queue) {
     while (i < w->threads && vblk__start_thread(w, i)) i++;
 }
 
-// Whether all threads end within `ms`.
 static bool vblk__end_within(vblk_worker *w, unsigned ms) {
     struct timespec at = vblk__deadline(ms);
     pthread_mutex_lock(&w->parking);
@@ -5755,7 +5700,6 @@ static vblk_event_code vblk__leave_behind(vblk_worker *w,
                                                           : VBLK_EV_NONE;
 }
 
-// Join a thread that has ended, or leave it behind.
 static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t,
                              unsigned *ms) {
     uint32_t state = __atomic_load_n(&t->state, __ATOMIC_ACQUIRE);
@@ -5779,7 +5723,6 @@ static void vblk__end_thread(vblk_worker *w, struct vblk__thread *t,
     if (speak) vblk__say(&w->dev, how, w->wo.stop_ms, 0);
 }
 
-// With `registers` held.
 static void vblk__stop_threads(vblk_worker *w) {
     struct vblk__thread *t = w->thread, *next;
     unsigned ms = 0;
@@ -5961,7 +5904,6 @@ static bool vblk__choose_cpus(vblk_worker *w) {
     return true;
 }
 
-// None of this can fail on Linux, nor has anything to be undone.
 static void vblk__make_locks(vblk_worker *w) {
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -6052,8 +5994,6 @@ VBLKDEF int vblk_worker_close(vblk_worker *w) {
 #endif // VBLK_IMPLEMENTATION_THREADED
 
 // SPDX-License-Identifier: MIT OR Unlicense
-//
-// Copyright (c) 2026 the vblk.h authors. Choose whichever you prefer: the MIT
-// License, or the public domain by the Unlicense. Both texts are in LICENSE, at
-// opensource.org/license/mit and at unlicense.org; this notice may stand for
-// the first in copies of this file. There is no warranty of any kind.
+// Copyright (c) 2026 the vblk.h authors. Take the MIT License or the Unlicense,
+// whichever you prefer; both texts are in LICENSE, at opensource.org and at
+// unlicense.org, and this notice stands for them in copies of the file.

@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <fcntl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,6 +25,7 @@ static int  returned(void); // for calls that leave errno alone
 #define calloc(...)    (fails("calloc") ? NULL : calloc(__VA_ARGS__))
 #define eventfd(...)   (fails("eventfd") ? -1 : eventfd(__VA_ARGS__))
 #define fdatasync(...) (fails("fdatasync") ? -1 : fdatasync(__VA_ARGS__))
+#define fallocate(...) (fails("fallocate") ? -1 : fallocate(__VA_ARGS__))
 #define pread(...)     (fails("pread") ? -1 : pread(__VA_ARGS__))
 #define preadv(...)    (fails("preadv") ? -1 : preadv(__VA_ARGS__))
 #define pwrite(...)    (fails("pwrite") ? -1 : pwrite(__VA_ARGS__))

@@ -335,6 +335,20 @@
     X(e6_limits, GUEST)                                                        \
     X(e6_a_turn_that_was_left_gives_the_limits_back, GUEST)                    \
     X(e8_a_lock_lasts_as_long_as_the_ring, GUEST)                              \
+    X(v20_how_many_ranges, GUEST)                                              \
+    X(v20_v21_one_bad_range, GUEST)                                            \
+    X(x7_write_zeroes_reads_as_zeroes, GUEST)                                  \
+    X(x7_a_range_that_fails, GUEST)                                            \
+    X(x7_ranges_are_durable_where_writes_are, GUEST)                           \
+    X(t2_what_ranges_cost, GUEST)                                              \
+    X(v22_lifetime, GUEST)                                                     \
+    X(b6_topology, GUEST)                                                      \
+    X(v19_parts_of_blocks, GUEST)                                              \
+    X(f1_what_is_optional_is_offered_where_it_is, GUEST)                       \
+    X(f8_access_platform, GUEST)                                               \
+    X(f8_mappings_that_change, GUEST)                                          \
+    X(b8_a_file_gives_space_back, GUEST)                                       \
+    X(b8_a_memory_disk_is_cleared, GUEST)                                      \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
     X(b6_block_size, GUEST)                                                    \
     X(w12_a_thread_for_each_queue, ONCE)                                       \
