@@ -8,7 +8,7 @@ test=qemu
 packages="busybox-static e2fsprogs"
 . "$(dirname "$0")/../vhost/common.sh"
 
-need_tools busybox mkfs.ext4 e2fsck debugfs resize2fs
+need_tools busybox mkfs.ext4 e2fsck debugfs resize2fs blkdiscard fallocate
 need_qemu
 build "$tmp/serve"
 [ -z "$SANITIZE" ] || build "$tmp/serve-sanitized" $SANITIZE
@@ -347,11 +347,18 @@ kill_and_come_back killed-threads --aio auto --threads $direct
 
 # ---- The image grows under a mounted file system ------------------------------
 
-mkdir "$tmp/root/tools" || exit 1
-for file in "$(command -v resize2fs)" $(ldd "$(command -v resize2fs)" |
-    sed -n 's/.*[ 	]\(\/[^ ]*\) (.*/\1/p'); do
-    cp "$file" "$tmp/root/tools/" || exit 1
-done
+bring() { # programs, with what they load
+    mkdir -p "$tmp/root/tools" || exit 1
+    for tool in "$@"; do
+        tool=$(command -v "$tool") || exit 1
+        for file in "$tool" $(ldd "$tool" |
+            sed -n 's/.*[ 	]\(\/[^ ]*\) (.*/\1/p'); do
+            cp "$file" "$tmp/root/tools/" || exit 1
+        done
+    done
+}
+
+bring resize2fs
 truncate -s 16M "$tmp/grown.img"
 mkfs.ext4 -q -F "$tmp/grown.img" || exit 1
 job <<'JOB'
@@ -402,6 +409,294 @@ grow() { # name, options of the daemon
 grow grown-sync --aio sync
 # shellcheck disable=SC2086
 grow grown-threads --aio auto --threads $direct
+
+
+# ---- What the guest does not need goes back to the host ----------------------
+
+# Of 64 MiB, all allocated, ext4 has the first half. After each step the guest
+# waits until the host has looked at the images. What is zeroed begins and ends
+# at a logical block; if they are small, within one of the image's.
+bring blkdiscard fallocate
+job <<'JOB'
+tool() { # name, arguments...
+    tool=$1
+    shift
+    /tools/ld-linux-x86-64.so.2 --library-path /tools /tools/$tool "$@"
+}
+
+each() { # function
+    for disk in vda vdb vdc; do
+        block=$(cat /sys/block/$disk/queue/logical_block_size)
+        $1
+    done
+}
+
+step() { # name
+    sync
+    say step $1
+    read go
+}
+
+describe() {
+    cd /sys/block/$disk/queue
+    say $disk-blocks $block $(cat physical_block_size discard_granularity)
+    say $disk-most-discard $(cat discard_max_bytes)
+    say $disk-most-zeroes $(cat write_zeroes_max_bytes)
+    cd /
+}
+
+discard() {
+    tool blkdiscard -f -o 40M -l 8M /dev/$disk
+    say $disk-discard $?
+}
+
+zero() { # blkdiscard asks for zeroes that stay allocated, fallocate does not
+    tool blkdiscard -f -z -o $((52 * 1048576 + block)) -l 4M /dev/$disk
+    say $disk-zero $?
+}
+
+punch() {
+    tool fallocate -p -o $((58 * 1048576 + block)) -l 4M /dev/$disk
+    say $disk-punch $?
+    say $disk-raw $(dd if=/dev/$disk bs=1M skip=32 iflag=direct 2>/dev/null |
+        sha256sum)
+}
+
+trim() {
+    mkdir -p /mnt/$disk
+    mount -t ext4 /dev/$disk /mnt/$disk
+    say $disk-mount $?
+    cp /piece /mnt/$disk/kept
+    fstrim /mnt/$disk
+    say $disk-trim $?
+}
+
+fill() {
+    dd if=/dev/zero of=/mnt/$disk/large bs=1M count=16 conv=fsync 2>/dev/null
+    say $disk-fill $?
+}
+
+trim_again() {
+    rm /mnt/$disk/large
+    sync
+    fstrim /mnt/$disk
+}
+
+trim_by_itself() {
+    umount /mnt/$disk
+    mount -t ext4 -o discard /dev/$disk /mnt/$disk
+    dd if=/dev/zero of=/mnt/$disk/large bs=1M count=8 conv=fsync 2>/dev/null
+    rm /mnt/$disk/large
+}
+
+leave() {
+    umount /mnt/$disk
+    say $disk-umount $?
+}
+
+each describe
+disk=vdd
+block=512
+describe
+discard 2>/dev/null
+zero
+each discard
+step discarded
+each zero
+step zeroed
+each punch
+step punched
+each trim
+step trimmed
+each fill
+step filled
+each trim_again
+step trimmed-again
+each trim_by_itself
+sync
+sleep 1 # ext4 gives up what is left to discard as it is unmounted
+each leave
+JOB
+
+look() { # step, as the guest calls it
+    for try in $(seq $((LIMIT * 10))); do
+        grep -q "^guest step $1" "$tmp/back.console" && break
+        guest_runs || break
+        sleep 0.1
+    done
+    for image in "$tmp"/back-*.img; do
+        stat -c %b "$image" >"${image%.img}.$1"
+    done
+    tell_guest go
+}
+
+frees() { # disk, step, next step, KiB, and how many it may be beside them
+    kib=$((($(cat "$tmp/$1.$2") - $(cat "$tmp/$1.$3")) / 2))
+    check "$1-frees-$3" "$(between $kib $(($4 - $5)) $(($4 + $5)))" yes
+}
+
+clear_range() { # image, offset, MiB
+    dd if=/dev/zero of="$1" bs=1M count="$3" seek="$2" oflag=seek_bytes \
+        conv=notrunc status=none
+}
+
+head -c 67108864 /dev/urandom >"$tmp/full.img"
+best=$(stat -c %o "$tmp/full.img")
+[ "$best" -ge 4096 ] && [ "$best" -le 65536 ] || best=4096
+set -- -M q35,accel=tcg,memory-backend=m -smp 2
+for name in back-sync back-blocks back-threads back-off; do
+    cp "$tmp/full.img" "$tmp/$name.img"
+    block=1024
+    case $name in
+    *-sync) options="--aio sync" ;;
+    *-blocks) options="--block-size 4096" block=4096 ;;
+    *-threads) options="--aio auto --threads $direct" ;;
+    *-off) options="--discard off" ;;
+    esac
+    mkfs.ext4 -q -F -b $block \
+        -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 \
+        "$tmp/$name.img" 32m || exit 1
+    stat -c %b "$tmp/$name.img" >"$tmp/$name.made"
+    # shellcheck disable=SC2086
+    start $name "$program" --image "$tmp/$name.img" $options
+    echo $daemon >"$tmp/$name.pid"
+    set -- "$@" -chardev "socket,id=$name,path=$tmp/$name.sock" \
+        -device "vhost-user-blk-pci,chardev=$name"
+done
+start_qemu "$tmp/back.console" "$@"
+for step in discarded zeroed punched trimmed filled trimmed-again; do
+    look $step
+done
+wait_guest
+check back-finished "$(grep -c "^guest done" "$tmp/back.console")" 1
+
+back() { # disk of the guest, name, its logical block
+    check "$2-blocks" "$(says back "$1-blocks")" "$3 $best $best"
+    check "$2-offers-discard" \
+        "$(between "$(says back "$1-most-discard")" 4096 1e12)" yes
+    check "$2-offers-zeroes" \
+        "$(between "$(says back "$1-most-zeroes")" 4096 1e12)" yes
+    check "$2-steps" "$(for step in discard zero punch mount trim fill umount
+        do says back "$1-$step"; done | tr '\n' ' ')" "0 0 0 0 0 0 0 "
+    stat -c %b "$tmp/$2.img" >"$tmp/$2.unmounted"
+    frees "$2" made discarded 8192 64
+    frees "$2" discarded zeroed 0 64
+    frees "$2" zeroed punched 4096 64
+    frees "$2" punched trimmed 26000 4000
+    frees "$2" trimmed filled -16384 256
+    frees "$2" filled trimmed-again 16384 256
+    frees "$2" trimmed-again unmounted 0 256
+    cp "$tmp/full.img" "$tmp/expected.img"
+    clear_range "$tmp/expected.img" $((40 * 1048576)) 8
+    clear_range "$tmp/expected.img" $((52 * 1048576 + $3)) 4
+    clear_range "$tmp/expected.img" $((58 * 1048576 + $3)) 4
+    check "$2-guest-sees-only-ranges-cleared" \
+        "$(says back "$1-raw" | cut -d ' ' -f 1)" \
+        "$(tail -c 33554432 "$tmp/expected.img" | sha256sum | cut -d ' ' -f 1)"
+    check "$2-so-does-host" "$(status_of cmp -i 33554432 "$tmp/$2.img" \
+        "$tmp/expected.img")" 0
+    check "$2-e2fsck" "$(status_of e2fsck -fn "$tmp/$2.img")" 0
+    check "$2-kept" "$(debugfs -R "cat /kept" "$tmp/$2.img" 2>/dev/null |
+        sha256sum)" "$(sha256sum <"$tmp/root/piece")"
+    check_daemon "$2" "$(cat "$tmp/$2.pid")"
+    for kind in discards write_zeroes; do
+        check "$2-$kind" "$(between "$(counter "$2" $kind)" 1 1e9)" yes
+    done
+}
+
+back vda back-sync 512
+back vdb back-blocks 4096
+back vdc back-threads 512
+check back-off-offers "$(says back vdd-most-discard) $(says back \
+    vdd-most-zeroes)" "0 0"
+check back-off-discard-zero "$(says back vdd-discard) $(says back vdd-zero)" \
+    "1 0"
+frees back-off made trimmed-again 0 64
+cp "$tmp/full.img" "$tmp/expected.img"
+clear_range "$tmp/expected.img" $((52 * 1048576 + 512)) 4
+check back-off-zeroes-are-written "$(status_of cmp -i 33554432 \
+    "$tmp/back-off.img" "$tmp/expected.img")" 0
+check_daemon back-off "$(cat "$tmp/back-off.pid")"
+check back-off-counts "$(counter back-off discards) $(counter back-off \
+    write_zeroes)" "0 0"
+rm "$tmp"/back-*.img
+
+
+# ---- btrfs discards under load -----------------------------------------------
+
+# Its checksums show what was discarded in the wrong place. Those that wait
+# (async) do so for minutes, so fstrim asks for some.
+job <<'JOB'
+for module in libcrc32c xor raid6_pq zstd_compress btrfs; do
+    insmod /btrfs/$module.ko
+done
+btrfs() {
+    /tools/ld-linux-x86-64.so.2 --library-path /tools /tools/btrfs "$@"
+}
+now() { cut -d . -f 1 /proc/uptime; }
+
+writer() { # number, until, mode
+    i=0
+    while [ $(now) -lt $2 ]; do
+        { echo "writer $1 file $i"; cat /piece; } >/mnt/$1.$((i % 16)) ||
+            say error $1 $i
+        sync /mnt/$1.$((i % 16))
+        rm -f /mnt/$1.$(((i + 5) % 16)) /mnt/$1.$(((i + 9) % 16))
+        i=$((i + 1))
+    done
+    say $3-files $i
+}
+
+mkdir -p /var/lib/btrfs
+for mode in async sync; do
+    mount -t btrfs -o discard=$mode /dev/vda /mnt
+    say $mode-mount $?
+    until=$(($(now) + 4))
+    for number in 0 1; do writer $number $until $mode & done
+    while [ $(now) -lt $until ]; do
+        fstrim /mnt || say error fstrim
+        sleep 0.5
+    done
+    wait
+    sync
+    btrfs scrub start -B /mnt >/log 2>&1
+    say $mode-scrub $? $(grep -c 'no errors found' /log)
+    umount /mnt
+    say $mode-umount $?
+done
+JOB
+modules=/usr/lib/modules/${kernel#/boot/vmlinuz-}/kernel
+if ! command -v mkfs.btrfs >/dev/null || ! command -v btrfs >/dev/null; then
+    echo "SKIP: btrfs needs btrfs-progs (apt install btrfs-progs)"
+elif [ ! -f "$modules/fs/btrfs/btrfs.ko" ]; then
+    echo "SKIP: btrfs needs its module, which this kernel has not"
+else
+    bring btrfs
+    # Loaded when a thread is cancelled, so ldd does not tell of it.
+    cp "$($CC -print-file-name=libgcc_s.so.1)" "$tmp/root/tools/" || exit 1
+    mkdir "$tmp/root/btrfs" || exit 1
+    cp "$modules/lib/libcrc32c.ko" "$modules/crypto/xor.ko" \
+        "$modules/lib/raid6/raid6_pq.ko" \
+        "$modules/lib/zstd/zstd_compress.ko" "$modules/fs/btrfs/btrfs.ko" \
+        "$tmp/root/btrfs/" || exit 1
+    truncate -s 256M "$tmp/btrfs.img"
+    check btrfs-made "$(status_of mkfs.btrfs "$tmp/btrfs.img")" 0
+    start btrfs "$tmp/serve" --image "$tmp/btrfs.img" --threads
+    run_guest btrfs btrfs
+    for mode in async sync; do
+        check btrfs-$mode "$(for step in mount scrub umount; do
+            says btrfs $mode-$step; done | tr '\n' ' ')" "0 0 1 0 "
+        check btrfs-$mode-load "$(between "$(says btrfs $mode-files |
+            awk '{ n += $1 } END { print n }')" 4 1e6)" yes
+    done
+    check btrfs-no-errors "$(grep -c '^guest error' "$tmp/btrfs.console")" 0
+    check btrfs-quiet "$(grep -ci 'btrfs.*\(error\|critical\)' \
+        "$tmp/btrfs.console")" 0
+    check_daemon btrfs "$daemon"
+    check btrfs-discards "$(between "$(counter btrfs discards)" 1 1e9)" yes
+    check btrfs-check "$(status_of btrfs check --readonly \
+        --check-data-csum "$tmp/btrfs.img")" 0
+fi
 
 explain
 [ $failures -eq 0 ]
