@@ -1196,6 +1196,8 @@ static vblk_limits random_limits(void) {
 
 static void init_both(void);
 
+static uint32_t mixed; // a fuzzer's choice of what the backend has
+
 static void make(vblk_profile profile) {
     static const uint32_t backings[] = {MODEL_SECTORS * 512, 511, 0, 512,
                                         0x4000, 0x4000 + 100};
@@ -1233,7 +1235,7 @@ static void make(vblk_profile profile) {
     uint32_t most = entries > 3 ? entries - 2 : 1;
     g.o.seg_max = g.o.seg_max > most ? most : g.o.seg_max;
     g.o.vendor_id = test_random();
-    uint32_t has = g.o.vendor_id; // of this, too: a choice less
+    uint32_t has = g.o.vendor_id ^ mixed; // of this, too: a choice less
     g.o.backend.discard = has & 3 ? disk_discard : NULL;
     g.o.backend.write_zeroes = has & 0xc ? disk_zero : NULL;
     g.o.backend.secure_erase = has & 0x30 ? disk_erase : NULL;
@@ -2185,6 +2187,7 @@ static uint64_t soak(uint64_t sessions) {
 static void agree(vblk_profile profile, bool throttled, bool async) {
     uint64_t sessions = soak(throttled ? SESSIONS / 2 : SESSIONS);
     memset(&d, 0, sizeof d);
+    mixed = 0;
     d.throttled = throttled;
     d.async = async;
     for (uint64_t i = 0; i < sessions && !d.differs; i++) {
@@ -2214,6 +2217,11 @@ bool model_session(const uint8_t *in, size_t n) {
     d.async = kind & 8;
     d.engines = kind >= 0xc0;
     test_feed(in + 1, n > 0 ? n - 1 : 0);
+    mixed = 0;
+    for (size_t i = n < 4 ? 0 : n - 4; i < n; i++) { // its end
+        mixed = mixed << 8 | in[i];
+    }
+    mixed *= 0x9e3779b1;
     make(kind & 1 ? VBLK_STANDARD : VBLK_STRICT);
     for (d.step = 0; test_fed() > 0 && !d.differs; d.step++) {
         d.said_bytes = 0;
