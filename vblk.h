@@ -510,7 +510,7 @@ typedef enum vblk_level {
     X(FEATURES_UNOFFERED, 27, WARNING, VALUE, AGAINST, "FEATURES_OK is "       \
       "refused: more was accepted than is offered (F3)")                       \
     X(FEATURES_PLATFORM, 28, WARNING, VALUE, AGAINST, "FEATURES_OK is "        \
-      "refused: without ACCESS_PLATFORM the driver's addresses are wrong (F8)")\
+      "refused: without ACCESS_PLATFORM the driver's addresses are wrong (F3)")\
     /* a queue is broken */                                                    \
     X(RING_SIZE, 30, WARNING, NONE, NONE, "started without a QueueNum (Q4)")   \
     X(RING_PLACE, 31, WARNING, ADDRESS, NONE, "a ring wraps the address "      \

@@ -1590,8 +1590,8 @@ static void step_complete(void) {
     result = result > there ? there : result;
     say(" complete(head %u)=%" PRId64, s->want.head, result);
     bool fresh = s->want.session == m.queue[s->want.queue].session;
-    for (unsigned k = 0; model_has_ranges(s->req.type) && fresh && result >= 0 &&
-                         k < s->req.segs; k++) {
+    bool clears = model_has_ranges(s->req.type) && fresh && result >= 0;
+    for (unsigned k = 0; clears && k < s->req.segs; k++) {
         vblk_range is = vblk_range_of(&s->req, k);
         char what = s->req.type == VBLK_T_DISCARD ? 'd' : 'z';
         if (!model_clear(&d.disk, what, is.offset, is.bytes)) {

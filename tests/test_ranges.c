@@ -420,7 +420,7 @@ static int iommu_write(void *user, uint64_t iova, const void *src, uint64_t n) {
     return through(iova, (uint8_t *)(uintptr_t)src, n, false);
 }
 
-void f8_access_platform(void) {
+void f3_access_platform(void) {
     g.o.access_platform = true;
     guest_make();
     guest_negotiate(VBLK_F_ACCESS_PLATFORM);
@@ -432,7 +432,7 @@ void f8_access_platform(void) {
 
 // Mappings come and go under requests: what is mapped when a request is there
 // is where its data goes, what is not is refused, and no other page changes.
-void f8_mappings_that_change(void) {
+void x5_mappings_that_change(void) {
     uint64_t pages = alloc(PAGES * PAGE, PAGE);
     uint8_t *const memory = at(pages);
     static uint8_t before[PAGES * PAGE];
@@ -457,7 +457,8 @@ void f8_mappings_that_change(void) {
         uint8_t *desc = memory, *status = memory + PAGE + 100;
         bool     mapped = true;
         for (unsigned k = 2; k < PAGES; k++) { // each to a page of its own
-            table[k] = test_below(8) ? pages + (2 + (k * 5 + i) % 62) * PAGE : 0;
+            uint64_t page = pages + (2 + (k * 5 + i) % 62) * PAGE;
+            table[k] = test_below(8) ? page : 0;
         }
         for (uint64_t k = iova / PAGE; k <= (iova + n - 1) / PAGE; k++) {
             mapped = mapped && table[k - IOVA / PAGE];

@@ -345,8 +345,8 @@
     X(b6_topology, GUEST)                                                      \
     X(v19_parts_of_blocks, GUEST)                                              \
     X(f1_what_is_optional_is_offered_where_it_is, GUEST)                       \
-    X(f8_access_platform, GUEST)                                               \
-    X(f8_mappings_that_change, GUEST)                                          \
+    X(f3_access_platform, GUEST)                                               \
+    X(x5_mappings_that_change, GUEST)                                          \
     X(b8_a_file_gives_space_back, GUEST)                                       \
     X(b8_a_memory_disk_is_cleared, GUEST)                                      \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
