@@ -879,7 +879,7 @@ typedef struct vblk_dev {
     vblk_queue  *queue;
     uint32_t     queues;
     uint32_t     queue_size, seg_max, size_max, vendor_id;
-    uint32_t     range_max, range_sectors;
+    uint32_t     range_max, range_sectors, part_of_block; // bits of a sector
     uint64_t     offered;
     uint8_t      id[VBLK_ID_BYTES];
     bool         strict;
@@ -2510,12 +2510,11 @@ typedef enum vblk__shape {
     VBLK__NOTHING, VBLK__RANGES, VBLK__SECTORS, VBLK__ID, VBLK__LIFETIME
 } vblk__shape;
 
-// The request types. Nothing else compares types: a new one is a row here, a
-// case for its shape in vblk__fit() and for what it does in vblk__run(), with
-// a member of vblk_backend that vblk__worker_backend() wraps; then the feature
+// The request types, by number. Nothing else compares them: a new one is a row
+// here, a case for its shape in vblk__fit() and vblk__run(), with a member of
+// vblk_backend that vblk__worker_backend() wraps; then the feature
 // (vblk__offer), events, counter, rules, and the model in tests/model.c.
 static const struct vblk__kind {
-    uint32_t type;
     uint64_t feature; // to be offered; that the driver took it is not asked
     uint8_t  data;    // its direction; what goes out changes the disk
     uint8_t  shape;
@@ -2526,28 +2525,30 @@ static const struct vblk__kind {
     uint8_t  bytes;   // what they moved, the same; or `counter`: nothing
 } vblk__kinds[] = {
 #define VBLK__COUNTER(member) offsetof(vblk_counts, member) / sizeof(uint64_t)
-    {VBLK_T_IN, 0, VBLK__DATA_IN, VBLK__SECTORS, VBLK__DO_READ,
-     VBLK_EV_READ_FAILED, VBLK_EV_READ_SHORT,
-     VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
-    {VBLK_T_OUT, 0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK__DO_WRITE,
-     VBLK_EV_WRITE_FAILED, VBLK_EV_WRITE_STUCK,
-     VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
-    {VBLK_T_FLUSH, VBLK_F_FLUSH, VBLK__NO_DATA, VBLK__NOTHING, VBLK__DO_FLUSH,
-     VBLK_EV_FLUSH_FAILED, VBLK_EV_NONE,
-     VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
-    {VBLK_T_GET_ID, 0, VBLK__DATA_IN, VBLK__ID, VBLK__DO_ANSWER,
-     VBLK_EV_NONE, VBLK_EV_NONE, 0, 0}, // and not counted
-    {VBLK_T_GET_LIFETIME, VBLK_F_LIFETIME, VBLK__DATA_IN, VBLK__LIFETIME,
-     VBLK__DO_ANSWER, VBLK_EV_NONE, VBLK_EV_NONE, 0, 0},
-    {VBLK_T_DISCARD, VBLK_F_DISCARD, VBLK__DATA_OUT, VBLK__RANGES,
-     VBLK__DO_DISCARD, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
-     VBLK__COUNTER(discards), VBLK__COUNTER(discards)},
-    {VBLK_T_WRITE_ZEROES, VBLK_F_WRITE_ZEROES, VBLK__DATA_OUT, VBLK__RANGES,
-     VBLK__DO_ZEROES, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
-     VBLK__COUNTER(write_zeroes), VBLK__COUNTER(write_zeroes)},
-    {VBLK_T_SECURE_ERASE, VBLK_F_SECURE_ERASE, VBLK__DATA_OUT, VBLK__RANGES,
-     VBLK__DO_ERASE, VBLK_EV_DISCARD_FAILED, VBLK_EV_NONE,
-     VBLK__COUNTER(secure_erases), VBLK__COUNTER(secure_erases)},
+#define VBLK__UNKNOWN {UINT64_MAX, 0, 0, 0, 0, 0, 0, 0}
+    {0, VBLK__DATA_IN, VBLK__SECTORS, VBLK__DO_READ, VBLK_EV_READ_FAILED,
+     VBLK_EV_READ_SHORT, VBLK__COUNTER(reads), VBLK__COUNTER(bytes_read)},
+    {0, VBLK__DATA_OUT, VBLK__SECTORS, VBLK__DO_WRITE, VBLK_EV_WRITE_FAILED,
+     VBLK_EV_WRITE_STUCK, VBLK__COUNTER(writes), VBLK__COUNTER(bytes_written)},
+    VBLK__UNKNOWN, VBLK__UNKNOWN,
+    {VBLK_F_FLUSH, VBLK__NO_DATA, VBLK__NOTHING, VBLK__DO_FLUSH,
+     VBLK_EV_FLUSH_FAILED, 0, VBLK__COUNTER(flushes), VBLK__COUNTER(flushes)},
+    VBLK__UNKNOWN, VBLK__UNKNOWN, VBLK__UNKNOWN,
+    {0, VBLK__DATA_IN, VBLK__ID, VBLK__DO_ANSWER, 0, 0, 0, 0}, // not counted
+    VBLK__UNKNOWN,
+    {VBLK_F_LIFETIME, VBLK__DATA_IN, VBLK__LIFETIME, VBLK__DO_ANSWER, 0, 0, 0,
+     0}, // nor is this
+    {VBLK_F_DISCARD, VBLK__DATA_OUT, VBLK__RANGES, VBLK__DO_DISCARD,
+     VBLK_EV_DISCARD_FAILED, 0, VBLK__COUNTER(discards),
+     VBLK__COUNTER(discards)},
+    VBLK__UNKNOWN,
+    {VBLK_F_WRITE_ZEROES, VBLK__DATA_OUT, VBLK__RANGES, VBLK__DO_ZEROES,
+     VBLK_EV_DISCARD_FAILED, 0, VBLK__COUNTER(write_zeroes),
+     VBLK__COUNTER(write_zeroes)},
+    {VBLK_F_SECURE_ERASE, VBLK__DATA_OUT, VBLK__RANGES, VBLK__DO_ERASE,
+     VBLK_EV_DISCARD_FAILED, 0, VBLK__COUNTER(secure_erases),
+     VBLK__COUNTER(secure_erases)},
+#undef VBLK__UNKNOWN
 #undef VBLK__COUNTER
 };
 
@@ -2555,11 +2556,9 @@ static const struct vblk__kind {
 
 static bool vblk__find_kind(const vblk_dev *dev, vblk_request *r,
                             uint32_t type) {
-    unsigned i = 0;
-    while (i < VBLK__KINDS && vblk__kinds[i].type != type) i++;
     r->type = type;
-    r->kind = &vblk__kinds[i];
-    return i < VBLK__KINDS && !(vblk__kinds[i].feature & ~dev->offered);
+    r->kind = &vblk__kinds[type < VBLK__KINDS ? type : 2];
+    return !(r->kind->feature & ~dev->offered);
 }
 
 static bool vblk__check_sizes(const vblk_dev *dev, vblk__chain *c) {
@@ -2592,15 +2591,14 @@ static inline uint64_t vblk__capacity(const vblk_dev *dev) {
 }
 
 // Whether they lie on the disk, in whole blocks (V13, V19).
-static bool vblk__on_disk(const vblk_dev *dev, vblk__chain *c, uint64_t sector,
-                          uint64_t sectors) {
+VBLK__FLAT bool vblk__on_disk(const vblk_dev *dev, vblk__chain *c,
+                              uint64_t sector, uint64_t sectors) {
     const uint64_t capacity = vblk__capacity(dev);
     if (sector > capacity || sectors > capacity - sector) {
         return vblk__refuse(c, VBLK_EV_OUT_OF_RANGE, sector,
                             sectors * VBLK_SECTOR);
     }
-    uint64_t odd = (sector | sectors) & (dev->backend.block_size / 512 - 1);
-    return !odd || !(dev->offered & VBLK_F_BLK_SIZE) ||
+    return !((sector | sectors) & dev->part_of_block) ||
            vblk__refuse(c, VBLK_EV_BLOCK_RAGGED, sector, sectors * VBLK_SECTOR);
 }
 
@@ -2683,7 +2681,7 @@ VBLK__APART bool vblk__fit_ranges(vblk_dev *dev, vblk__chain *c,
 
 VBLKDEF vblk_range vblk_range_of(const vblk_request *req, unsigned i) {
     size_t n = req->seg[i].n;
-    vblk_range range = {req->seg[i].gpa, n & ~(size_t)1, n & 1};
+    vblk_range range = {req->seg[i].gpa, n & ~(size_t)1, (n & 1) != 0};
     return range;
 }
 
@@ -2702,20 +2700,21 @@ static bool vblk__fit(vblk_dev *dev, vblk__chain *c, vblk_request *r,
     if (!vblk__check_sizes(dev, c)) return false;
     if ((c->out_bytes > 0 && k->data == VBLK__DATA_IN) ||
         (c->in_bytes > 0 && k->data == VBLK__DATA_OUT)) {
-        return vblk__refuse(c, VBLK_EV_DATA_DIRECTION, k->type, 0);
+        return vblk__refuse(c, VBLK_EV_DATA_DIRECTION, r->type, 0);
     }
     if (dev->strict && bytes == 0) {
-        return vblk__refuse(c, VBLK_EV_DATA_MISSING, k->type, 0);
+        return vblk__refuse(c, VBLK_EV_DATA_MISSING, r->type, 0);
     }
     r->bytes = bytes;
-    switch ((vblk__shape)k->shape) {
-    case VBLK__NOTHING:  break;
-    case VBLK__RANGES:   return VBLK_MAX_RANGES && vblk__fit_ranges(dev, c, r);
-    case VBLK__SECTORS:  return vblk__fit_sectors(dev, c, r, sector);
-    case VBLK__ID:       return vblk__fit_answer(dev, c, r, VBLK_ID_BYTES);
-    case VBLK__LIFETIME: return vblk__fit_answer(dev, c, r, 6);
+    if (k->shape == VBLK__SECTORS) return vblk__fit_sectors(dev, c, r, sector);
+    if (k->shape != VBLK__RANGES) {
+        return vblk__fit_answer(dev, c, r,
+                                k->shape == VBLK__ID ? VBLK_ID_BYTES : 6);
     }
-    return true;
+    vblk__chain own = *c; // so that `c`, of all others, can be in registers
+    bool fits = VBLK_MAX_RANGES && vblk__fit_ranges(dev, &own, r);
+    *c = own;
+    return fits;
 }
 
 static void vblk__add_seg(vblk_request *r, uint8_t *ptr, uint64_t gpa,
@@ -3238,16 +3237,19 @@ VBLK__APART vblk__progress vblk__move_copied(vblk_dev *dev,
     return done;
 }
 
-// One range after the other, by `call`. What fails is told with its place.
-static vblk__progress vblk__run_ranges(
-    const vblk_dev *dev, const vblk_request *r,
-    int (*call)(void *user, uint64_t offset, uint64_t bytes, bool unmap)) {
+// One range after the other. What fails is told with its place.
+VBLK__RARE vblk__progress vblk__run_ranges(const vblk_dev *dev,
+                                           const vblk_request *r) {
+    const vblk_backend *b = &dev->backend;
+    int (*call)(void *user, uint64_t offset, uint64_t bytes, bool unmap) =
+        r->kind->does == VBLK__DO_DISCARD  ? b->discard
+        : r->kind->does == VBLK__DO_ZEROES ? b->write_zeroes
+                                           : b->secure_erase;
     vblk__progress done = {0, VBLK_EV_NONE, 0};
     for (unsigned i = 0; i < r->segs && !done.error && !vblk__halted(dev);
          i++) {
         vblk_range range = vblk_range_of(r, i);
-        done.error = call(dev->backend.user, range.offset, range.bytes,
-                          range.unmap);
+        done.error = call(b->user, range.offset, range.bytes, range.unmap);
         done.bytes = done.error ? range.offset - r->offset : 0;
     }
     done.code = done.error ? (vblk_event_code)r->kind->failed : VBLK_EV_NONE;
@@ -3259,22 +3261,12 @@ static vblk__progress vblk__run_ranges(
 VBLK__FLAT vblk__progress vblk__run(vblk_dev *dev, const vblk_request *r) {
     const vblk__progress done = {0, VBLK_EV_NONE, 0};
     const struct vblk__kind *k = r->kind;
-    switch ((vblk__does)k->does) {
-    case VBLK__DO_READ:
-    case VBLK__DO_WRITE:
-        return r->direct ? vblk__move(dev, k, r->offset, r->seg, r->segs,
-                                      r->bytes)
-                         : vblk__move_copied(dev, r);
-    case VBLK__DO_DISCARD:
-        return vblk__run_ranges(dev, r, dev->backend.discard);
-    case VBLK__DO_ZEROES:
-        return vblk__run_ranges(dev, r, dev->backend.write_zeroes);
-    case VBLK__DO_ERASE:
-        return vblk__run_ranges(dev, r, dev->backend.secure_erase);
-    case VBLK__DO_FLUSH:
-    case VBLK__DO_ANSWER: break; // the second is never handed out
+    if (k->shape == VBLK__SECTORS && r->direct) {
+        return vblk__move(dev, k, r->offset, r->seg, r->segs, r->bytes);
     }
-    return done;
+    return k->shape == VBLK__SECTORS  ? vblk__move_copied(dev, r)
+           : k->shape == VBLK__RANGES ? vblk__run_ranges(dev, r)
+                                      : done;
 }
 
 // Whether `r` wants to be durable now: a FLUSH, a write that went well.
@@ -4116,6 +4108,8 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->disk = capacity;
     dev->backing = backing;
     dev->offered = vblk__offer(o);
+    dev->part_of_block = dev->offered & VBLK_F_BLK_SIZE
+                             ? dev->backend.block_size / VBLK_SECTOR - 1 : 0;
     dev->queues = o->queues ? o->queues : 1;
     dev->queue = o->queue ? o->queue : &dev->built_in;
     dev->queue_size = vblk__queue_size(o);
