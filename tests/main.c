@@ -51,7 +51,8 @@ static unsigned    call_skip, call_times; // written before call_times is
 
 void test_calls_fail(const char *call, int err, unsigned skip,
                      unsigned times) {
-    call_to_fail = call;
+    __atomic_store_n(&call_times, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&call_to_fail, call, __ATOMIC_RELAXED);
     call_errno = err;
     call_skip = skip;
     __atomic_store_n(&call_times, times, __ATOMIC_RELEASE);
@@ -67,7 +68,7 @@ bool test_call_fails(const char *call) {
 
 static bool fails(const char *call) {
     if (!__atomic_load_n(&call_times, __ATOMIC_ACQUIRE) ||
-        strcmp(call, call_to_fail) != 0) {
+        strcmp(call, __atomic_load_n(&call_to_fail, __ATOMIC_RELAXED)) != 0) {
         return false;
     }
     if (call_skip) {

@@ -8,5 +8,6 @@ void *rig_fill(void *dst, int c, size_t n);
 #define VBLK_SINGLE_THREADED
 #define VBLK_MAX_SEGS 2
 #define VBLK_SCRATCH 512
+#define VBLK_MAX_RANGES 0
 #define VBLK_IMPLEMENTATION
 #include "vblk.h"

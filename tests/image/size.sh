@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/../.." || exit 1
 B=${B:-build}/size
 image='tests/image/device.c tests/image/bare.c tests/image/mem.c'
-few='-Os -DVBLK_MAX_SEGS=16 -DVBLK_SCRATCH=512'
+few='-Os -DVBLK_MAX_SEGS=16 -DVBLK_SCRATCH=512 -DVBLK_MAX_RANGES=0'
 mkdir -p "$B"
 
 # The deepest chain of calls from device_run, in bytes, by what gcc writes of
@@ -114,4 +114,4 @@ cd "$B" || exit 1
         }
         print ""
     }
-    END { print "-Os: VBLK_MAX_SEGS 16, VBLK_SCRATCH 512; -O2: the defaults" }'
+    END { print "-Os: VBLK_MAX_SEGS 16, VBLK_SCRATCH 512, VBLK_MAX_RANGES 0" }'

@@ -195,12 +195,12 @@ check file-size-limit-is-an-error "$(grep -q 'status 1' "$tmp/limit.log" ||
 end "$daemon"
 check file-size-limit-kills-nobody "$(differs $? 0)"
 
-# What is no whole sector is told; a lock that cannot be had is no other user.
+# What is no whole block is told; a lock that cannot be had is no other user.
 head -c 1000 /dev/urandom >"$shm/odd"
 start "$shm/x" "$serve" --socket "$shm/x" --image "$shm/odd" ||
     check odd-image-starts "$(tail -n 1 "$shm/x.log")"
 end "$daemon"
-check odd-image-is-told "$(grep -q 'no whole sector.*bytes 488' "$shm/x.log" ||
+check odd-image-is-told "$(grep -q 'no whole block.*bytes 488' "$shm/x.log" ||
     head -n 1 "$shm/x.log")"
 printf '#include <errno.h>\nint flock(int fd, int how);
 int flock(int fd, int how) { errno = ENOLCK; return how ? -1 : fd; }\n' \
