@@ -762,9 +762,9 @@ static void put_ranges(const part *p, unsigned n, uint32_t type, uint32_t bytes,
             sector &= ~UINT64_C(7);
             length = 8 * (length > 4);
         }
-        length = one_in(60) ? test_random() : length;
+        length = one_in(25) ? test_random() : length;
         flags = type == VBLK_T_WRITE_ZEROES ? test_below(2) : 0;
-        flags = one_in(60) ? test_below(4) << test_below(31) : flags;
+        flags = one_in(12) ? 1u << (d.step + done) % 32 : flags;
         for (uint64_t i = sector; i < sectors && i - sector < length; i++) {
             touched[i] |= 2;
         }

@@ -175,12 +175,53 @@ void v20_v21_one_bad_range(void) {
                 ROW("type %u, range %u, case %u", types[t], where, bit);
             }
         }
+        CHECK_EQ(VBLK_S_OK, one_range(types[t], 0, 9, 0));
         CHECK_EQ(VBLK_S_OK, one_range(types[t], SECTORS, 0, 0)); // empty
         CHECK_EQ(VBLK_S_IOERR, one_range(types[t], SECTORS + 1, 0, 0));
     }
     CHECK_EQ(VBLK_S_IOERR, // and what is no memory
              run_ranges(VBLK_T_DISCARD, RAM_END - 8, 16, 16));
     CHECK_EQ(VBLK_EV_DATA_UNMAPPED, g.last.code);
+}
+
+void v20_how_long_a_range_may_be(void) {
+    g.o.range_sectors = 10;
+    ranges_up();
+    CHECK_EQ(10, rd(VBLK_REG_CONFIG + 60));
+    CHECK_EQ(VBLK_S_OK, one_range(VBLK_T_SECURE_ERASE, 5, 10, 0));
+    CHECK_EQ(VBLK_S_IOERR, one_range(VBLK_T_SECURE_ERASE, 5, 11, 0));
+    CHECK_EQ(VBLK_EV_RANGE_LONG, g.last.code);
+    CHECK_EQ(11 * 512, g.last.bytes);
+    CHECK_EQ(10 * 512, g.last.against);
+    CHECK_EQ(1, dones);
+}
+
+// A host does them itself, and says that it failed: where they begin.
+void x7_ranges_of_an_asynchronous_host(void) {
+    const uint32_t range[3][3] = {{24, 2, 0}, {0, 0, 1}, {40, 3, 1}};
+    ranges_up();
+    for (int fails = 0; fails < 2; fails++) {
+        vblk_request r;
+        uint64_t gpa = put_ranges(range, 3);
+        req      q = prepare(VBLK_T_WRITE_ZEROES, 0, 0);
+        part     p[3] = {{q.header, 16, 0}, {gpa, 48, 0}, {q.status, 1, WRITE}};
+        submit(0, p, 3);
+        CHECK_EQ(REQUEST, take(0, 0, &r).state);
+        CHECK_EQ(VBLK_T_WRITE_ZEROES, r.type);
+        CHECK_EQ(2, r.segs);
+        CHECK_EQ(0, r.bytes);
+        vblk_range second = vblk_range_of(&r, 1);
+        CHECK(vblk_range_of(&r, 0).offset == 24 * 512 &&
+              !vblk_range_of(&r, 0).unmap);
+        CHECK(second.offset == 40 * 512 && second.bytes == 1536 &&
+              second.unmap);
+        CHECK_EQ(VBLK_OK, vblk_complete(&g.dev, &r, fails ? -EIO : 0));
+        CHECK_EQ(fails ? VBLK_S_IOERR : VBLK_S_OK, status_of(&q));
+        CHECK(!fails || g.last.sector == 24);
+        vblk_publish(&g.dev, 0);
+    }
+    CHECK_EQ(0, dones);
+    CHECK_EQ(1, counts().write_zeroes);
 }
 
 void x7_write_zeroes_reads_as_zeroes(void) {
@@ -468,9 +509,9 @@ void x5_mappings_that_change(void) {
         for (unsigned k = 0; k < 3; k++) {
             for (unsigned b = 0; b < 8; b++) {
                 desc[16 * k + b] = (uint8_t)(parts[k][0] >> 8 * b);
-                desc[16 * k + 8 + b] = b < 4 ? (uint8_t)(parts[k][1] >> 8 * b)
-                                       : b == 4 ? (uint8_t)parts[k][2]
-                                       : b == 6 ? (uint8_t)(k + 1) : 0;
+                uint64_t rest = parts[k][1] | parts[k][2] << 32 |
+                                (uint64_t)(k + 1) << 48;
+                desc[16 * k + 8 + b] = (uint8_t)(rest >> 8 * b);
             }
         }
         memory[256 + 2] = (uint8_t)(i + 1);
@@ -529,12 +570,13 @@ static bool all_are(uint64_t offset, uint64_t bytes, uint8_t value) {
 // Holes where the file system makes them; zeroes in any case.
 void b8_a_file_gives_space_back(void) {
     const uint64_t mib = 1 << 20;
-    for (int how = 0; how < 2; how++) { // 1: it cannot
+    static const int errors[] = {0, EOPNOTSUPP, EINVAL, ENOSYS};
+    for (unsigned how = 0; how < COUNT(errors); how++) { // but 0: it cannot
         make_file(4 * mib);
         vblk_backend b = vblk_file_backend(&file);
         uint64_t full = blocks();
         if (how) {
-            test_calls_fail("fallocate", EOPNOTSUPP, 0, 4);
+            test_calls_fail("fallocate", errors[how], 0, 4);
         } else {
             test_calls_fail("fallocate", EINTR, 0, 1); // is tried again
         }
@@ -553,6 +595,7 @@ void b8_a_file_gives_space_back(void) {
         CHECK_EQ(0, test_calls_left());
         CHECK_EQ(4 * mib, lseek(file.fd, 0, SEEK_END));
         // Beyond the end all is zero, and the file does not grow.
+        test_calls_fail("fallocate", errors[how], 0, how > 0);
         CHECK_EQ(0, b.write_zeroes(b.user, 4 * mib - 512, mib, false));
         CHECK_EQ(0, b.discard(b.user, 8 * mib, mib, false));
         CHECK_EQ(4 * mib, lseek(file.fd, 0, SEEK_END));

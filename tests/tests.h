@@ -337,6 +337,8 @@
     X(e8_a_lock_lasts_as_long_as_the_ring, GUEST)                              \
     X(v20_how_many_ranges, GUEST)                                              \
     X(v20_v21_one_bad_range, GUEST)                                            \
+    X(v20_how_long_a_range_may_be, GUEST)                                      \
+    X(x7_ranges_of_an_asynchronous_host, GUEST)                                \
     X(x7_write_zeroes_reads_as_zeroes, GUEST)                                  \
     X(x7_a_range_that_fails, GUEST)                                            \
     X(x7_ranges_are_durable_where_writes_are, GUEST)                           \
