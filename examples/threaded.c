@@ -105,6 +105,15 @@ static uint64_t drive(uint64_t until) {
     return done;
 }
 
+// Any thread: what the driver does wrong, and what the host is to know. A guest
+// can make many; whoever prints them in earnest counts and leaves some out.
+static void event(void *user, const vblk_event *e) {
+    char line[400];
+    (void)user;
+    fprintf(stderr, "\nvblk%d: %s\n", w.number,
+            vblk_event_line(e, line, sizeof line));
+}
+
 int main(void) {
     char path[] = "/tmp/vblk_threaded_XXXXXX";
     int fd = mkstemp(path);
@@ -119,6 +128,7 @@ int main(void) {
     int err = vblk_file_open(&file, path, false);
     o.memory = vblk_regions_memory(&guest);
     o.backend = vblk_file_backend(&file);
+    o.event = event;
     err = err ? err : vblk_worker_init(&w, &o, NULL);
     if (err) {
         perror(err == VBLK_ERR_FILE ? path : "threaded");
