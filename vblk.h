@@ -118,7 +118,8 @@
     Requests end in any order, and point to segments in an array of yours. The
     rest of a short transfer is yours to go on with. Of the backend only what
     there is counts then, and size. A request with `durable` set must be on
-    stable storage before it is completed. examples/pool.c says and does it all.
+    stable storage before it is completed. Set to NULL what you do not do, such
+    as discard. examples/pool.c says and does it all.
 
     options.quiesce is called when the driver resets the device or stops a
     queue, also where nothing is under way: what there is belongs to the guest
@@ -1571,7 +1572,6 @@ static const vblk_region *vblk__find_region(const vblk_regions *all,
 // looked for first. Foreign maps are asked each time.
 enum { VBLK__TABLES, VBLK__ENDS, VBLK__DATA }; // ends: headers, status bytes
 
-// A pointer to `gpa`, and to how many of `n` bytes there.
 static uint8_t *vblk__look_up(vblk_dev *dev, const vblk_region **near,
                               uint64_t gpa, uint64_t *n, bool writable) {
     const vblk_memory *m = &dev->memory;
@@ -1753,7 +1753,6 @@ static uint64_t *vblk__field(vblk_event *e, unsigned field) {
     return (uint64_t *)(void *)first + (field - VBLK__IS_ADDRESS);
 }
 
-// Tell the host: of the device, of a queue, of a chain.
 VBLK__RARE void vblk__emit(const vblk_dev *dev, int queue, int head,
                            vblk_event_code code, uint64_t a, uint64_t b) {
     if (dev->event) {
@@ -2295,7 +2294,6 @@ VBLK__RARE bool vblk__refuse(vblk__chain *c, vblk_event_code code, uint64_t a,
     return false;
 }
 
-// A descriptor table: the queue's own, or an indirect one.
 typedef struct vblk__table {
     uint8_t *ptr; // or NULL
     uint64_t gpa;
@@ -2881,8 +2879,9 @@ static int vblk__copy(vblk_dev *dev, const vblk_request *r, vblk__place *at,
     const vblk_queue *q = &dev->queue[r->queue];
     while (!vblk__stale(dev, q, r)) {
         if (n == 0) return VBLK_OK;
-        VBLK_ASSERT(at->seg < r->segs); // else beyond the request's bytes
-        if (at->seg >= r->segs) return VBLK_ERR_REFUSED;
+        bool is_data = at->seg < r->segs && r->kind->shape != VBLK__RANGES;
+        VBLK_ASSERT(is_data); // else beyond the request's bytes
+        if (!is_data) return VBLK_ERR_REFUSED;
         vblk_seg s = vblk__piece(r, at, n);
         if (s.ptr) {
             VBLK_MEMCPY(in ? host : s.ptr, in ? s.ptr : host, s.n);
@@ -2985,7 +2984,6 @@ static void vblk__put_lifetime(const vblk_dev *dev, uint8_t *to) {
     }
 }
 
-// Answer what needs no backend, as far as there is space (V16).
 static void vblk__answer(vblk_dev *dev, vblk_queue *q, const vblk_request *r) {
     const struct vblk__kind *k = r->kind;
     uint8_t lifetime[6], *what = dev->id;
@@ -3201,7 +3199,6 @@ static vblk__progress vblk__move_on(vblk_dev *dev, const struct vblk__kind *k,
     return done;
 }
 
-// Most of the time one call does it.
 VBLK__FLAT vblk__progress vblk__move(vblk_dev *dev, const struct vblk__kind *k,
                                      uint64_t offset, const vblk_seg *seg,
                                      unsigned segs, uint64_t bytes) {
@@ -3362,7 +3359,6 @@ VBLKDEF bool vblk_next(vblk_dev *dev, unsigned queue, uint64_t now_ns,
 // hosts that do not hear it, it looks once in a while.
 #define VBLK__LOOK_AGAIN UINT64_C(1000000)
 
-// When to call again for `q`, after a drain that came to `state`.
 static uint64_t vblk__again(vblk_dev *dev, const vblk_queue *q,
                             vblk__state state, uint64_t now_ns) {
     if (state == VBLK__MORE) return now_ns;
@@ -3473,7 +3469,6 @@ static void vblk__stop_queue(vblk_dev *dev, vblk_queue *q) {
     VBLK_MEMSET(&q->run, 0, sizeof q->run);
 }
 
-// The same, and forget what the driver said of it.
 static void vblk__forget_queue(vblk_dev *dev, vblk_queue *q) {
     vblk__stop_queue(dev, q);
     VBLK__STORE(&q->broken, false);
@@ -3742,7 +3737,6 @@ static void vblk__write_features(vblk_dev *dev, uint32_t value) {
     }
 }
 
-// The address that a register of `q` holds half of, with that half changed.
 static uint64_t *vblk__half(vblk_queue *q, uint64_t offset, uint32_t value,
                             uint64_t *changed) {
     uint64_t *address = offset < VBLK_REG_QUEUE_DRIVER_LOW   ? &q->desc_gpa
@@ -3782,7 +3776,6 @@ static bool vblk__valid_size(const vblk_dev *dev, uint32_t size) {
     return size > 0 && size <= dev->queue_size && !(size & (size - 1));
 }
 
-// Whether `q` can stop on a live device (R4).
 static bool vblk__stops(vblk_dev *dev, vblk_queue *q) {
     if (!q->ready || vblk__quiet(dev, q->number)) return true;
     vblk__say_queue(dev, q, VBLK_EV_NOT_QUIET, 0, 0);
@@ -3977,7 +3970,7 @@ static uint32_t vblk__segs_of(const vblk_options *o) {
 
 static uint32_t vblk__most_ranges(const vblk_options *o) {
     uint32_t room = vblk__segs_of(o) + 2; // they become segments
-    return room < VBLK_MAX_RANGES ? room : VBLK_MAX_RANGES;
+    return room > VBLK_MAX_RANGES ? VBLK_MAX_RANGES : room;
 }
 
 static uint32_t vblk__block_of(const vblk_backend *b) {
@@ -4113,8 +4106,7 @@ static void vblk__set_up(vblk_dev *dev, const vblk_options *o,
     dev->disk = capacity;
     dev->backing = backing;
     dev->offered = vblk__offer(o);
-    dev->part_of_block = dev->offered & VBLK_F_BLK_SIZE
-                             ? dev->backend.block_size / VBLK_SECTOR - 1 : 0;
+    dev->part_of_block = dev->backend.block_size / VBLK_SECTOR - 1;
     dev->queues = o->queues ? o->queues : 1;
     dev->queue = o->queue ? o->queue : &dev->built_in;
     dev->queue_size = vblk__queue_size(o);
@@ -4429,7 +4421,6 @@ static void vblk__close(int *fd) {
     *fd = -1;
 }
 
-// An errno that stands against `fd` as a disk, or 0.
 static int vblk__file_check(int fd, bool read_only) {
     struct stat st;
     int flags = fcntl(fd, F_GETFL);
@@ -4457,7 +4448,9 @@ static int vblk__file_align(vblk_file *f) {
         f->align = st[38];
         f->block = st[39] > VBLK_SECTOR && st[39] < 4096 ? 4096 : st[39];
     }
-    return f->block && f->block <= VBLK__BOUNCE ? 0 : EOPNOTSUPP;
+    return f->block >= VBLK_SECTOR && f->align > 0 &&
+                   f->block <= VBLK__BOUNCE && f->block <= VBLK_SCRATCH
+               ? 0 : EOPNOTSUPP;
 #else
     return 0;
 #endif
@@ -4551,27 +4544,34 @@ static ssize_t vblk__file_call(int fd, uint64_t offset, const vblk_seg *seg,
     return n;
 }
 
-// Through memory that O_DIRECT likes, a part of it. On the stack, as a fault of
-// guest memory may end this by a jump.
+// Through memory that O_DIRECT likes, piece by piece. On the stack, as a fault
+// of guest memory may end this by a jump.
 static ssize_t vblk__file_bounce(vblk_file *f, uint64_t offset,
                                  const vblk_seg *seg, unsigned segs, bool in) {
     uint8_t  room[VBLK__BOUNCE + 4096];
     vblk_seg own = {room + (4096 - (uintptr_t)room % 4096), VBLK__BOUNCE, 0};
-    uint64_t all = 0;
+    uint64_t all = 0, done = 0;
+    size_t   at = 0; // into the segment
     for (unsigned i = 0; i < segs; i++) all += seg[i].n;
-    own.n = all < own.n ? (size_t)all : own.n;
-    ssize_t n = in ? vblk__file_call(f->fd, offset, &own, 1, true) : 0;
-    size_t  left = in ? n > 0 ? (size_t)n : 0 : own.n;
-    for (uint8_t *p = own.ptr; left > 0; seg++) {
-        size_t some = seg->n < left ? seg->n : left;
-        memcpy(in ? seg->ptr : p, in ? p : seg->ptr, some);
-        p += some;
-        left -= some;
+    while (done < all) {
+        own.n = all - done < VBLK__BOUNCE ? (size_t)(all - done) : VBLK__BOUNCE;
+        ssize_t n = in ? vblk__file_call(f->fd, offset + done, &own, 1, true)
+                       : (ssize_t)own.n;
+        for (size_t k = 0, some; n > 0 && k < (size_t)n; k += some) {
+            some = (size_t)n - k < seg->n - at ? (size_t)n - k : seg->n - at;
+            memcpy(in ? seg->ptr + at : own.ptr + k,
+                   in ? own.ptr + k : seg->ptr + at, some);
+            at = at + some < seg->n ? at + some : 0;
+            seg += at == 0;
+        }
+        if (!in) n = vblk__file_call(f->fd, offset + done, &own, 1, false);
+        if (n < 0 && done == 0) return n;
+        done += n > 0 ? (uint64_t)n : 0;
+        if (n < (ssize_t)own.n) break;
     }
-    return in ? n : vblk__file_call(f->fd, offset, &own, 1, false);
+    return (ssize_t)done;
 }
 
-// Partial transfers are the caller's to continue.
 static int64_t vblk__file_move(vblk_file *f, uint64_t offset,
                                const vblk_seg *seg, unsigned segs, bool in) {
     ssize_t n = vblk__file_fits(f, offset, seg, segs)
@@ -4650,6 +4650,9 @@ static int vblk__file_flush(void *user) {
 }
 
 #ifdef FALLOC_FL_PUNCH_HOLE
+#ifndef FALLOC_FL_ZERO_RANGE // musl
+#define FALLOC_FL_ZERO_RANGE 0x10
+#endif
 #define VBLK__PUNCH (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 #define VBLK__ZERO  (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE)
 
@@ -4664,37 +4667,35 @@ static int vblk__file_clear(vblk_file *f, int mode, uint64_t offset,
 }
 #else
 #define VBLK__PUNCH 0
-#define VBLK__ZERO  0
-#define vblk__file_clear(f, mode, offset, bytes) EOPNOTSUPP
+#define vblk__file_clear(f, mode, offset, bytes)                               \
+    ((void)(f), (void)(offset), (void)(bytes), EOPNOTSUPP)
 #endif
 
-static uint64_t vblk__file_part(const vblk_file *f, uint64_t offset,
-                                uint64_t bytes) {
-    uint64_t end = VBLK__LOAD(&f->end), left = offset < end ? end - offset : 0;
-    return bytes < left ? bytes : left;
-}
-
-// What cannot be discarded stays.
 static int vblk__file_discard(void *user, uint64_t offset, uint64_t bytes,
                               bool unmap) {
     vblk_file *f = (vblk_file *)user;
-    bytes = vblk__file_part(f, offset, bytes);
-    int err = bytes ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes) : 0;
+    int err = vblk__file_clear(f, VBLK__PUNCH, offset, bytes);
     (void)unmap;
     return err == EOPNOTSUPP ? 0 : -err;
 }
 
-// Where the file system has no such call, zeroes are written.
+// Where the file system has no such call, zeroes are written; not beyond the
+// block that the file ends in: it reads so there, and is not to grow.
 static int vblk__file_zero(void *user, uint64_t offset, uint64_t bytes,
                            bool unmap) {
     static uint8_t zeroes[65536];
     vblk_file *f = (vblk_file *)user;
-    bytes = vblk__file_part(f, offset, bytes);
-    int err = bytes && unmap ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes)
-                             : EOPNOTSUPP;
-    if (!bytes) return 0;
+    int err = unmap ? vblk__file_clear(f, VBLK__PUNCH, offset, bytes)
+                    : EOPNOTSUPP;
     if (err == EOPNOTSUPP) err = vblk__file_clear(f, VBLK__ZERO, offset, bytes);
     if (err != EOPNOTSUPP) return -err;
+    off_t end = vblk__file_end(f);
+    if (end < 0) return -errno;
+    uint64_t block = f->block ? f->block : 1;
+    uint64_t stop = ((uint64_t)end + block - 1) / block * block;
+    if (end > 0 && offset + bytes > stop) { // a disk may not know its end
+        bytes = offset < stop ? stop - offset : 0;
+    }
     while (bytes > 0) {
         size_t   most = bytes < sizeof zeroes ? (size_t)bytes : sizeof zeroes;
         vblk_seg seg = {zeroes, most, 0};
@@ -5032,7 +5033,7 @@ static bool vblk__begin_some(vblk_engine *e, vblk_queue *q, uint64_t now_ns,
     while (most-- > 0 && *bytes < VBLK__MOST_BYTES &&
            e->free != VBLK__NO_SLOT &&
            vblk_next(dev, q->number, now_ns, &r, seg, room)) {
-        *bytes += r.bytes;
+        *bytes += r.kind->shape == VBLK__RANGES ? VBLK__MOST_BYTES : r.bytes;
         vblk__begin(e, &r);
     }
     return q->run.avail_next != from;

@@ -180,13 +180,15 @@ static inline void pacer_close(pacer *p) {
     pthread_mutex_destroy(&p->mutex);
 }
 
-// What the inner backend has, the outer has.
+// What the inner backend has of these the outer has. A guest is offered nothing
+// that would not be paced.
 static inline vblk_backend pacer_backend(pacer *p) {
     vblk_backend b = p->inner;
     b.read = pacer_read;
     b.write = b.write ? pacer_write : NULL;
     b.flush = b.flush ? pacer_flush : NULL;
     b.size = b.size ? pacer_size : NULL;
+    b.discard = b.write_zeroes = b.secure_erase = NULL;
     b.user = p;
     return b;
 }

@@ -172,6 +172,7 @@ int main(void) {
     o.memory = vblk_regions_memory(&guest);
     o.memory.map = NULL;
     o.backend = vblk_ramdisk_backend(&only);
+    o.backend.discard = o.backend.write_zeroes = NULL; // move() does neither
     o.seg_max = SEGS - 2;
     o.quiesce = quiesce;
     int err = vblk_init(&dev, &o);

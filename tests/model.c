@@ -831,11 +831,10 @@ static bool data_mapped(const model_chain *c) { // X5
     return true;
 }
 
-// V19: whole blocks, where the driver can know of them.
+// V19: whole blocks.
 static bool ragged(const model *m, uint64_t sector, uint64_t sectors) {
     uint64_t block = m->backend.block_size / 512;
-    return m->offered & VBLK_F_BLK_SIZE &&
-           (sector % block != 0 || sectors % block != 0);
+    return sector % block != 0 || sectors % block != 0;
 }
 
 // V20, V21: the status that the first bad one ends in.

@@ -721,6 +721,34 @@ void e7_direct_io_takes_any_buffer(void) {
     drop_image();
 }
 
+// Segments that are no blocks, over more than is copied at once.
+void e7_direct_io_in_pieces(void) {
+    if (!make_image(".", VBLK_FILE_DIRECT)) {
+        return;
+    }
+    static uint8_t data[3 * 65536], back[sizeof data];
+    static const size_t cuts[] = {448, 1, 4095, 40000, 3, 65536};
+    vblk_backend b = vblk_file_backend(&file);
+    for (size_t i = 0; i < sizeof data; i++) {
+        data[i] = (uint8_t)test_random();
+    }
+    for (int reads = 0; reads < 2; reads++) {
+        vblk_seg seg[COUNT(cuts) + 1];
+        uint8_t *p = reads ? back : data, *end = p + sizeof data;
+        for (unsigned i = 0; i <= COUNT(cuts); i++) {
+            seg[i].ptr = p;
+            seg[i].n = i < COUNT(cuts) ? cuts[i] : (size_t)(end - p);
+            p += seg[i].n;
+        }
+        int64_t n = (reads ? b.read : b.write)(b.user, 65536, seg,
+                                               COUNT(cuts) + 1);
+        CHECK_EQ(sizeof data, n);
+    }
+    CHECK_MEM(data, back, sizeof data);
+    memcpy(shadow + 65536, data, sizeof data);
+    drop_image();
+}
+
 void b6_block_size(void) {
     static const uint32_t bad[] = {1, 256, 513, 1536, 131072};
     for (unsigned i = 0; i < COUNT(bad); i++) {

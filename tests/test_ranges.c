@@ -394,7 +394,7 @@ void v19_parts_of_blocks(void) {
     g.o.range_max = 0;
     g.o.features_off = VBLK_F_BLK_SIZE;
     guest_up();
-    CHECK_EQ(VBLK_S_OK, run(VBLK_T_IN, 7, 512)); // it cannot know
+    CHECK_EQ(VBLK_S_IOERR, run(VBLK_T_IN, 7, 512)); // it is so all the same
 }
 
 void f1_what_is_optional_is_offered_where_it_is(void) {

@@ -352,6 +352,7 @@
     X(b8_a_file_gives_space_back, GUEST)                                       \
     X(b8_a_memory_disk_is_cleared, GUEST)                                      \
     X(e7_direct_io_takes_any_buffer, GUEST)                                    \
+    X(e7_direct_io_in_pieces, GUEST)                                           \
     X(b6_block_size, GUEST)                                                    \
     X(w12_a_thread_for_each_queue, ONCE)                                       \
     X(w12_limits_of_several_threads, ONCE)                                     \
