@@ -580,6 +580,7 @@ void b8_a_file_gives_space_back(void) {
         } else {
             test_calls_fail("fallocate", EINTR, 0, 1); // is tried again
         }
+        file.end = 0; // what is known of its end does not count, where it is
         CHECK_EQ(0, b.discard(b.user, mib, mib, false));
         CHECK_EQ(full, blocks() + (how ? 0 : 2048));
         CHECK(all_are(mib, mib, how ? 0xa7 : 0));
