@@ -4,6 +4,7 @@
 #include "serve.h"
 
 #include <fcntl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -183,21 +184,29 @@ void start_what_is_ready(void) {
     }
 }
 
-// An eventfd or a pipe: whatever else might keep whoever writes to it, or
-// closes it, waiting. User-Mode Linux sends pipes; who has another end of one
-// can keep us in write(2) there as long as they live, by a fault within theirs.
+static bool is_local_socket(int fd) {
+    int       domain = 0;
+    socklen_t n = sizeof domain;
+    return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &n) == 0 &&
+           domain == AF_UNIX;
+}
+
+// An eventfd, a pipe or a local socket: whatever else might keep whoever writes
+// to it, or closes it, waiting. User-Mode Linux sends sockets; who has another
+// end of one, or of a pipe, can keep us in write(2) there as long as they live,
+// by a fault within theirs.
 static bool is_event_fd(int fd) {
     char        path[32], name[32];
     struct stat st;
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    if (fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode)) {
+    if (fstat(fd, &st) == 0 && (S_ISFIFO(st.st_mode) || is_local_socket(fd))) {
         return true;
     }
     ssize_t n = readlink(path, name, sizeof name - 1);
     name[n > 0 ? n : 0] = 0;
     return strcmp(name, "anon_inode:[eventfd]") == 0 ||
-           refuse("an event descriptor is an eventfd or a pipe; this is %s",
-                  n > 0 ? name : "neither");
+           refuse("an event descriptor is an eventfd, a pipe or a local "
+                  "socket; this is %s", n > 0 ? name : "neither");
 }
 
 // A write may not block. Of a pipe, this descriptor becomes one that the front

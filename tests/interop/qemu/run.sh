@@ -391,6 +391,10 @@ grow() { # name, options of the daemon
         sleep 0.1
     done
     kill -HUP $daemon # it has not grown
+    for try in $(seq 100); do
+        grep -q "still 32768" "$tmp/$name.err" && break
+        sleep 0.1
+    done
     truncate -s 48M "$tmp/$name.img"
     sleep 0.2
     kill -HUP $daemon
