@@ -4373,8 +4373,6 @@ VBLKDEF vblk_backend vblk_ramdisk_backend(vblk_ramdisk *disk) {
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
