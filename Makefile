@@ -51,6 +51,9 @@ pool: $(B)/pool                ## an asynchronous host: a pool of threads, reset
 rig:                           ## firmware is tested like this: a driver in Python (python3-cffi)
 	@CC="$(CC)" sh tests/compile/rig.sh
 
+test-kvm:                      ## a small guest on examples/kvm.c, where there is /dev/kvm
+	@sh tests/kvm/run.sh
+
 emulator: $(B)/emulator        ## an emulator's loop: no threads, a level line, a limit
 	$(B)/emulator
 
@@ -117,7 +120,7 @@ bench-vhost:                   ## vblk-serve beside qemu-storage-daemon
 abuse:                         ## a front end that lies, on a sanitized vblk-serve
 	@sh tests/vhost/abuse.sh
 
-interop: interop-uboot interop-m3 interop-uml interop-qemu interop-firmware interop-powerloss interop-crash ## all below but xv6
+interop: interop-uboot interop-m3 interop-uml interop-qemu interop-kvm interop-firmware interop-powerloss interop-crash ## all below but xv6
 
 interop-uboot:                 ## U-Boot under Unicorn
 	@sh tests/interop/uboot/run.sh
@@ -137,6 +140,9 @@ interop-crash:                 ## vblk-serve is killed under fio --verify, and c
 interop-firmware:              ## SeaBIOS, GRUB, EDK2 and SLOF under QEMU, on vblk-serve
 	@sh tests/interop/firmware/run.sh
 
+interop-kvm:                   ## Linux on examples/kvm.c, under Linux under QEMU
+	@sh tests/interop/kvm/run.sh
+
 interop-xv6:                   ## xv6 under QEMU, on vblk-serve (XV6=its sources)
 	@sh tests/interop/xv6/run.sh
 
@@ -150,7 +156,7 @@ lint:                          ## what no compiler checks: width, tabs, ASCII, n
 	@awk 'length > 80 || /\t/ || /[^ -~]/ \
 	    { print FILENAME ":" FNR ": " $$0; bad = 1 } END { exit bad }' \
 	    examples/serve/*.[ch] \
-	    vblk.h tests/*.[ch] tests/vhost/*.[ch] examples/*.c \
+	    vblk.h tests/*.[ch] tests/vhost/*.[ch] tests/kvm/*.c examples/*.c \
 	    tests/rules.txt
 	@awk -f tests/order.awk vblk.h vblk.h
 
@@ -193,6 +199,10 @@ $(B)/emulator: examples/emulator.c vblk.h
 	@mkdir -p $(B)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -o $@ examples/emulator.c
 
+$(B)/kvm: examples/kvm.c vblk.h
+	@mkdir -p $(B)
+	$(COMPILE) -o $@ examples/kvm.c $(LIBS)
+
 $(B)/vblk-serve: $(SERVE) examples/serve/serve.h vblk.h
 	@mkdir -p $(B)
 	$(COMPILE) -o $@ $(SERVE) $(LIBS)
@@ -210,4 +220,4 @@ clean:
 
 .PHONY: all test rules conformance fuzz cov mutants test-32 test-be test-O demo \
         throttle threaded emulator asan tsan soak model bench bench-vhost count abuse interop interop-uboot \
-        interop-uml interop-qemu interop-firmware interop-xv6 interop-powerloss size lint help clean
+        interop-uml interop-qemu interop-kvm test-kvm interop-firmware interop-xv6 interop-powerloss size lint help clean

@@ -68,6 +68,7 @@ check() { # name, seen, expected
 explain() {
     if [ $failures -gt 0 ]; then
         for log in "$tmp"/*.err "$tmp"/*.console; do
+            [ -f "$log" ] || continue
             echo "---- ${log##*/}"
             tail -n 25 "$log"
         done >&2
