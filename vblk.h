@@ -51,10 +51,10 @@
 
     vblk_poll() does what is to be done and says when to call it next: at that
     time on your clock, or after a store, whichever comes first. Calling it
-    too often is harmless. Tell the guest where the window is and which
-    interrupt belongs to it: a "virtio,mmio" node in its device tree, or
-    virtio_mmio.device= on the command line of Linux. examples/demo.c is all
-    this, complete, with a driver.
+    too often is harmless. Tell the guest where the window is and which is its
+    interrupt: by a "virtio,mmio" node in the device tree, by an "LNRO0005" in
+    ACPI's tables, or, which no distribution's kernel takes, by Linux's option
+    virtio_mmio.device=. examples/demo.c is all this, with a driver.
 
     YOU PROVIDE
 
@@ -90,8 +90,7 @@
     ranges. What the device can answer alone (a bad request, GET_ID) never
     shows. vblk_poll() and vblk_drain() are a loop around these three and the
     backend. Every chain that is taken ends in one way: completed once, dropped
-    by rule V1, V2 or V17, NEEDS_RESET, or thrown away because its queue was
-    reset or stopped.
+    by rule V1, V2 or V17, NEEDS_RESET, or thrown away with its queue's reset.
 
     TIME
 
@@ -140,16 +139,22 @@
     and the event hook must not block. A worker serves an interpreter too, if
     the guest's fences are fences of the host, its stores to rings one access.
 
+    On KVM kick_fd is the ioeventfd of QueueNotify, of four bytes, without a
+    datamatch (each_queue: vblk_worker_kick_fd(), its number to match), irq_fd
+    an edge's irqfd. For a level, give that a resample descriptor: KVM signals
+    it when the guest has ended an interrupt, so while vblk_interrupt_line() is
+    true signal irq_fd again. Or use KVM_IRQ_LINE, to set that line's level at
+    options.interrupt, and no irqfd. examples/kvm.c is a VMM, with level too.
+
     For threads of your own, one for each queue, options.notify wakes them, and
     they call vblk_drain() under a lock of their queue (or, with limits, of the
     device). quiesce() takes that lock, and whoever made the register call
     gives it back when that has returned; notify() may come in between, so it
     takes another. examples/queues.c does that.
 
-    Two libraries of one program may each have the header to themselves, of
-    any version: with VBLK_STATIC in each. Readers of C declarations take the
-    part before the implementation as it is, preprocessed: examples/rig.py
-    drives a device from Python.
+    Two libraries of one program may each have the header to themselves, of any
+    version: with VBLK_STATIC in each. Readers of C declarations take what is
+    before the implementation, preprocessed, as examples/rig.py in Python does.
 
     THREADS
 
@@ -188,8 +193,7 @@
     Callbacks run inside the call that caused them, on its thread, several at
     once where several threads call. They must not call back into the same
     device, but for queries, vblk_notify(), vblk_interrupt_ack(), and
-    vblk_complete() inside quiesce. A worker's thread blocks all signals but
-    those of its own faults.
+    vblk_complete() inside quiesce.
 
     ERRORS
 
@@ -199,8 +203,7 @@
     status byte the guest reads, a counter and an event; the guest's never
     assert: they are events and, by the rules below, a status byte, a dropped
     chain, or DEVICE_NEEDS_RESET. An event is a number, a level, a queue, a
-    head, and some named fields; vblk_event_line() makes a line of it. Print
-    them to stderr at first.
+    head, and some named fields; print vblk_event_line() of it at first.
 
     RULES
 
@@ -782,8 +785,7 @@ typedef struct vblk_options {
 // ---- Types you hold --------------------------------------------------------
 #define VBLK_NEVER UINT64_MAX // as a time to call again: until notified
 
-// A validated request. Read-only to the host; may be copied, and a copy points
-// to the same segments.
+// A validated request. Read-only to the host. A copy has the same segments.
 typedef struct vblk_request {
     uint32_t  type;    // VBLK_T_, but for those that only ask
     uint16_t  queue, head;
@@ -865,8 +867,7 @@ typedef struct vblk_queue {
 #endif                  // what the next queue's does
 } vblk_queue;
 
-// A device. Private, of any storage; must not move while a backend or the
-// guest uses it.
+// A device. Private. Must not move while a backend or the guest uses it.
 typedef struct vblk_dev {
     // From vblk_init() on.
     vblk_memory  memory;
@@ -951,8 +952,7 @@ VBLKDEF uint64_t vblk_mmio_read(const vblk_dev *dev, uint64_t offset,
 VBLKDEF void vblk_mmio_write(vblk_dev *dev, uint64_t offset, unsigned bytes,
                              uint64_t value);
 
-// The level of the interrupt line: high from a firing until InterruptStatus
-// reads 0. Any thread.
+// The interrupt line: high from firing until InterruptStatus is 0. Any thread.
 VBLKDEF bool vblk_interrupt_line(const vblk_dev *dev);
 
 // Clear bits of InterruptStatus, as a write to InterruptACK does. Any thread.

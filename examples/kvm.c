@@ -306,7 +306,7 @@ static int make_processor(int kvm) {
     s.gdt.limit = 0x1f;
     s.cs = code;
     s.ds = s.es = s.fs = s.gs = s.ss = data;
-    s.cr0 |= 0x80000001;
+    s.cr0 = 0x80000031;
     s.cr3 = PAGES;
     s.cr4 |= 0x20;
     s.efer |= 0x500;
