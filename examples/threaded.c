@@ -125,7 +125,7 @@ int main(void) {
     vblk_regions guest = {.region = &region, .count = 1};
     vblk_file file;
     vblk_options o = {0};
-    int err = vblk_file_open(&file, path, false);
+    int err = vblk_file_open(&file, path, 0);
     o.memory = vblk_regions_memory(&guest);
     o.backend = vblk_file_backend(&file);
     o.event = event;

@@ -136,6 +136,7 @@ JOB
 SECTORS=114688 # ext4 in 40 MiB, then 16 MiB as they are
 mkdir "$tmp/seed" || exit 1
 head -c 3000001 /dev/urandom >"$tmp/seed/file"
+truncate -s 40M "$tmp/disk.img"
 mkfs.ext4 -q -F -d "$tmp/seed" "$tmp/disk.img" 40m || exit 1
 head -c 16777216 /dev/urandom >"$tmp/raw"
 cat "$tmp/raw" >>"$tmp/disk.img"
@@ -143,7 +144,6 @@ allocated=$(stat -c %b "$tmp/disk.img")
 start_qemu "$tmp/nested.console" -M q35,accel=tcg -m 1024 \
     -drive "file=$tmp/disk.img,format=raw,if=none,id=d,discard=unmap" \
     -device virtio-blk-pci,drive=d
-LIMIT=90
 wait_guest
 check finished "$(says nested done | wc -l)" 1
 
