@@ -6,12 +6,13 @@
 // Where the calls of the library go:
 //     attach()    vblk_file_open(), vblk_worker_init(); to KVM go kick_fd, as
 //                 ioeventfd of QueueNotify, and irq_fd, as irqfd
-//     window()    at KVM_EXIT_MMIO: vblk_mmio_read(), vblk_worker_mmio_write()
+//     window()    at any vCPU's KVM_EXIT_MMIO: vblk_mmio_read(), and
+//                 vblk_worker_mmio_write(); if that fails, Status shows it
 //     resample()  at the EOI of a level interrupt: vblk_interrupt_line()
-//     detach()    vblk_worker_close(); after it what the others use may go
+//     detach()    vblk_worker_close(), after resample() where it is not the end
 //
-// ACPI tells the guest where the disks are, as the kernels of distributions
-// want it. Others take --append virtio_mmio.device=4K@0xd0000000:5.
+// ACPI tells the guest where the disks are. A kernel without it may know
+// --append virtio_mmio.device=4K@0xd0000000:5, of three disks at most.
 #define VBLK_IMPLEMENTATION_THREADED
 #include "../vblk.h"
 
@@ -26,7 +27,7 @@
 
 enum { DISKS = 8, IRQ = 5, LINE = 2048 };
 enum { COM1 = 0x3f8, COM1_IRQ = 4, CMOS = 0x71, I8042 = 0x64, PM = 0x600 };
-// Guest-physical addresses. The first of ACPI's tables must be near 0xe0000.
+// Guest-physical addresses. ACPI is looked for from 0xe0000 to 0xfffff.
 enum { GDT = 0x500, PARAMS = 0x7000, PAGES = 0x8000, COMMAND = 0x20000 };
 enum { LOW_END = 0x9f000, TABLES = 0xe0000, KERNEL = 0x100000 };
 #define HOLE    0xc0000000u // without memory, until 4 GiB
@@ -38,7 +39,7 @@ static struct disk {
     vblk_file   file;
     vblk_worker worker;
     int         resample_fd;
-    uint64_t    notifies; // of which ioeventfd leaves none
+    uint64_t    notifies; // that were exits; ioeventfd leaves none
 } disks[DISKS];
 
 static unsigned        disk_count;
@@ -64,6 +65,8 @@ static void event(void *user, const vblk_event *e) {
 static void *resample(void *argument) {
     struct disk *d = (struct disk *)argument;
     eventfd_t    n;
+    sigset_t     all;
+    if (sigfillset(&all) || pthread_sigmask(SIG_BLOCK, &all, NULL)) return NULL;
     while (eventfd_read(d->resample_fd, &n) == 0) {
         bool high = vblk_interrupt_line(vblk_worker_dev(&d->worker));
         if (high) eventfd_write(d->worker.irq_fd, 1);
@@ -98,13 +101,12 @@ static void window(uint64_t address, uint8_t *data, uint32_t n, bool store) {
     uint64_t     value = 0, slot = (address - WINDOWS) / 0x1000;
     uint64_t     offset = address % 0x1000;
     struct disk *d = slot < disk_count ? &disks[slot] : NULL;
-    if (!d) {
-        memset(data, 0xff, n);
-    } else if (store) {
+    if (!store) memset(data, 0xff, n); // as nobody answers
+    if (d && store) {
         memcpy(&value, data, n);
         vblk_worker_mmio_write(&d->worker, offset, n, value);
         d->notifies += offset == VBLK_REG_QUEUE_NOTIFY;
-    } else {
+    } else if (d) {
         value = vblk_mmio_read(vblk_worker_dev(&d->worker), offset, n);
         memcpy(data, &value, n);
     }
@@ -120,29 +122,26 @@ static void detach(struct disk *d) {
 }
 
 // ---- Serial console: an 8250, on standard input and output ------------------
-static uint8_t        uart[8], input;   // registers as written
-static bool           arrived, sent;    // input waits; output's interrupt does
+static uint8_t        uart[8], input, cause = 1; // as written; IIR
+static bool           arrived, sent; // input waits; output's interrupt does
 static struct termios terminal;
 static volatile sig_atomic_t stopped;
-
-static uint8_t uart_cause(void) {
-    return (uart[1] & 1) && arrived ? 4 : (uart[1] & 2) && sent ? 2 : 1;
-}
 
 static void uart_poll(void) {
     struct pollfd p = {.events = POLLIN};
     bool wanted = !arrived && uart[1] & 1 && uart[4] & 8; // not by a probe
     if (wanted && poll(&p, 1, 0) > 0) arrived = read(0, &input, 1) > 0;
-    struct kvm_irq_level line = {.irq = COM1_IRQ, .level = uart_cause() != 1};
+    cause = (uart[1] & 1) && arrived ? 4 : (uart[1] & 2) && sent ? 2 : 1;
+    struct kvm_irq_level line = {.irq = COM1_IRQ, .level = cause != 1};
     ASK(vm, KVM_IRQ_LINE, &line);
 }
 
 static void uart_access(int reg, uint8_t *byte, bool store) {
-    const uint8_t load[8] = {input, uart[1], uart_cause(), uart[3], uart[4],
+    const uint8_t load[8] = {input, uart[1], cause, uart[3], uart[4],
                              (uint8_t)(0x60 | arrived), 0xb0, uart[7]};
     bool divisor = reg < 2 && uart[3] & 0x80; // any speed will do
     if (!store) {
-        *byte = load[reg];
+        *byte = divisor ? reg == 0 : load[reg];
         if (reg == 0 && !divisor) arrived = false;
         if (reg == 2 && *byte == 2) sent = false;
     } else if (!divisor) {
@@ -155,7 +154,7 @@ static void uart_access(int reg, uint8_t *byte, bool store) {
 
 // Input waits (SIGIO), or the end: KVM_RUN returns, or does not begin.
 static void on_signal(int number) {
-    stopped |= number != SIGIO;
+    if (number != SIGIO) stopped = 1;
     run->immediate_exit = 1;
 }
 
@@ -165,6 +164,7 @@ static void restore_terminal(void) {
 
 static void open_console(void) {
     signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
     signal(SIGIO, on_signal);
     if (tcgetattr(0, &terminal) == 0) {
         struct termios raw = terminal;
@@ -226,11 +226,10 @@ static void write_acpi(void) {
            "\0\x08\0\0\1\0\0\0"              // one processor
            "\1\x0c\0\0\0\0\xc0\xfe\0\0\0", 28); // one IOAPIC
     table(madt, "APIC", 3, 36 + 28);
-    number(fadt + 109, 0x24, 2);     // no VGA, no clock in CMOS
-    number(fadt + 112, 0x100031, 4); // reduced hardware
+    number(fadt + 109, 0x100431000024, 7); // no CMOS clock; reduced hardware
     number(fadt + 140, TABLES + 0x300, 8);
-    number(fadt + 244, 0x01000801 | (uint64_t)PM << 32, 8); // sleep
-    number(fadt + 256, 0x01000801 | (uint64_t)(PM + 1) << 32, 8);
+    memcpy(fadt + 116, "\1\x08\0\1\0\6\0\0\0\0\0\0\x20", 13); // resets at PM
+    memcpy(fadt + 244, "\1\x08\0\1\0\6\0\0\0\0\0\0\1\x08\0\1\1\6", 18); // off
     table(fadt, "FACP", 5, 268);
     number(xsdt + 36, TABLES + 0x80, 8);
     number(xsdt + 44, TABLES + 0x200, 8);
@@ -265,10 +264,9 @@ static void boot(const char *path, const char *initrd, const char *append) {
     if (end > below) errx(1, "%s: needs more --memory", path);
     h->type_of_loader = 0xff; // not on the list
     h->cmd_line_ptr = COMMAND;
-    snprintf((char *)ram + COMMAND, LINE, "console=ttyS0 reboot=t %s", append);
+    snprintf((char *)ram + COMMAND, LINE, "console=ttyS0 reboot=a %s", append);
     h->ramdisk_image = (uint32_t)end;
     h->ramdisk_size = initrd ? load(initrd, end) : 0;
-    p->acpi_rsdp_addr = TABLES;
     p->e820_entries = 3;
     p->e820_table[0] = (struct boot_e820_entry){0, LOW_END, 1};
     p->e820_table[1] = (struct boot_e820_entry){KERNEL, below - KERNEL, 1};
@@ -287,9 +285,11 @@ static int make_processor(int kvm) {
     ASK(kvm, KVM_GET_SUPPORTED_CPUID, id);
     for (uint32_t i = 0; i < id->nent; i++) {
         struct kvm_cpuid_entry2 *e = &id->entries[i];
-        if (e->function == 1) e->ecx |= 1u << 31; // so it looks for kvmclock
-        if (e->function == 1) e->ebx &= 0xffffff; // its APIC's number
-        if (e->function == 11) e->edx = 0;        // the same
+        if (e->function == 1) e->ecx |= 0x81000000; // kvmclock, its timer
+        if (e->function == 1) e->ebx &= 0xffffff;   // the number of its APIC
+        if (e->function == 11 || e->function == 31) e->edx = 0; // the same
+        if (e->function == 13 && !e->index) e->eax &= ~0x60000u; // no AMX ...
+        if (e->function == 0x8000001f) e->eax = 0; // ... and no SEV
     }
     ASK(cpu, KVM_SET_CPUID2, id);
     // Long mode; 4 GiB of addresses are what they are.
@@ -302,8 +302,7 @@ static int make_processor(int kvm) {
         number(entry + 0x1000, ((uint64_t)i << 21) + 0x83, 8);
     }
     ASK(cpu, KVM_GET_SREGS, &s);
-    s.gdt.base = GDT;
-    s.gdt.limit = 0x1f;
+    s.gdt = (struct kvm_dtable){.base = GDT, .limit = 0x1f};
     s.cs = code;
     s.ds = s.es = s.fs = s.gs = s.ss = data;
     s.cr0 = 0x80000031;
@@ -318,7 +317,7 @@ static int make_processor(int kvm) {
 static void port(int at, uint8_t *data, uint8_t bytes, bool store) {
     if (at >= COM1 && at < COM1 + 8) uart_access(at - COM1, data, store);
     else if (!store) memset(data, at == CMOS ? 0 : 0xff, bytes);
-    else stopped |= at == PM ? *data & 0x20 : at == I8042 && *data == 0xfe;
+    else if (*data == (at == PM ? 0x20 : at == I8042 ? 0xfe : -1)) stopped = 1;
 }
 
 static void run_guest(int cpu) {
@@ -338,7 +337,8 @@ static void run_guest(int cpu) {
             window(run->mmio.phys_addr, run->mmio.data, run->mmio.len,
                    run->mmio.is_write);
         } else if (run->exit_reason == KVM_EXIT_SHUTDOWN) {
-            return; // a triple fault, as reboot=t makes
+            warnx("a triple fault: the guest crashed, or has reboot=t");
+            return;
         } else {
             errx(1, "KVM gives up: exit reason %u", run->exit_reason);
         }
@@ -348,16 +348,17 @@ static void run_guest(int cpu) {
 int main(int argc, char **argv) {
     const char *kernel = NULL, *initrd = NULL, *append = "";
     uint64_t    mib = 256;
+    char       *end = "";
     bool        bad = false;
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1; i < argc; bad |= *end != 0, i++) {
         const char *option = argv[i];
-        if (option[0] != '-') kernel = option;
+        if (option[0] != '-' && !kernel) kernel = option;
         else if (!strcmp(option, "--level")) level = true;
         else if (++i >= argc) bad = true;
         else if (!strcmp(option, "--initrd")) initrd = argv[i];
         else if (!strcmp(option, "--append")) append = argv[i];
-        else if (!strcmp(option, "--memory")) mib = strtoull(argv[i], NULL, 0);
-        else if (!strcmp(option, "--iops")) iops = strtoull(argv[i], NULL, 0);
+        else if (!strcmp(option, "--memory")) mib = strtoull(argv[i], &end, 0);
+        else if (!strcmp(option, "--iops")) iops = strtoull(argv[i], &end, 0);
         else if (strcmp(option, "--disk") || disk_count == DISKS) bad = true;
         else disks[disk_count++].path = argv[i];
     }
@@ -370,7 +371,7 @@ int main(int argc, char **argv) {
     vm = ASK(kvm, KVM_CREATE_VM, NULL);
     ASK(vm, KVM_SET_TSS_ADDR, (void *)0xfffbd000); // Intel's need that
     ASK(vm, KVM_CREATE_IRQCHIP, NULL);
-    ASK(vm, KVM_CREATE_PIT2, &(struct kvm_pit_config){.flags = 1}); // no ACPI
+    ASK(vm, KVM_CREATE_PIT2, &(struct kvm_pit_config){0}); // if no ACPI
     below = mib << 20 < HOLE ? mib << 20 : HOLE;
     above = (mib << 20) - below;
     ram = mmap(NULL, below + above, PROT_READ | PROT_WRITE,
@@ -395,5 +396,5 @@ int main(int argc, char **argv) {
     open_console();
     run_guest(cpu);
     for (unsigned i = 0; i < disk_count; i++) detach(&disks[i]);
-    return 0;
+    return run->exit_reason == KVM_EXIT_SHUTDOWN;
 }

@@ -1,11 +1,14 @@
 // A guest without an operating system, in long mode, for examples/kvm.c: binds
 // the first disk, writes 64 sectors, reads them back and compares, first by
 // polling, then by interrupt: irqfd, PIC, IDT. It says on the serial port how
-// that went, and powers off. Of its command line it knows "level".
+// that went, and powers off. Of its command line it knows "level"; "sleep", and
+// it does nothing more; "crash", and it does so; "echo", and what comes in by
+// the serial port goes out again, after a "+", up to a newline.
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { SECTORS = 64, SIZE = 8, SECTOR = 512, VECTOR = 0x20, IRQ = 5 };
+enum { SECTORS = 64, SIZE = 8, SECTOR = 512 };
+enum { VECTOR = 0x20, IRQ = 5, SERIAL_IRQ = 4 };
 enum { IN, OUT };
 #define WINDOW 0xd0000000u
 
@@ -224,21 +227,49 @@ static void set_interrupts(void) {
         uint64_t base;
     } __attribute__((packed)) idtr;
     uint64_t to = (uintptr_t)on_interrupt;
-    struct gate *gate = &idt[VECTOR + IRQ];
-    gate->low = (uint16_t)to;
-    gate->segment = 0x10;
-    gate->attributes = 0x8e00;
-    gate->middle = (uint16_t)(to >> 16);
+    for (struct gate *g = &idt[VECTOR]; g < &idt[VECTOR + 8]; g++) {
+        g->low = (uint16_t)to;
+        g->segment = 0x10;
+        g->attributes = 0x8e00;
+        g->middle = (uint16_t)(to >> 16);
+    }
     idtr.limit = sizeof idt - 1;
     idtr.base = (uintptr_t)idt;
     __asm__ volatile("lidt %0" : : "m"(idtr));
     static const uint8_t words[] = {0x11, VECTOR, 4, 1}; // ICW1 to ICW4
     for (unsigned i = 0; i < 4; i++) out(i ? 0x21 : 0x20, words[i]);
-    out(0x21, (uint8_t)~(1u << IRQ));
+    out(0x21, (uint8_t)~(1u << IRQ | 1u << SERIAL_IRQ));
     out(0x4d0, (uint8_t)(level << IRQ));
 }
 
+static void crash(void) {
+    static const uint64_t none[2];
+    __asm__ volatile("lidt %0; int3" : : "m"(none));
+}
+
+static void echo(void) {
+    char text[3] = "+";
+    set_interrupts();
+    out(0x3fc, 8); // OUT2
+    out(0x3f9, 1);
+    say("listening\n");
+    while (text[1] != '\n') {
+        while (!(in(0x3fd) & 1)) sleep();
+        text[1] = (char)in(0x3f8);
+        say(text);
+    }
+}
+
 void start(const uint8_t *parameters) {
+    if (told(parameters, "crash")) crash();
+    if (told(parameters, "echo")) {
+        echo();
+        power_off();
+    }
+    if (told(parameters, "sleep")) {
+        say("sleeping\n");
+        for (;;) __asm__ volatile("cli; hlt");
+    }
     round("by polling");
     level = told(parameters, "level");
     set_interrupts();

@@ -38,8 +38,8 @@ run() { # arguments...; leaves what it said and its status
     status=$?
 }
 
-for refused in "" "--disk" "--memory 1 k" "--memory 9999999 k" "--what k" \
-    "k --disk" "k --what 1" \
+for refused in "" "--disk" "--memory 1 k" "--iops 1k k" "--memory 16M k" \
+    "--memory 9999999 k" "--what k" "k k" "k --disk" "k --what 1" \
     "k $(printf '%s %s ' $(for i in 1 2 3 4 5 6 7 8 9; do
         echo --disk $i; done))"; do
     # shellcheck disable=SC2086
@@ -49,15 +49,48 @@ done
 run k --append "$(printf '%2001s')"
 check "refuses a long --append" "$status ${said%% \[*}" "1 kvm: bzImage"
 
+# The guest runs in the background; once it has said this, it gets input, or a
+# signal.
+meet() { # what it says, its word, what comes then, command...
+    until_said=$1 word=$2
+    shift 2
+    mkfifo "$tmp/in"
+    "$tmp/kvm" "$tmp/guest" --memory 16 --disk "$tmp/disk" --append "$word" \
+        <"$tmp/in" >"$tmp/out" 2>&1 &
+    pid=$!
+    exec 3>"$tmp/in"
+    for try in $(seq 200); do
+        grep -q "$until_said" "$tmp/out" && break
+        sleep 0.05
+    done
+    "$@"
+    for try in $(seq 200); do
+        kill -0 $pid 2>/dev/null || break
+        sleep 0.05
+    done
+    kill -KILL $pid 2>/dev/null
+    wait $pid
+    status=$?
+    said=$(cat "$tmp/out")
+    exec 3>&-
+    rm "$tmp/in"
+}
+
+counts() { # disk, reads, writes
+    echo "kvm: $tmp/$1: $2 reads, $3 writes, 0 flushes, 0 discards, 0 waited, \
+0 failed, 0 exits to notify"
+}
+
+truncate -s 1M "$tmp/disk" "$tmp/other"
 run "$tmp/guest" --memory 16
 case $said in
-*/dev/kvm*|*KVM_*)
+*/dev/kvm*|*KVM_CREATE_*)
     check "refuses" $status 1
     echo "SKIP: test-kvm: a guest needs a usable KVM: $said"
     ;;
 *)
-    check "without a disk" "$said" "FAIL no block device in the window, sector 0"
-    truncate -s 1M "$tmp/disk" "$tmp/other"
+    check "without a disk" "$status $said" \
+        "0 FAIL no block device in the window, sector 0"
     for how in "edge 128" "level 256 --level --append level"; do
         # shellcheck disable=SC2086
         set -- $how
@@ -66,21 +99,36 @@ case $said in
         run "$tmp/guest" --memory 16 --disk "$tmp/disk" --disk "$tmp/other" "$@"
         check "$kind" "$status $said" "0 ok by polling: 64 sectors, interrupts 0
 ok by $kind: 64 sectors, interrupts $interrupts
-kvm: $tmp/disk: 128 reads, 128 writes, 0 flushes, 0 discards, 0 waited, 0 failed, 0 exits to notify
-kvm: $tmp/other: 0 reads, 0 writes, 0 flushes, 0 discards, 0 waited, 0 failed, 0 exits to notify"
+$(counts disk 128 128)
+$(counts other 0 0)"
     done
     run "$tmp/guest" --memory 16 --disk "$tmp/disk" --iops 100
     waited=$(echo "$said" | sed -n 's/.* \([0-9]*\) waited.*/\1/p')
     check "limited" "$status $((waited > 0 && waited <= 156))" "0 1"
     check "the image" "$(od -An -tu1 -N 5 -j 512 "$tmp/disk")" \
         " 132 139 146 153 160"
+    run "$tmp/guest" --memory 16 --disk "$tmp/disk" --append crash
+    check "crashes" "$status $said" \
+        "1 kvm: a triple fault: the guest crashed, or has reboot=t
+$(counts disk 0 0)"
+    meet listening echo sh -c "echo typed >&3"
+    check "types" "$status $said" "0 listening
++t+y+p+e+d+
+$(counts disk 0 0)"
+    for signal in INT TERM; do
+        meet sleeping sleep eval "kill -$signal \$pid"
+        check "ends by SIG$signal" "$status $said" "0 sleeping
+$(counts disk 0 0)"
+    done
     run "$tmp/none"
-    check "no kernel" "$status $said" "1 kvm: $tmp/none: No such file or directory"
+    check "no kernel" "$status $said" \
+        "1 kvm: $tmp/none: No such file or directory"
     run examples/kvm.c
     check "no bzImage" "$status $said" \
         "1 kvm: examples/kvm.c: no bzImage of a 64-bit kernel, 3.8 or later"
     run "$tmp/guest" --disk "$tmp/none"
-    check "no disk" "$status $said" "1 kvm: $tmp/none: No such file or directory"
+    check "no disk" "$status $said" \
+        "1 kvm: $tmp/none: No such file or directory"
     ;;
 esac
 echo "$passed passed, $failed failed"

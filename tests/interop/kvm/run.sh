@@ -126,7 +126,8 @@ echo typed >/typed
 run first /vmlinuz --initrd /initrd --disk /dev/vda --disk /second.img \
     --append "quiet panic=-1 nohz=off stage=first" </typed
 run second /vmlinuz --initrd /initrd --disk /dev/vda --level --iops 100 \
-    --memory 3328 --append "quiet panic=-1 nohz=off stage=second" </dev/null
+    --memory 3328 --append "quiet panic=-1 nohz=off stage=second \
+console=uart8250,io,0x3f8" </dev/null
 say second-disk $(dd if=/second.img bs=64k skip=16 2>/dev/null |
     head -c 1048576 | sha256sum)
 run no-room /vmlinuz --memory 32
@@ -190,7 +191,7 @@ check second-disk "$(says nested second-disk | cut -d ' ' -f 1)" \
     "$(sum_of "$tmp/inner/piece")"
 check no-room-status "$(says nested no-room-status)" 1
 check no-room "$(says nested no-room-said)" "kvm: /vmlinuz: needs more --memory"
-check small-guest "$(says nested small)" "17 passed, 0 failed"
+check small-guest "$(says nested small)" "24 passed, 0 failed"
 
 
 # ---- What the host finds ----------------------------------------------------
