@@ -53,7 +53,7 @@
     time on your clock, or after a store, whichever comes first. Calling it
     too often is harmless. Tell the guest where the window is and which is its
     interrupt: by a "virtio,mmio" node in the device tree, by an "LNRO0005" in
-    ACPI's tables, or, which no distribution's kernel takes, by Linux's option
+    ACPI's tables, or, where Linux was built to take it, by its option
     virtio_mmio.device=. examples/demo.c is all this, with a driver.
 
     YOU PROVIDE
@@ -141,10 +141,11 @@
 
     On KVM kick_fd is the ioeventfd of QueueNotify, of four bytes, without a
     datamatch (each_queue: vblk_worker_kick_fd(), its number to match), irq_fd
-    an edge's irqfd. For a level, give that a resample descriptor: KVM signals
-    it when the guest has ended an interrupt, so while vblk_interrupt_line() is
-    true signal irq_fd again. Or use KVM_IRQ_LINE, to set that line's level at
-    options.interrupt, and no irqfd. examples/kvm.c is a VMM, with level too.
+    an irqfd, of an edge, where KVM has the interrupt controllers. For a level,
+    give that a resample descriptor: KVM signals it when the guest has ended an
+    interrupt; if vblk_interrupt_line() is true then, signal irq_fd again. Or
+    set KVM_IRQ_LINE to vblk_interrupt_line() at options.interrupt, under a
+    lock of yours, and have no irqfd. examples/kvm.c is a VMM, with level too.
 
     For threads of your own, one for each queue, options.notify wakes them, and
     they call vblk_drain() under a lock of their queue (or, with limits, of the
