@@ -1,5 +1,4 @@
 // A VMM for x86-64 on KVM: Linux, a serial console, virtio-mmio disks.
-//
 //     make build/kvm
 //     build/kvm vmlinuz --disk disk.img --initrd initrd.img
 //
@@ -10,7 +9,6 @@
 //                 vblk_worker_mmio_write(); if that fails, Status shows it
 //     resample()  at the EOI of a level interrupt: vblk_interrupt_line()
 //     detach()    vblk_worker_close(), after resample() where it is not the end
-//
 // ACPI tells the guest where the disks are. A kernel without it may know
 // --append virtio_mmio.device=4K@0xd0000000:5, of three disks at most.
 #define VBLK_IMPLEMENTATION_THREADED
@@ -80,6 +78,8 @@ static void attach(struct disk *d, vblk_memory memory) {
     vblk_options o = {.memory = memory, .limits.iops = iops, .event = event};
     int          error = vblk_file_open(&d->file, d->path, 0);
     if (error == VBLK_ERR_FILE) err(1, "%s", d->path);
+    struct flock lock = {.l_type = F_WRLCK}; // of all, against a second VMM
+    if (fcntl(d->file.fd, F_OFD_SETLK, &lock)) err(1, "%s: in use", d->path);
     o.backend = vblk_file_backend(&d->file);
     o.user = (void *)(uintptr_t)d->path;
     error = error ? error : vblk_worker_init(&d->worker, &o, NULL);

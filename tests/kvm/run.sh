@@ -120,6 +120,9 @@ $(counts disk 0 0)"
         check "ends by SIG$signal" "$status $said" "0 sleeping
 $(counts disk 0 0)"
     done
+    run "$tmp/guest" --disk "$tmp/disk" --disk "$tmp/disk"
+    check "a disk twice" "$status $said" \
+        "1 kvm: $tmp/disk: in use: Resource temporarily unavailable"
     run "$tmp/none"
     check "no kernel" "$status $said" \
         "1 kvm: $tmp/none: No such file or directory"

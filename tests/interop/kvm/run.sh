@@ -191,7 +191,7 @@ check second-disk "$(says nested second-disk | cut -d ' ' -f 1)" \
     "$(sum_of "$tmp/inner/piece")"
 check no-room-status "$(says nested no-room-status)" 1
 check no-room "$(says nested no-room-said)" "kvm: /vmlinuz: needs more --memory"
-check small-guest "$(says nested small)" "24 passed, 0 failed"
+check small-guest "$(says nested small)" "25 passed, 0 failed"
 
 
 # ---- What the host finds ----------------------------------------------------
