@@ -1449,6 +1449,9 @@ static void step_resize(void) {
 }
 
 // P8, M13: a queue is stopped, and comes up again somewhere else.
+static void check_all_used(void);
+static void check_wild(void);
+
 static void step_restart(void) {
     unsigned queue = test_below(m.queues);
     set(VBLK_REG_QUEUE_SEL, queue);
@@ -1460,6 +1463,10 @@ static void step_restart(void) {
     if (!m.queue[queue].ready && !pending()) {
         d.takens = d.fixed; // the old rings stay taken
         plain_count = 0;
+        if (d.engine) { // it ended what was under way, in the old rings
+            check_all_used();
+            check_wild();
+        }
         bring_up_queue(queue);
     }
 }
