@@ -90,7 +90,7 @@
     ranges. What the device can answer alone (a bad request, GET_ID) never
     shows. vblk_poll() and vblk_drain() are a loop around these three and the
     backend. Every chain that is taken ends in one way: completed once, dropped
-    by rule V1, V2 or V17, NEEDS_RESET, or thrown away with its queue's reset.
+    by rule V1, V2 or V17, NEEDS_RESET, or thrown away as its queue stops.
 
     TIME
 

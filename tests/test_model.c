@@ -1448,10 +1448,10 @@ static void step_resize(void) {
     }
 }
 
-// P8, M13: a queue is stopped, and comes up again somewhere else.
 static void check_all_used(void);
 static void check_wild(void);
 
+// P8, M13: a queue is stopped, and comes up again somewhere else.
 static void step_restart(void) {
     unsigned queue = test_below(m.queues);
     set(VBLK_REG_QUEUE_SEL, queue);

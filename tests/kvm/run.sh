@@ -51,7 +51,7 @@ check "refuses a long --append" "$status ${said%% \[*}" "1 kvm: bzImage"
 
 # The guest runs in the background; once it has said this, it gets input, or a
 # signal.
-meet() { # what it says, its word, what comes then, command...
+meet() { # what it says, its word, command...
     until_said=$1 word=$2
     shift 2
     mkfifo "$tmp/in"
